@@ -1,0 +1,1 @@
+"""What dropping costs and saves."""

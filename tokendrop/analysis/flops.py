@@ -1,0 +1,161 @@
+"""FLOPs: counted by an operator-level counter, and by formula.
+
+One multiply-add is 2 FLOPs. Causal attention is counted in full, as every counter does.
+Shape letters: B batch, T tokens, K computed rows, M context rows, D hidden, H heads, L layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokendrop.engine.decoder import LayerSpec
+from tokendrop.engine.inject import Handle
+from tokendrop.engine.plan import Plan
+from tokendrop.engine.projections import own_linear
+
+_cpu = torch.ops.aten
+
+
+def _attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[2] * (width + value[3])
+
+
+def _attention_backward(grad: list[int], query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
+    # The scores once more, and the gradients of values, probabilities, queries and keys.
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[2] * (3 * width + 2 * value[3])
+
+
+def counter() -> FlopCounterMode:
+    """A FLOP counter that also sees attention on the CPU, which torch's own counts as zero.
+
+    Example:
+        >>> with counter() as counted:
+        ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
+        >>> counted.get_total_flops()
+        60
+
+    Source: ours; attention by the conventions of torch.utils.flop_counter.
+    """
+    formulas: dict[Any, Callable[..., int]] = {
+        _cpu._scaled_dot_product_flash_attention_for_cpu: _attention,
+        _cpu._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """FLOPs of one decoder layer by formula.
+
+    forward(K, M) = K * row + M * context_row + K * (K + M) * pair
+
+    Args:
+        row: of a computed row in the layer's linears, 2 * weights.
+        context_row: of a context row in the key and value projections.
+        pair: of a query and a key in attention, 4 * D.
+        pair_backward: of a query and a key in the backward, 10 * D where scores are recomputed, else 8 * D.
+    """
+
+    row: int
+    context_row: int
+    pair: int
+    pair_backward: int
+
+    @classmethod
+    def of(cls, layer: nn.Module, spec: LayerSpec) -> "LayerCost":
+        """The cost of a layer, from the shapes of its linears."""
+        linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+        width = own_linear(layer, spec, "q").out_features if spec.linears else 0
+        context = [own_linear(layer, spec, letter) for letter in "kv"] if spec.linears else []
+        recomputes = spec.backend(layer) != "eager"
+        return cls(
+            row=2 * sum(linear.weight.numel() for linear in linears),
+            context_row=2 * sum(linear.weight.numel() for linear in context),
+            pair=4 * width,
+            pair_backward=(10 if recomputes else 8) * width,
+        )
+
+    def forward(self, rows: int, context: int = 0) -> int:
+        """FLOPs of the forward of K `rows` that see themselves and M `context` rows."""
+        return rows * self.row + context * self.context_row + rows * (rows + context) * self.pair
+
+    def backward(self, rows: int, context: int = 0) -> int:
+        """FLOPs of the backward of the same, all weights trained."""
+        linear = rows * self.row + context * self.context_row
+        return 2 * linear + rows * (rows + context) * self.pair_backward
+
+
+@dataclass(frozen=True)
+class TaskCost:
+    """What the samples of one task cost in a batch, dropped and dense.
+
+    Args:
+        token_layers: computed rows, summed over layers and samples.
+        dense_token_layers: T * L for each sample.
+        flops: forward and backward of the decoder and its head.
+        dense_flops: the same without dropping.
+    """
+
+    token_layers: int = 0
+    dense_token_layers: int = 0
+    flops: int = 0
+    dense_flops: int = 0
+
+    @property
+    def kept_ratio(self) -> float:
+        """Computed token-layers over dense token-layers."""
+        return self.token_layers / self.dense_token_layers
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs over dense FLOPs."""
+        return self.flops / self.dense_flops
+
+    def __add__(self, other: "TaskCost") -> "TaskCost":
+        return TaskCost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dict[str | None, TaskCost]:
+    """What a planned step costs, by formula, for each task.
+
+    Args:
+        handle: of the dropped model.
+        plan: of its layout.
+        tasks: of the B samples.
+
+    Returns:
+        Task -> cost of its samples.
+    """
+    tokens = plan.shape[1]
+    layer = LayerCost.of(handle.decoder_layers[0], handle.spec)
+    head = 3 * head_flops(handle) * tokens
+    dense = layer.forward(tokens) + layer.backward(tokens)
+    layers = len(plan.span_of)
+    costs = dict.fromkeys(tasks, TaskCost())
+    for task in tasks:
+        costs[task] += TaskCost(0, tokens * layers, head, head + dense * layers)
+    for span in plan.spans:
+        for group in span.groups:
+            rows = tokens if group.active is None else group.active.index.shape[1]
+            context = 0 if group.context is None else group.context.index.shape[1]
+            depth = span.stop - span.start
+            one = depth * (layer.forward(rows, context) + layer.backward(rows, context))
+            for member in group.members:
+                costs[tasks[member]] += TaskCost(rows * depth, 0, one, 0)
+    return costs
+
+
+def head_flops(handle: Handle) -> int:
+    """FLOPs of a row in the forward of the output head, 2 * weights; 0 where the model has none."""
+    for module in handle.owner.modules():
+        find = getattr(module, "get_output_embeddings", None)
+        head = find() if callable(find) else None
+        if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor):
+            return 2 * head.weight.numel()
+    return 0

@@ -1,0 +1,5 @@
+"""Lightning callbacks: thin, everything they do is a function elsewhere."""
+
+from tokendrop.callbacks.token_drop import TokenDrop
+
+__all__ = ["TokenDrop"]

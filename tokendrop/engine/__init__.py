@@ -1,0 +1,1 @@
+"""Roles executed in somebody else's decoder."""

@@ -1,0 +1,101 @@
+"""The forward of a routed layer: its groups one after another, inside the layer's own hooks.
+
+Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all groups, D hidden.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokendrop.engine.context import ContextKeys
+from tokendrop.engine.decoder import LayerSpec
+from tokendrop.engine.plan import Split
+from tokendrop.engine.projections import touch, using
+
+
+class Call(NamedTuple):
+    """What one group needs in one layer. A tuple, so that FSDP2 finds the tensors that need gradients.
+
+    Args:
+        shape: (B, K) of the group's computing rows.
+        arguments: the layer's arguments for them.
+        splits: which projections they use.
+        context: (B, M, D) states of the context rows, or None.
+        context_arguments: the layer's arguments for the context rows.
+        context_splits: which projections these use.
+    """
+
+    shape: tuple[int, int]
+    arguments: dict[str, Any]
+    splits: dict[str, Split]
+    context: Tensor | None
+    context_arguments: dict[str, Any]
+    context_splits: dict[str, Split]
+
+
+class Work(NamedTuple):
+    """All that a layer's forward needs beside its hidden states; travels as one argument, also into a recompute.
+
+    Args:
+        spec: how the layer is called.
+        calls: one for each group; none for a layer that runs as it is called, with its added parameters touched.
+        sets: the layer's image-only projections.
+    """
+
+    spec: LayerSpec
+    calls: tuple[Call, ...]
+    sets: nn.ModuleDict
+
+
+def run(
+    layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], work: Work
+) -> Any:
+    """The layer's own `forward` on each group of compact rows.
+
+    Args:
+        layer: the decoder layer.
+        forward: its own forward, unbound.
+        args: hidden states (B, K, D), or (1, N, D) where several groups travel together; and what follows them.
+        kwargs: other arguments, where `work` has no calls.
+        work: what the groups need.
+
+    Returns:
+        What the layer returns, with hidden states shaped like the ones given.
+    """
+    if not work.calls:
+        out, rest = split_output(forward(layer, *args, **kwargs))
+        return joined_output(touch(work.sets, out), rest)
+    hidden: Tensor = args[0]
+    outs: list[Tensor] = []
+    rest: tuple[Any, ...] | None = None
+    at = 0
+    for call in work.calls:
+        x = hidden
+        if len(work.calls) > 1:
+            rows = call.shape[0] * call.shape[1]
+            x, at = hidden[0, at : at + rows].view(*call.shape, -1), at + rows
+        with using(call.splits, work.sets):
+            out, rest = split_output(forward(layer, x, **_arguments(layer, call, work)))
+        outs.append(out)
+    out = outs[0] if len(outs) == 1 else torch.cat([out.flatten(0, 1) for out in outs])[None]
+    return joined_output(touch(work.sets, out) if torch.is_grad_enabled() else out, rest)
+
+
+def _arguments(layer: nn.Module, call: Call, work: Work) -> dict[str, Any]:
+    spec = work.spec
+    if call.context is None or spec.cache is None:
+        return call.arguments
+    keys = ContextKeys(layer, spec, call.context, call.context_arguments, call.context_splits, work.sets)
+    return call.arguments | {spec.cache: keys}
+
+
+def split_output(out: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """A layer's hidden states, and the rest of the tuple it returns, if it does."""
+    return (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, None)
+
+
+def joined_output(states: Tensor, rest: tuple[Any, ...] | None) -> Any:
+    """The inverse of `split_output`."""
+    return states if rest is None else (states, *rest)

@@ -1,0 +1,53 @@
+"""What can go wrong, one class per kind; each is also the builtin that a caller would catch."""
+
+
+class TokenDropError(Exception):
+    """Every error of this package."""
+
+
+class MissingLayoutError(TokenDropError, RuntimeError):
+    """A dropped model ran without knowing what its tokens are."""
+
+
+class LayoutError(TokenDropError, ValueError):
+    """A token layout that contradicts itself, the methods or the hidden states."""
+
+
+class LayoutTypeError(TokenDropError, TypeError):
+    """A token layout made of the wrong kinds of things."""
+
+
+class NeededRowError(LayoutError):
+    """A row whose output is trained or sampled from would hold a stale state."""
+
+
+class LayerRangeError(TokenDropError, ValueError):
+    """A layer range that is malformed, empty or outside the model."""
+
+
+class MethodError(TokenDropError, ValueError):
+    """A method, a schedule or a set of methods with values that make no sense."""
+
+
+class DecoderError(TokenDropError, LookupError):
+    """No decoder, or more than one, where one was looked for."""
+
+
+class AppliedError(TokenDropError, RuntimeError):
+    """A method applied twice, or removed from where it is not."""
+
+
+class UnsupportedError(TokenDropError, NotImplementedError):
+    """A combination that would give wrong results and is refused."""
+
+
+class BatchError(TokenDropError, KeyError):
+    """A batch without the keys that the layout needs."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its argument, which would quote a whole sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class NoEffectWarning(UserWarning):
+    """Something was asked for and nothing will happen."""

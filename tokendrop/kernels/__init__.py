@@ -1,0 +1,5 @@
+"""Rows of tokens moved into and out of compact form."""
+
+from tokendrop.kernels.rows import gather_tokens, scatter_tokens
+
+__all__ = ["gather_tokens", "scatter_tokens"]

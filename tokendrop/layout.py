@@ -1,0 +1,146 @@
+"""What each token of a batch is: image or text, its segment, its task, its label.
+
+Shape letters: B batch, T tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tokendrop.errors import LayoutError, LayoutTypeError
+
+IGNORED = -100
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Segment(IntEnum):
+    """The part of a sample that a token belongs to."""
+
+    SYSTEM = 0
+    IMAGE = 1
+    INSTRUCTION = 2
+    OUTPUT = 3
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """What the tokens of a batch are.
+
+    Args:
+        image: (B, T) bool, True for image tokens.
+        task: the task of the batch, or one per sample; None where there is only one.
+        segments: (B, T) integers of `Segment`.
+        padding: (B, T) bool, True for real tokens.
+        labels: (B, T) int64, unshifted: row t is trained on labels[t + 1]; -100 for none.
+        image_ids: (V,) int64, the vocabulary ids of image tokens.
+
+    Raises:
+        LayoutTypeError: a tensor of the wrong dtype, or a task that is no string.
+        LayoutError: shapes that differ, or a number of tasks other than B.
+
+    Example:
+        >>> layout = TokenLayout(torch.tensor([[True, True, False]]), task="understanding")
+        >>> layout.tasks
+        ('understanding',)
+    """
+
+    image: Tensor
+    task: str | Sequence[str] | None = None
+    segments: Tensor | None = None
+    padding: Tensor | None = None
+    labels: Tensor | None = None
+    image_ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image, Tensor) or self.image.dtype != torch.bool or self.image.dim() != 2:
+            found = _describe(self.image)
+            raise LayoutTypeError(f"image: expected a (B, T) bool tensor, True for image tokens; found {found}")
+        if self.image.numel() == 0:
+            raise LayoutError(f"image: expected at least one sample and one token; found {_describe(self.image)}")
+        self._check("segments", self.segments, _INTEGERS, "integer")
+        self._check("padding", self.padding, (torch.bool,), "bool")
+        self._check("labels", self.labels, (torch.int64,), "int64")
+        self._check_task()
+
+    def _check(self, name: str, value: Tensor | None, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
+        if value is None:
+            return
+        if not isinstance(value, Tensor) or value.dtype not in dtypes:
+            raise LayoutTypeError(f"{name}: expected a (B, T) {kind} tensor; found {_describe(value)}")
+        if value.shape != self.image.shape:
+            shape = tuple(self.image.shape)
+            raise LayoutError(f"{name}: expected the shape of image, {shape}; found {tuple(value.shape)}")
+
+    def _check_task(self) -> None:
+        if self.task is None or isinstance(self.task, str):
+            return
+        if not isinstance(self.task, Sequence) or not all(isinstance(name, str) for name in self.task):
+            raise LayoutTypeError(f"task: expected a string, or one string for each sample; found {self.task!r}")
+        if len(self.task) != len(self.image):
+            raise LayoutError(
+                f"task: found {len(self.task)} names for {len(self.image)} samples; give one string for the batch, "
+                "or one for each sample"
+            )
+
+    @property
+    def tasks(self) -> tuple[str | None, ...]:
+        """The task of each of the B samples."""
+        if self.task is None or isinstance(self.task, str):
+            return (self.task,) * len(self.image)
+        return tuple(self.task)
+
+    def to(self, device: torch.device) -> Self:
+        """The same layout on another device."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        image, rest = self.image.to(device), map(move, (self.segments, self.padding, self.labels, self.image_ids))
+        segments, padding, labels, image_ids = rest
+        return type(self)(image, self.task, segments, padding, labels, image_ids)
+
+    @classmethod
+    def from_ids(
+        cls,
+        input_ids: Tensor,
+        image_ids: Tensor | Iterable[int] | int,
+        task: str | Sequence[str] | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Self:
+        """The layout of a batch of vocabulary ids.
+
+        image[b, t] = input_ids[b, t] in image_ids
+
+        Args:
+            input_ids: (B, T) integers.
+            image_ids: the vocabulary ids of image tokens: one, a range, or a (V,) tensor.
+            task: as in `TokenLayout`.
+            labels: (B, T) int64.
+            attention_mask: (B, T), nonzero for real tokens.
+
+        Raises:
+            LayoutTypeError: ids that are not integers.
+
+        Example:
+            >>> TokenLayout.from_ids(torch.tensor([[1, 7, 8, 2]]), range(7, 9)).image.tolist()
+            [[False, True, True, False]]
+        """
+        if not isinstance(input_ids, Tensor) or input_ids.dtype.is_floating_point or input_ids.dim() != 2:
+            raise LayoutTypeError(f"input_ids: expected a (B, T) integer tensor; found {_describe(input_ids)}")
+        values = [image_ids] if isinstance(image_ids, int) else image_ids
+        if not isinstance(values, Tensor):
+            values = torch.tensor(list(values))
+        if values.numel() == 0 or values.dtype.is_floating_point:
+            raise LayoutTypeError(f"image_ids: expected at least one vocabulary id; found {image_ids!r}")
+        values = values.to(input_ids.device)
+        padding = None if attention_mask is None else attention_mask != 0
+        return cls(torch.isin(input_ids, values), task, None, padding, labels, values)
+
+
+def _describe(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)

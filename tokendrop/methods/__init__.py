@@ -1,0 +1,8 @@
+"""One file per published method: a frozen dataclass that returns roles and knows no model."""
+
+from tokendrop.methods.himix import HiMix
+from tokendrop.methods.hmgen import HMGen
+
+AnyMethod = HiMix | HMGen  # a union of classes, which a LightningCLI configuration can write
+
+__all__ = ["AnyMethod", "HMGen", "HiMix"]

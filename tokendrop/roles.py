@@ -1,0 +1,185 @@
+"""Roles of image tokens per decoder layer: which layers, which role, since when.
+
+Shape letters: L layers.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, Protocol, runtime_checkable
+
+from tokendrop.errors import LayerRangeError, MethodError
+
+Layers = str | Sequence[int]
+Separate = Literal["none", "shared", "per-task"]
+
+
+class Role(IntEnum):
+    """What a token does in one decoder layer."""
+
+    ACTIVE = 0  # computes, and is seen as key and value
+    CONTEXT = 1  # is seen as key and value, from a state frozen at the entry of the range
+    BYPASS = 2  # is carried past the layer, neither computing nor seen
+    GONE = 3  # has left for good
+
+
+@dataclass(frozen=True)
+class LayerRoute:
+    """What image tokens do in one layer, and which projections ("q", "k", "v") are their own there."""
+
+    image: Role = Role.ACTIVE
+    separate: frozenset[str] = frozenset()
+
+
+Route = tuple[LayerRoute, ...]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A rule that gives image tokens a role in each of L layers."""
+
+    @property
+    def separate(self) -> Separate:
+        """Whether image tokens get projections of their own, and whose."""
+        ...
+
+    def route(self, num_layers: int, strength: float = 1.0) -> Route:
+        """The L routes, with the schedule at `strength` (0 dense, 1 the whole method)."""
+        ...
+
+
+def check_layers(layers: Layers | slice) -> Layers:
+    """Normalise a layer range to text or a tuple of indices.
+
+    Args:
+        layers: half-open slice as text ("2:24:2") or `slice`, or a sequence of layer indices.
+
+    Raises:
+        LayerRangeError: neither of these.
+
+    Example:
+        >>> check_layers(slice(2, 24, 2)), check_layers([0, 3])
+        ('2:24:2', (0, 3))
+    """
+    if isinstance(layers, slice):
+        layers = ":".join("" if part is None else str(part) for part in (layers.start, layers.stop, layers.step or 1))
+    if isinstance(layers, str):
+        if not re.fullmatch(r"(-?\d+)?:(-?\d+)?(:[1-9]\d*)?", layers):
+            raise LayerRangeError(f"the layer range {layers!r} is no slice; write it as 'start:stop' or 'start:stop:2'")
+        return layers
+    if isinstance(layers, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+        return tuple(layers)
+    raise LayerRangeError(
+        f"a layer range is a slice as text such as '2:24:2', a slice, or a list of layer indices; found {layers!r}"
+    )
+
+
+def layer_indices(layers: Layers, num_layers: int) -> tuple[int, ...]:
+    """The layers a range names, ascending.
+
+    Args:
+        layers: half-open slice as text, or layer indices; negative bounds count from the end.
+        num_layers: L.
+
+    Raises:
+        LayerRangeError: a bound or an index outside the model, an index twice, or a range without a layer.
+
+    Example:
+        >>> layer_indices("2:-1:2", 8)
+        (2, 4, 6)
+    """
+
+    def inside(value: int, last: int) -> int:
+        if not -num_layers <= value <= last:
+            raise LayerRangeError(
+                f"the layer range {layers!r} reaches layer {value}, but the decoder has {num_layers} layers; "
+                f"use bounds from {-num_layers} to {last}"
+            )
+        return value + num_layers if value < 0 else value
+
+    if isinstance(layers, str):
+        start, stop, step = ([int(part) if part else None for part in layers.split(":")] + [None])[:3]
+        first = inside(start, num_layers) if start is not None else 0
+        end = inside(stop, num_layers) if stop is not None else num_layers
+        chosen = list(range(first, end, step or 1))
+    else:
+        chosen = sorted(inside(index, num_layers - 1) for index in layers)
+    if not chosen:
+        raise LayerRangeError(f"the layer range {layers!r} names none of the decoder's {num_layers} layers; name one")
+    if len(set(chosen)) < len(chosen):
+        raise LayerRangeError(f"the layer range {layers!r} names a layer twice; name each layer once")
+    return tuple(chosen)
+
+
+def check_separate(separate: str) -> None:
+    """Refuse an unknown sharing mode.
+
+    Raises:
+        MethodError: not "none", "shared" or "per-task".
+    """
+    if separate not in ("none", "shared", "per-task"):
+        raise MethodError(f"separate={separate!r} is unknown; use 'none', 'shared' or 'per-task'")
+
+
+def deepest(layers: tuple[int, ...], strength: float) -> frozenset[int]:
+    """The share `strength` of ascending `layers` that a schedule has switched on, from the deep end.
+
+    Example:
+        >>> sorted(deepest((2, 4, 6, 8), 0.5))
+        [6, 8]
+    """
+    count = int(strength * len(layers) + 1e-9)
+    return frozenset(layers[len(layers) - count :])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When dropping sets in: dense before `start`, growing for `steps`, dense again for the last `dense_tail` steps.
+
+    strength(t) = clip((t - start) / steps, 0, 1), and 0 for t >= total - dense_tail
+
+    Args:
+        start: first optimiser step of the growth.
+        steps: optimiser steps until the method is whole; 0 switches it on at once.
+        dense_tail: optimiser steps at the end of training that run dense.
+
+    Raises:
+        MethodError: a negative number.
+
+    Example:
+        >>> Schedule(start=100, steps=200).strength(150)
+        0.25
+    """
+
+    start: int = 0
+    steps: int = 0
+    dense_tail: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise MethodError(f"Schedule({name}={value!r}): expected a number of steps, 0 or more")
+
+    @property
+    def final(self) -> float:
+        """The strength that training ends with, and that a model is therefore evaluated with."""
+        return 0.0 if self.dense_tail else 1.0
+
+    def strength(self, step: int, total_steps: int | None = None) -> float:
+        """The share of the method that is on at optimiser step `step` of `total_steps`.
+
+        Raises:
+            MethodError: a dense tail, and no known end to count it from.
+        """
+        if self.dense_tail:
+            if total_steps is None:
+                raise MethodError(
+                    f"Schedule(dense_tail={self.dense_tail}) needs the number of training steps, which is unbounded "
+                    "here; give the Trainer max_steps or max_epochs"
+                )
+            if step >= total_steps - self.dense_tail:
+                return 0.0
+        if step < self.start:
+            return 0.0
+        return min(1.0, (step - self.start) / self.steps) if self.steps else 1.0
