@@ -1,0 +1,110 @@
+"""Counted FLOPs equal the formula exactly."""
+
+import pytest
+import torch
+from helpers import MIXED, batch, dropped, llama, loss_of
+
+import tokendrop as td
+from tokendrop.analysis.flops import LayerCost, TaskCost, counter, head_flops, task_costs
+
+LONG = ["ttt" + "i" * 37 + "t" * 11 + "i" * 9 + "t" * 8, "t" * 5 + "i" * 21 + "t" * 13]
+BATCHES = {
+    "dense": (["tiittt", "tittti"], "dd"),
+    "himix": (["tiittt", "tittti"], "uu"),
+    "hmgen": (["tiittt", "tittti"], "gg"),
+    "mixed": MIXED,
+    "text": (["tttttt", "ttt"], "ug"),
+    "one row": (["iiiii"], "u"),
+    "long": (LONG, "ug"),
+}
+SIZES = [{}, {"num_key_value_heads": 4, "intermediate_size": 80, "layers": 3}, {"head_dim": 16, "vocab_size": 70}]
+
+
+def counted(base, methods, made, **kwargs):
+    """Counted forward, counted backward, and the costs by formula."""
+    model, drop = dropped(base, methods, **kwargs)
+    with drop.layout(made.layout()) as plan:
+        with counter() as forward:
+            logits = model(input_ids=made.ids, attention_mask=made.mask, use_cache=False).logits
+        with counter() as backward:
+            loss_of(logits, made.labels).backward()
+        costs = task_costs(drop, plan, made.tasks)
+    return forward.get_total_flops(), backward.get_total_flops(), costs, (drop, plan)
+
+
+def methods_with(separate):
+    return {"u": td.HiMix("1:", separate), "g": td.HMGen("1:3", separate), "d": None}
+
+
+def forward_formula(drop, plan):
+    """The forward alone."""
+    layer, total = LayerCost.of(drop.decoder_layers[0], drop.spec), 0
+    for span in plan.spans:
+        for group in span.groups:
+            rows = plan.shape[1] if group.active is None else group.active.index.shape[1]
+            context = 0 if group.context is None else group.context.index.shape[1]
+            total += (span.stop - span.start) * len(group.members) * layer.forward(rows, context)
+    return total + plan.shape[0] * plan.shape[1] * head_flops(drop)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("separate", ["none", "shared", "per-task"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_counted_is_the_formula(name, separate, attn):
+    made = batch(*BATCHES[name], side="left")
+    forward, backward, costs, made_plan = counted(llama(attn), methods_with(separate), made)
+    assert forward == forward_formula(*made_plan)
+    assert forward + backward == sum(cost.flops for cost in costs.values())
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", ["dense", "mixed"])
+def test_other_sizes(name, sizes, attn):
+    made = batch(*BATCHES[name])
+    forward, backward, costs, _ = counted(llama(attn, **sizes), methods_with("shared"), made, multiple=4)
+    assert forward + backward == sum(cost.flops for cost in costs.values())
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_dense_cost_is_what_the_untouched_model_counts(attn):
+    made, model = batch(*MIXED), llama(attn)
+    with counter() as count:
+        loss_of(model(input_ids=made.ids, attention_mask=made.mask, use_cache=False).logits, made.labels).backward()
+    costs = counted(model, methods_with("none"), made)[2]
+    assert count.get_total_flops() == sum(cost.dense_flops for cost in costs.values())
+
+
+def test_by_hand():
+    """Two samples of 4 text and 2 image tokens, 4 layers, HiMix from layer 1 on, written out from method.md."""
+    d, kv, inner, vocab, text, image = 32, 16, 48, 50, 4, 2
+    row = 2 * (2 * d * d + 2 * d * kv + 3 * d * inner)
+    dense = 6 * row + 4 * 6 * 6 * d
+    context = text * row + image * 2 * 2 * d * kv + 4 * text * (text + image) * d
+    head = 6 * 2 * d * vocab
+    forward, _, costs, _ = counted(llama(), {"u": td.HiMix("1:")}, batch(["tiittt", "tittti"], "uu"))
+    assert forward == 2 * (dense + 3 * context + head)
+    (cost,) = costs.values()
+    assert cost.kept_ratio == (6 + 3 * 4) / 24
+    assert cost.dense_token_layers == 2 * 24
+
+
+def test_costs_belong_to_their_tasks():
+    """A mixed batch costs what its samples cost alone, where nothing is rounded up."""
+    samples, methods = ["tiittt", "tiittt", "ttiitt"], methods_with("none")
+    mixed = counted(llama(), methods, batch(samples, "ugu"))[2]
+    alone = {task: counted(llama(), methods, batch(["tiittt"], task))[2][task] for task in "ug"}
+    assert mixed == {"u": alone["u"] + alone["u"], "g": alone["g"]}
+    assert mixed["u"].flops_ratio < 1
+    assert TaskCost(1, 2, 3, 4) + TaskCost(1, 2, 3, 4) == TaskCost(2, 4, 6, 8)
+
+
+def test_counter_sees_attention_on_the_cpu():
+    q = torch.ones(1, 2, 3, 4, requires_grad=True)
+    k = torch.ones(1, 2, 5, 4, requires_grad=True)
+    with counter() as count:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    assert count.get_total_flops() == 2 * 2 * 3 * 5 * (4 + 4)
+    with counter() as count:
+        out.sum().backward()
+    assert count.get_total_flops() == 2 * 2 * 3 * 5 * 5 * 4

@@ -1,0 +1,128 @@
+"""The demo from the command line: its files and what it prints, at the smallest size that runs."""
+
+import io
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tokendrop.analysis.report import Table
+from tokendrop.cli import app, print_table
+from tokendrop.errors import LayerRangeError
+from tokendrop.unified import runner, study, summary
+from tokendrop.unified.images import DemoDependencyError
+from tokendrop.unified.study import Study
+
+NAMES = ["U-only", "G-only", "unified", "HiMix-U", "HMGen-G", "share-all", "share-partial", "late"]
+TINY = Study(
+    codes=16, hidden=16, layers=4, heads=2, shallow="1:3:2", steps=2, batch_size=4, val_scenes=4, test_scenes=4,
+    curve_points=1, timing_rounds=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "QUICK", TINY)
+        result = CliRunner().invoke(app, ["demo", "--quick", "--seeds", "2", "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    return result, out
+
+
+@pytest.fixture(scope="module")
+def rows(demo):
+    return json.loads((demo[1] / "results.json").read_text())
+
+
+def test_one_row_for_each_run_and_seed(rows):
+    assert [(row["name"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in NAMES]
+
+
+def test_rows_hold_what_they_promise(rows):
+    for row in rows:
+        for task in ("understanding", "generation"):
+            assert (row[task] is not None) == (task in row["config"]["tasks"])
+            assert row[task] is None or all(math.isfinite(value) for value in row[task].values())
+        assert 0 < row["flops_ratio"] <= 1
+        assert row["step_seconds"] > 0
+        assert row["steps"] == 2 * len(row["config"]["tasks"])
+        assert row["config"]["hidden"] == 16
+        assert {"tokendrop", "torch", "lightning", "transformers", "python"} <= set(row["versions"])
+    assert set(rows[0]["understanding"]) == {"accuracy", "accuracy_se", "nll", "nll_se"}
+    assert set(rows[1]["generation"]) == {"agreement", "agreement_se", "nll", "nll_se", "judge_accuracy"}
+    assert rows[3]["config"]["methods"] == {"understanding": "HiMix(layers=':', separate='none')"}
+
+
+def test_json_goes_to_stdout_alone(demo, rows):
+    assert json.loads(demo[0].stdout) == rows
+
+
+def test_quick_says_so(demo):
+    assert "too short to judge quality" in demo[0].stderr
+    assert "too short to judge quality" in (demo[1] / "report.html").read_text()
+
+
+def test_report_holds_everything_itself(demo):
+    page = (demo[1] / "report.html").read_text()
+    assert all(f">{name}<" in page for name in NAMES)
+    assert not re.search(r"""https?://|(?:src|href)=["'](?!data:)""", page)
+    assert page.count("data:image/png") == 2 + 4 * 6
+    assert "left bold" in page or "left thin" in page
+
+
+def test_table_rounds_to_the_spread_between_seeds():
+    def row(name, seed, accuracy, nll):
+        understanding = {"accuracy": accuracy, "accuracy_se": 0.01, "nll": nll, "nll_se": 0.001}
+        costs = {"flops_ratio": 0.3621, "step_seconds": 0.0377, "step_seconds_spread": 0.0006, "peak_bytes": 2**24}
+        return {"name": name, "seed": seed, "understanding": understanding, "generation": None, **costs}
+
+    rows = [row("U-only", 0, 0.70, 0.30), row("U-only", 1, 0.74, 0.34)]
+    rows += [row("HiMix-U", 0, 0.60, 0.40), row("HiMix-U", 1, 0.70, 0.44)]
+    table = summary.table(rows)
+    assert [len(cells) for cells in table.rows] == [len(table.header)] * 2
+    assert table.rows[0][:4] == ("U-only", "0.72 ±0.03", "0.32 ±0.03", "-")
+    assert table.rows[1][:4] == ("HiMix-U", "0.65 ±0.07", "0.42 ±0.03", "-0.07 ±0.04")
+    assert table.rows[1][4:] == ("-", "-", "-", "0.36", "0.0377 ±0.0006", "16")
+    (one,) = summary.table(rows[:1]).rows
+    assert one[1:3] == ("0.70 ±0.01", "0.300 ±0.001")
+
+
+def test_a_missing_package_is_one_sentence_with_its_cure(tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise DemoDependencyError("run `pip install tokendrop[demo]`")
+
+    monkeypatch.setattr(runner, "run_study", missing)
+    result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.strip() == "DemoDependencyError: run `pip install tokendrop[demo]`"
+
+
+def test_an_error_in_a_worker_ends_the_study():
+    with pytest.raises(LayerRangeError, match="9:12"):
+        runner.run_study(replace(TINY, shallow="9:12"), workers=1)
+
+
+def test_a_bad_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 1
+    assert "FileExistsError" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_table_fits_80_columns_and_breaks_only_before_the_noise():
+    cells = ("1.036 ±0.009", "+0.05 ±0.03", "0.0377 ±0.0006", *["0.71 ±0.02"] * 5, "123")
+    table = Table(summary.HEADER, [("share-partial", *cells)])
+    for width, lines in ((80, 2), (140, 1)):
+        console = Console(width=width, file=io.StringIO())
+        print_table(console, table, ["a note"])
+        printed = console.file.getvalue().splitlines()
+        assert max(map(len, printed)) <= width
+        assert len(printed) == 2 * lines + 1
+        assert printed[lines].split()[:2] == ["share-partial", "1.036"]
+        assert "…" not in "".join(printed)

@@ -1,0 +1,93 @@
+"""The command line."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+
+from tokendrop.analysis.report import Table, render
+from tokendrop.errors import TokenDropError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def main() -> None:
+    """Token dropping for training vision-language models."""
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A minute or two; too short to judge quality.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each run; with several, noise is their spread.")] = 1,
+    out: Annotated[Path, typer.Option(help="Where results.json and report.html go.")] = Path("demo"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
+) -> None:
+    """Train a small unified model on real digits eight ways, and say what dropping saved and cost."""
+    # Imported here: other commands need not wait for transformers.
+    from tokendrop.unified import summary
+    from tokendrop.unified.runner import run_study
+    from tokendrop.unified.study import QUICK, Study
+
+    # No markup: "tokendrop[demo]" in an error is no style.
+    screen, notices = Console(markup=False, highlight=False), Console(stderr=True, markup=False, highlight=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with JobProgress(notices) as progress:
+            finished = run_study(QUICK if quick else Study(), seeds, watch=progress.show)
+    except (TokenDropError, OSError) as error:
+        notices.print(f"{type(error).__name__}: {error}", style="red")
+        raise typer.Exit(1) from error
+    rows = finished.rows()
+    text = json.dumps(rows, indent=1)
+    (out / "results.json").write_text(text + "\n")
+    (out / "report.html").write_text(render("tokendrop demo", summary.report(finished, quick)))
+    if as_json:
+        typer.echo(text)
+    else:
+        print_table(screen, summary.table(rows), summary.notes(rows))
+    if quick:
+        notices.print(summary.QUICK_NOTE, style="yellow")
+    notices.print(f"{out / 'results.json'} and {out / 'report.html'} written")
+
+
+class JobProgress(Progress):
+    """A bar for each job that has begun.
+
+    Args:
+        console: where bars are drawn.
+    """
+
+    def __init__(self, console: Console) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        super().__init__(*columns, console=console)
+        self._bars: dict[str, TaskID] = {}
+
+    def show(self, job: str, done: int, due: int | None) -> None:
+        """Say that a job has done `done` of `due` steps."""
+        bar = self._bars.get(job)
+        if bar is None:
+            bar = self._bars[job] = self.add_task(job, total=due)
+        self.update(bar, completed=done, total=due)
+
+
+def print_table(console: Console, table: Table, notes: Sequence[str]) -> None:
+    """Print a table, and below it what its figures mean."""
+    columns = list(zip(table.header, *table.rows, strict=True))
+    widths = [max(map(len, cells)) for cells in columns]
+    if sum(widths) + len(widths) > console.width:
+        # Each cell breaks between a figure and its noise, and nowhere else.
+        widths = [max(map(len, " ".join(cells).split())) for cells in columns]
+    shown = RichTable(box=None, padding=(0, 1, 0, 0))
+    for index, (name, width) in enumerate(zip(table.header, widths, strict=True)):
+        shown.add_column(name, justify="right" if index else "left", width=width)
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
+    for note in notes:
+        console.print(note, style="dim")

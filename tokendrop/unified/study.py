@@ -1,0 +1,110 @@
+"""The eight runs of the study: one model and its data under eight choices of tasks and methods."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tokendrop.callbacks import TokenDrop
+from tokendrop.methods import AnyMethod, HiMix, HMGen
+from tokendrop.roles import Separate
+from tokendrop.unified.data import TASKS, Scenes
+from tokendrop.unified.datamodule import UnifiedData, Update
+from tokendrop.unified.images import Source
+from tokendrop.unified.model import UnifiedVLM
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which tasks are trained, and the method of each; a task without one is dense."""
+
+    tasks: tuple[str, ...]
+    methods: Mapping[str, AnyMethod]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The size of everything: all runs of a study share it.
+
+    Args:
+        source: "digits" or "mnist".
+        grid: rows and columns of digits in an image.
+        codes: size of the codebook.
+        hidden: width of the decoder.
+        layers: depth of the decoder.
+        heads: attention heads.
+        shallow: the layers that HMGen's image tokens skip.
+        steps: training batches of each task.
+        batch_size: samples in a batch.
+        update: "alternating" or "mixed".
+        learning_rate: its peak.
+        val_scenes: validation scenes of each task, seen `curve_points` times.
+        test_scenes: test scenes of each task.
+        curve_points: points of a learning curve.
+        timing_rounds: timed steps of each configuration and task.
+
+    Example:
+        >>> list(Study().runs())
+        ['U-only', 'G-only', 'unified', 'HiMix-U', 'HMGen-G', 'share-all', 'share-partial', 'late']
+    """
+
+    source: Source = "digits"
+    grid: tuple[int, int] = (1, 2)
+    codes: int = 64
+    hidden: int = 64
+    layers: int = 6
+    heads: int = 4
+    shallow: str = "1:5:2"
+    steps: int = 400
+    batch_size: int = 32
+    update: Update = "alternating"
+    learning_rate: float = 3e-3
+    val_scenes: int = 128
+    test_scenes: int = 512
+    curve_points: int = 8
+    timing_rounds: int = 25
+
+    def runs(self) -> dict[str, Run]:
+        """The eight runs by name."""
+        understanding, generation = TASKS
+
+        def both(first: AnyMethod, separate: Separate) -> dict[str, AnyMethod]:
+            return {understanding: first, generation: HMGen(self.shallow, separate)}
+
+        return {
+            "U-only": Run((understanding,), {}),
+            "G-only": Run((generation,), {}),
+            "unified": Run(TASKS, {}),
+            "HiMix-U": Run((understanding,), {understanding: HiMix()}),
+            "HMGen-G": Run((generation,), {generation: HMGen(self.shallow, "shared")}),
+            "share-all": Run(TASKS, both(HiMix(), "none")),
+            "share-partial": Run(TASKS, both(HiMix(separate="per-task"), "per-task")),
+            "late": Run(TASKS, both(HiMix("2:"), "none")),
+        }
+
+    @property
+    def scenes(self) -> Scenes:
+        """What the data are made of."""
+        return Scenes(self.source, self.grid, self.codes)
+
+    def data(self, run: Run, seed: int) -> UnifiedData:
+        """The batches of a run."""
+        return UnifiedData(
+            self.scenes,
+            run.tasks,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            update=self.update,
+            seed=seed,
+            val_scenes=self.val_scenes,
+            test_scenes=self.test_scenes,
+        )
+
+    def model(self, seed: int) -> UnifiedVLM:
+        """The untrained model, the same for every run of a seed."""
+        return UnifiedVLM(self.scenes, self.hidden, self.layers, self.heads, self.learning_rate, seed)
+
+    def callback(self, run: Run) -> TokenDrop | None:
+        """What drops a run's tokens; None for a dense run."""
+        return TokenDrop(dict(run.methods)) if run.methods else None
+
+
+QUICK = Study(steps=50, val_scenes=64, test_scenes=64, curve_points=4, timing_rounds=7)
