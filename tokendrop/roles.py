@@ -63,7 +63,8 @@ def check_layers(layers: Layers | slice) -> Layers:
         ('2:24:2', (0, 3))
     """
     if isinstance(layers, slice):
-        layers = ":".join("" if part is None else str(part) for part in (layers.start, layers.stop, layers.step or 1))
+        step = 1 if layers.step is None else layers.step
+        layers = ":".join("" if part is None else str(part) for part in (layers.start, layers.stop, step))
     if isinstance(layers, str):
         if not re.fullmatch(r"(-?\d+)?:(-?\d+)?(:[1-9]\d*)?", layers):
             raise LayerRangeError(f"the layer range {layers!r} is no slice; write it as 'start:stop' or 'start:stop:2'")

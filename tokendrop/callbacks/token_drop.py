@@ -10,13 +10,14 @@ from typing import Any
 
 import lightning as L
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from tokendrop.analysis.flops import task_costs
 from tokendrop.callbacks.batch import OURS, batch_layout
 from tokendrop.engine.decoder import decoders, find_layers
 from tokendrop.engine.inject import Handle, apply, check_methods
-from tokendrop.errors import AppliedError, DecoderError, MethodError
+from tokendrop.errors import AppliedError, DecoderError, MethodError, UnsupportedError
 from tokendrop.layout import TokenLayout
 from tokendrop.methods import AnyMethod
 from tokendrop.roles import Schedule
@@ -66,17 +67,25 @@ class TokenDrop(L.Callback):
         self.methods, self.layout, self.schedule = methods, layout, schedule
         self.image_ids, self.consume, self.layers, self.multiple = tuple(image_ids or ()), consume, layers, multiple
         self.handle: Handle | None = None
-        self._entered = ExitStack()
+        self._entered, self._wrapped = ExitStack(), ExitStack()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         others = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, TokenDrop) and one is not self]
         if others:
             raise AppliedError(f"the trainer has {len(others) + 1} TokenDrop callbacks; put all methods into one")
-        self.handle = self._existing(pl_module)
-        if self.handle is None and not self._inject(pl_module):
+        if not self._inject(pl_module):
             for name in ("setup", "configure_model"):
                 self._inject_after(pl_module, name)
+
+    def _inject(self, pl_module: L.LightningModule) -> bool:
+        handle = self._existing(pl_module)
+        if handle is None and self._has_decoder(pl_module):
+            handle = apply(pl_module, self.methods, self.layers, self.multiple)
+        if handle is not None and handle is not self.handle and self.schedule is not None:
+            handle.strength = self.schedule.final
+        self.handle = handle
+        return handle is not None
 
     def _existing(self, pl_module: L.LightningModule) -> Handle | None:
         found = next((module for module in pl_module.modules() if isinstance(module, Handle)), None)
@@ -86,14 +95,6 @@ class TokenDrop(L.Callback):
                 f"{self.methods}; remove the first with its handle's remove()"
             )
         return found
-
-    def _inject(self, pl_module: L.LightningModule) -> bool:
-        if not self._has_decoder(pl_module):
-            return False
-        self.handle = apply(pl_module, self.methods, self.layers, self.multiple)
-        if self.schedule is not None:
-            self.handle.strength = self.schedule.final
-        return True
 
     def _has_decoder(self, pl_module: L.LightningModule) -> bool:
         if self.layers is None:
@@ -112,9 +113,10 @@ class TokenDrop(L.Callback):
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
             if self.handle is None and self._inject(pl_module):
-                _unwrap(pl_module)
+                self._wrapped.close()
             return out
 
+        self._wrapped.callback(_restore, pl_module, name, pl_module.__dict__.get(name))
         pl_module.__dict__[name] = wrapped
 
     def remove(self) -> None:
@@ -130,12 +132,20 @@ class TokenDrop(L.Callback):
         self.handle = None
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._wrapped.close()
         if self.handle is None:
-            _unwrap(pl_module)
             raise DecoderError(
                 f"{type(pl_module).__name__} has no decoder at the start of the stage; make it in __init__, setup or "
                 "configure_model, or give its layer list as layers='...'"
             )
+        if _unsharded(self.handle):
+            raise UnsupportedError(
+                f"fully_shard took the decoder of {type(pl_module).__name__} without the image-only projections, whose "
+                "gradients would then differ between ranks; where you make the module that is the root of fully_shard, "
+                "call tokendrop.apply on it with the same methods"
+            )
+        if self.schedule is not None and trainer.state.fn == "fit":
+            self.schedule.strength(0, _total_steps(trainer, self.schedule))
 
     def _enter(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         self._entered.close()
@@ -161,6 +171,10 @@ class TokenDrop(L.Callback):
     def _leave(self, *_: Any, **__: Any) -> None:
         self._entered.close()
 
+    def _stop(self, *_: Any, **__: Any) -> None:
+        self._entered.close()
+        self._wrapped.close()
+
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -176,16 +190,26 @@ class TokenDrop(L.Callback):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _start
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _leave
-    on_train_epoch_end = on_exception = teardown = _leave
+    on_train_epoch_end = _leave
+    on_exception = teardown = _stop
 
 
-def _unwrap(pl_module: nn.Module) -> None:
-    for name in ("setup", "configure_model"):
-        pl_module.__dict__.pop(name, None)
+def _unsharded(handle: Handle) -> bool:
+    # FSDP2 averages the parameters inside its roots, and is silent about those outside.
+    roots = [module for module in handle.owner.modules() if isinstance(module, FSDPModule)]
+    added = any(True for _ in handle.layers.parameters())
+    return bool(roots) and added and not any(handle in root.modules() for root in roots)
+
+
+def _restore(pl_module: nn.Module, name: str, before: Any) -> None:
+    pl_module.__dict__.pop(name, None)
+    if before is not None:
+        pl_module.__dict__[name] = before
 
 
 def _total_steps(trainer: L.Trainer, schedule: Schedule) -> int | None:
     if not schedule.dense_tail:
         return None
     steps = trainer.estimated_stepping_batches
-    return int(steps) if steps != float("inf") else None
+    # Lightning says -1 or infinity for training without an end.
+    return int(steps) if 0 <= steps < float("inf") else None

@@ -1,0 +1,119 @@
+"""TokenDrop written in a YAML file, as LightningCLI reads it."""
+
+from typing import get_args
+
+import pytest
+from lit_llama import LIGHTNING_WARNS, Batches, Lit, batch
+
+import tokendrop as td
+from tokendrop.methods import AnyMethod
+
+jsonargparse = pytest.importorskip("jsonargparse", minversion="4.40")
+pytestmark = pytest.mark.filterwarnings(LIGHTNING_WARNS)
+
+
+@pytest.fixture(autouse=True)
+def _no_deprecations(monkeypatch):
+    # jsonargparse 4.53 renamed instantiate_classes to instantiate; Lightning 2.6.6 still calls the former.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+HIMIX = {"class_path": "tokendrop.HiMix", "init_args": {"layers": "1:", "separate": "shared"}}
+HMGEN = {"class_path": "tokendrop.HMGen", "init_args": {"shallow": [1, 2], "separate": "per-task"}}
+
+
+def parsed(init_args):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(td.TokenDrop, "drop")
+    given = parser.parse_object({"drop": {"class_path": "tokendrop.TokenDrop", "init_args": init_args}})
+    return parser.instantiate_classes(given).drop
+
+
+def test_methods_by_task():
+    callback = parsed({"methods": {"understanding": HIMIX, "generation": HMGEN, "captioning": None}})
+    assert callback.methods == {
+        "understanding": td.HiMix("1:", separate="shared"),
+        "generation": td.HMGen((1, 2), separate="per-task"),
+        "captioning": None,
+    }
+
+
+@pytest.mark.parametrize("method", [td.HiMix(), td.HMGen(":")])
+def test_every_method_with_its_defaults_stays_itself(method):
+    # jsonargparse drops the class path of a dataclass in a union, and takes the first class whose fields fit: no two
+    # methods may have the same fields.
+    init_args = {"shallow": ":"} if isinstance(method, td.HMGen) else {}
+    written = {"class_path": f"tokendrop.{type(method).__name__}", "init_args": init_args}
+    assert parsed({"methods": {"u": written}}).methods == {"u": method}
+    assert parsed({"methods": written}).methods == method
+
+
+def test_all_methods_are_in_the_test_above():
+    assert set(get_args(AnyMethod)) == {td.HiMix, td.HMGen}
+
+
+def test_one_method_for_whatever_task():
+    assert parsed({"methods": HIMIX}).methods == td.HiMix("1:", separate="shared")
+
+
+def test_the_other_arguments():
+    schedule = {"class_path": "tokendrop.Schedule", "init_args": {"start": 10, "steps": 20, "dense_tail": 5}}
+    plain = {"image_ids": [7, 8], "consume": True, "layers": "model.model.layers", "multiple": 8}
+    callback = parsed({"methods": HIMIX, "schedule": schedule, **plain})
+    assert callback.schedule == td.Schedule(10, 20, 5)
+    assert (callback.image_ids, callback.consume) == ((7, 8), True)
+    assert (callback.layers, callback.multiple) == ("model.model.layers", 8)
+
+
+def test_a_schedule_of_plain_values():
+    assert parsed({"methods": HIMIX, "schedule": {"start": 3, "steps": 4}}).schedule == td.Schedule(3, 4)
+
+
+@pytest.mark.parametrize("init_args", [{"layers": "1-2"}, {"separate": "sometimes"}, {"depth": 3}])
+def test_bad_values_are_refused(init_args):
+    bad = {"class_path": "tokendrop.HiMix", "init_args": init_args}
+    with pytest.raises((jsonargparse.ArgumentError, ValueError)):
+        parsed({"methods": {"u": bad}})
+
+
+YAML = """
+trainer:
+  logger: false
+  max_epochs: 1
+  accelerator: cpu
+  devices: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  callbacks:
+    - class_path: tokendrop.TokenDrop
+      init_args:
+        methods:
+          u:
+            class_path: tokendrop.HiMix
+            init_args:
+              layers: "1:"
+              separate: shared
+          g:
+            class_path: tokendrop.HMGen
+            init_args:
+              shallow: "1:3:2"
+        schedule:
+          class_path: tokendrop.Schedule
+          init_args:
+            start: 1
+"""
+
+
+def test_lightning_cli_trains_what_a_yaml_file_says(tmp_path, monkeypatch):
+    from lightning.pytorch.cli import LightningCLI
+
+    (tmp_path / "config.yaml").write_text(YAML)
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
+    cli = LightningCLI(Lit, run=False, save_config_callback=None, seed_everything_default=False)
+    callback = next(one for one in cli.trainer.callbacks if isinstance(one, td.TokenDrop))
+    assert callback.methods == {"u": td.HiMix("1:", separate="shared"), "g": td.HMGen("1:3:2")}
+    assert callback.schedule == td.Schedule(start=1)
+    cli.trainer.fit(cli.model, Batches(batch(0, "u"), batch(1, "u")))
+    assert cli.trainer.logged_metrics["tokendrop/kept_ratio/u"] == (16 + 3 * 8) / 64
+    assert len(callback.handle.layers[1]["image"]) == 2
