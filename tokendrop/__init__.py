@@ -1,7 +1,10 @@
 """Token dropping for training vision-language models: one Lightning callback, any decoder."""
 
+from tokendrop.analysis.inspection import Inspection, inspect
 from tokendrop.callbacks import TokenDrop
-from tokendrop.engine.inject import Handle, apply, handle
+from tokendrop.engine.drop_layers import DropLayers
+from tokendrop.engine.handle import Handle, handle
+from tokendrop.engine.inject import apply
 from tokendrop.errors import (
     AppliedError,
     BatchError,
@@ -18,7 +21,7 @@ from tokendrop.errors import (
 )
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
-from tokendrop.methods import HiMix, HMGen
+from tokendrop.methods import Drop, HiMix, HMGen
 from tokendrop.roles import Role, Schedule
 
 __version__ = "0.1.0"
@@ -27,9 +30,12 @@ __all__ = [
     "AppliedError",
     "BatchError",
     "DecoderError",
+    "Drop",
+    "DropLayers",
     "HMGen",
     "Handle",
     "HiMix",
+    "Inspection",
     "LayerRangeError",
     "LayoutError",
     "LayoutTypeError",
@@ -47,5 +53,6 @@ __all__ = [
     "apply",
     "gather_tokens",
     "handle",
+    "inspect",
     "scatter_tokens",
 ]

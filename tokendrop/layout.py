@@ -130,16 +130,22 @@ class TokenLayout:
             >>> TokenLayout.from_ids(torch.tensor([[1, 7, 8, 2]]), range(7, 9)).image.tolist()
             [[False, True, True, False]]
         """
-        if not isinstance(input_ids, Tensor) or input_ids.dtype.is_floating_point or input_ids.dim() != 2:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in _INTEGERS or input_ids.dim() != 2:
             raise LayoutTypeError(f"input_ids: expected a (B, T) integer tensor; found {_describe(input_ids)}")
-        values = [image_ids] if isinstance(image_ids, int) else image_ids
-        if not isinstance(values, Tensor):
-            values = torch.tensor(list(values))
-        if values.numel() == 0 or values.dtype.is_floating_point:
-            raise LayoutTypeError(f"image_ids: expected at least one vocabulary id; found {image_ids!r}")
-        values = values.to(input_ids.device)
+        values = _id_tensor(image_ids).to(input_ids.device)
         padding = None if attention_mask is None else attention_mask != 0
         return cls(torch.isin(input_ids, values), task, None, padding, labels, values)
+
+
+def _id_tensor(image_ids: object) -> Tensor:
+    ids = image_ids
+    if not isinstance(ids, Tensor):
+        listed = list(ids) if isinstance(ids, Iterable) else [ids]
+        if listed and all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
+            ids = torch.tensor(listed)
+    if not isinstance(ids, Tensor) or ids.numel() == 0 or ids.dtype not in _INTEGERS:
+        raise LayoutTypeError(f"image_ids: expected one vocabulary id, or several; found {image_ids!r}")
+    return ids.flatten()
 
 
 def _describe(value: object) -> str:

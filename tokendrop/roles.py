@@ -4,10 +4,12 @@ Shape letters: L layers.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from tokendrop.errors import LayerRangeError, MethodError
 
@@ -24,12 +26,68 @@ class Role(IntEnum):
     GONE = 3  # has left for good
 
 
+class Scoring(NamedTuple):
+    """What a score may look at, at the entry of a span.
+
+    Args:
+        states: (B, T, D) hidden states.
+        image: (B, T) bool, the image tokens still there.
+        samples: (B,) int64, the index of each sample in the global batch.
+        layer: the layer being entered.
+        seed: of the method.
+        step: (2,) int64, of training: the optimiser step and the micro-batch.
+    """
+
+    states: Tensor
+    image: Tensor
+    samples: Tensor
+    layer: int
+    seed: int
+    step: Tensor
+
+
+@dataclass(frozen=True)
+class Select:
+    """Which image tokens stay ACTIVE in a span: those with the highest scores at its entry.
+
+    Args:
+        keep: a share of the sample's image tokens, or a count.
+        score: `Scoring` -> (B, T) float, higher is kept.
+        layer: the layer at whose entry the selection is made.
+        seed: for scores that draw.
+        strength: 1 for the whole method; below, more are kept.
+    """
+
+    keep: float | int
+    score: Callable[[Scoring], Tensor]
+    layer: int
+    seed: int = 0
+    strength: float = 1.0
+
+    def count(self, images: int) -> int:
+        """How many of a sample's image tokens are kept: the share rounded to nearest and at least 1, or the count.
+
+        Example:
+            >>> Select(0.5, lambda scoring: scoring.states, layer=2).count(5)
+            2
+        """
+        least = min(images, max(1, round(self.keep * images)) if isinstance(self.keep, float) else self.keep)
+        return images - int(self.strength * (images - least) + 1e-9)
+
+
 @dataclass(frozen=True)
 class LayerRoute:
-    """What image tokens do in one layer, and which projections ("q", "k", "v") are their own there."""
+    """What image tokens do in one layer.
+
+    Args:
+        image: their role; with `select`, that of the tokens it does not keep.
+        separate: the projections ("q", "k", "v") that are their own.
+        select: which of them stay ACTIVE; None for none.
+    """
 
     image: Role = Role.ACTIVE
     separate: frozenset[str] = frozenset()
+    select: Select | None = None
 
 
 Route = tuple[LayerRoute, ...]

@@ -6,16 +6,16 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, D hidden, H h
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokendrop.engine.decoder import LayerSpec
-from tokendrop.engine.inject import Handle
+from tokendrop.engine.decoder import LayerSpec, is_linear, linear_shape
+from tokendrop.engine.handle import Handle
 from tokendrop.engine.plan import Plan
-from tokendrop.engine.projections import own_linear
 
 _cpu = torch.ops.aten
 
@@ -70,15 +70,14 @@ class LayerCost:
     @classmethod
     def of(cls, layer: nn.Module, spec: LayerSpec) -> "LayerCost":
         """The cost of a layer, from the shapes of its linears."""
-        linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-        width = own_linear(layer, spec, "q").out_features if spec.linears else 0
-        context = [own_linear(layer, spec, letter) for letter in "kv"] if spec.linears else []
-        recomputes = spec.backend(layer) != "eager"
+        weights = [prod(linear_shape(module)) for module in layer.modules() if is_linear(module)]
+        widths = {"q": 0, "k": 0, "v": 0} if spec.separate_refusal() else spec.widths(layer)
+        inputs = 0 if spec.separate_refusal() else linear_shape(spec.linear(layer, "k"))[1]
         return cls(
-            row=2 * sum(linear.weight.numel() for linear in linears),
-            context_row=2 * sum(linear.weight.numel() for linear in context),
-            pair=4 * width,
-            pair_backward=(10 if recomputes else 8) * width,
+            row=2 * sum(weights),
+            context_row=2 * inputs * (widths["k"] + widths["v"]),
+            pair=4 * widths["q"],
+            pair_backward=(8 if spec.backend(layer) == "eager" else 10) * widths["q"],
         )
 
     def forward(self, rows: int, context: int = 0) -> int:
@@ -142,8 +141,7 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
         costs[task] += TaskCost(0, tokens * layers, head, head + dense * layers)
     for span in plan.spans:
         for group in span.groups:
-            rows = tokens if group.active is None else group.active.index.shape[1]
-            context = 0 if group.context is None else group.context.index.shape[1]
+            rows, context = group.size, group.context_size
             depth = span.stop - span.start
             one = depth * (layer.forward(rows, context) + layer.backward(rows, context))
             for member in group.members:

@@ -64,8 +64,8 @@ def _rows(batch: Mapping[str, Any], key: str) -> Tensor | None:
 def _config_ids(module: nn.Module) -> tuple[int, ...]:
     for part in module.modules():
         config = getattr(part, "config", None)
-        for name in ("image_token_id", "image_token_index"):
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                return (value,)
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        found = tuple(getattr(config, name) for name in names if isinstance(getattr(config, name, None), int))
+        if found:
+            return tuple(dict.fromkeys(found))
     return ()

@@ -10,14 +10,14 @@ from typing import Any
 
 import lightning as L
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from tokendrop.analysis.flops import task_costs
 from tokendrop.callbacks.batch import OURS, batch_layout
 from tokendrop.engine.decoder import decoders, find_layers
-from tokendrop.engine.inject import Handle, apply, check_methods
-from tokendrop.errors import AppliedError, DecoderError, MethodError, UnsupportedError
+from tokendrop.engine.handle import Handle
+from tokendrop.engine.inject import apply, check_methods
+from tokendrop.errors import AppliedError, DecoderError, LayoutTypeError, MethodError
 from tokendrop.layout import TokenLayout
 from tokendrop.methods import AnyMethod
 from tokendrop.roles import Schedule
@@ -138,23 +138,21 @@ class TokenDrop(L.Callback):
                 f"{type(pl_module).__name__} has no decoder at the start of the stage; make it in __init__, setup or "
                 "configure_model, or give its layer list as layers='...'"
             )
-        if _unsharded(self.handle):
-            raise UnsupportedError(
-                f"fully_shard took the decoder of {type(pl_module).__name__} without the image-only projections, whose "
-                "gradients would then differ between ranks; where you make the module that is the root of fully_shard, "
-                "call tokendrop.apply on it with the same methods"
-            )
+        self.handle.check_sharding()
         if self.schedule is not None and trainer.state.fn == "fit":
             self.schedule.strength(0, _total_steps(trainer, self.schedule))
 
-    def _enter(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+    def _enter(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self._entered.close()
         if self.handle is None:
             raise AppliedError("TokenDrop has no handle; was it removed while the trainer runs?")
         if self.schedule is not None and trainer.state.fn == "fit":
             self.handle.strength = self.schedule.strength(trainer.global_step, _total_steps(trainer, self.schedule))
         layout = self.layout(batch) if self.layout else batch_layout(batch, pl_module, self.image_ids)
-        plan = self._entered.enter_context(self.handle.layout(layout))
+        if not isinstance(layout, TokenLayout):
+            raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
+        step, first = (trainer.global_step, batch_idx), trainer.global_rank * len(layout.image)
+        plan = self._entered.enter_context(self.handle.layout(layout, step, first))
         if self.consume and isinstance(batch, MutableMapping):
             for key in OURS:
                 batch.pop(key, None)
@@ -179,26 +177,19 @@ class TokenDrop(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._enter(trainer, pl_module, batch)
+        self._enter(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._enter(trainer, pl_module, batch)
+        self._enter(trainer, pl_module, batch, batch_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _start
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _leave
     on_train_epoch_end = _leave
     on_exception = teardown = _stop
-
-
-def _unsharded(handle: Handle) -> bool:
-    # FSDP2 averages the parameters inside its roots, and is silent about those outside.
-    roots = [module for module in handle.owner.modules() if isinstance(module, FSDPModule)]
-    added = any(True for _ in handle.layers.parameters())
-    return bool(roots) and added and not any(handle in root.modules() for root in roots)
 
 
 def _restore(pl_module: nn.Module, name: str, before: Any) -> None:

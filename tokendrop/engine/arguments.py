@@ -3,49 +3,73 @@
 Shape letters: B batch, T tokens, K computed rows, M context rows, H heads.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokendrop.engine.plan import Group, Rows
+from tokendrop.engine.plan import Group
+from tokendrop.engine.rows import Rows
 from tokendrop.errors import UnsupportedError
 
-MASK = "attention_mask"
+
+@dataclass(frozen=True)
+class Form:
+    """What the arguments of a layer call look like.
+
+    Args:
+        shape: (B, T).
+        mask: name of the argument that takes the attention mask, if any.
+        float_mask: the dtype of the masks that the attention takes; None for bool.
+        merged: whether a cache returns the keys of all tokens in order.
+    """
+
+    shape: tuple[int, int]
+    mask: str | None
+    float_mask: torch.dtype | None
+    merged: bool
 
 
-def compact(
-    named: dict[str, Any], group: Group, shape: tuple[int, int], float_mask: torch.dtype | None
-) -> dict[str, Any]:
+def compact(named: dict[str, Any], group: Group, form: Form) -> dict[str, Any]:
     """The arguments that the computing rows of `group` need.
 
     Args:
         named: the layer's arguments by name, for all (B, T) tokens.
         group: the samples and rows.
-        shape: (B, T).
-        float_mask: the dtype of the masks that the attention takes; None for bool.
+        form: what they look like.
 
     Raises:
-        UnsupportedError: a mask that is no tensor.
+        UnsupportedError: a mask that is no tensor, or a tensor whose rows cannot be told from its shape.
     """
     if group.whole and group.active is None:
         return named
-    out = {name: select(value, group, group.active, shape) for name, value in named.items() if name != MASK}
-    if MASK in named:
-        out[MASK] = compact_mask(named[MASK], group, shape, float_mask)
-    return out
+    return {
+        name: compact_mask(value, group, form)
+        if name == form.mask
+        else _square(name, value, group, form)
+        if _is_square(value, form)
+        else select(value, group, group.active, form.shape, name)
+        for name, value in named.items()
+    }
 
 
-def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int]) -> Any:
-    """The rows of a group in a tensor of (B or 1, T, ...), or in a tuple of these; anything else as it is."""
+def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], name: str) -> Any:
+    """The rows of a group in a tensor of (B or 1, T, ...), or in a tuple of these; anything else as it is.
+
+    Raises:
+        UnsupportedError: a tensor of (T, ...), which could be one row for each token.
+    """
     if isinstance(value, tuple | list):
-        return type(value)(select(item, group, rows, shape) for item in value)
-    if (
-        not isinstance(value, Tensor)
-        or value.dim() < 2
-        or value.shape[1] != shape[1]
-        or len(value) not in (1, shape[0])
-    ):
+        return type(value)(select(item, group, rows, shape, name) for item in value)
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    if value.shape[1] != shape[1] or len(value) not in (1, shape[0]):
+        if len(value) == shape[1] and rows is not None:
+            raise UnsupportedError(
+                f"the argument {name!r} of shape {tuple(value.shape)} has a row for each of {shape[1]} tokens but no "
+                f"batch dimension; pass it as {(1, *value.shape)}, so that each sample can choose its rows"
+            )
         return value
     if rows is None:
         return value if len(value) == 1 else value[group.samples]
@@ -54,17 +78,17 @@ def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int]) 
     return value[group.samples[:, None], rows.index]
 
 
-def compact_mask(mask: Any, group: Group, shape: tuple[int, int], float_mask: torch.dtype | None) -> Any:
+def compact_mask(mask: Any, group: Group, form: Form) -> Any:
     """The attention mask of a group: rows that compute against rows that are seen, by original position.
 
     Args:
         mask: None for causal, (B or 1, T) for padding alone, or (B or 1, H or 1, T, T), bool or additive.
         group: the samples and rows.
-        shape: (B, T).
-        float_mask: the dtype to make a mask in where there is none; None for bool.
+        form: what the arguments look like.
 
     Returns:
-        None where the computing rows stay causal without a mask; else (B, H or 1, K, K + M), context last.
+        None where the computing rows stay causal without a mask; else (B, H or 1, K, K + M), context last, or
+        (B, H or 1, K, T) where a cache returns the keys.
 
     Raises:
         UnsupportedError: a mask that is no tensor.
@@ -75,32 +99,61 @@ def compact_mask(mask: Any, group: Group, shape: tuple[int, int], float_mask: to
             "attn_implementation='sdpa' or 'eager'"
         )
     if mask is not None and mask.dim() == 2:
-        return select(mask, group, group.active, shape)
+        if _is_square(mask, form):
+            return _square(form.mask or "", mask, group, form)
+        return select(mask, group, group.active, form.shape, form.mask or "")
     if mask is None and group.context is None:
         return None
     if group.active is None:
         return mask if mask is None or len(mask) == 1 else mask[group.samples]
+    if form.merged:
+        return _merged_mask(mask, group.active.index, group, form)
     rows, columns, seen, fills = _columns(group.active, group.context)
     if mask is None:
-        return _as_dtype((seen & (columns[:, None] <= rows[:, :, None])[:, None]) | fills, float_mask)
-    mask = mask.expand(shape[0], -1, -1, -1)
+        return _as_dtype((seen & (columns[:, None] <= rows[:, :, None])[:, None]) | fills, form.float_mask)
+    mask = mask.expand(form.shape[0], -1, -1, -1)
     mask = mask[group.samples[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
     if mask.dtype == torch.bool:
         return (mask & seen) | fills
     return mask.masked_fill(~(seen | fills), torch.finfo(mask.dtype).min)
 
 
+def _merged_mask(mask: Tensor | None, rows: Tensor, group: Group, form: Form) -> Tensor:
+    if mask is None:
+        causal = torch.arange(form.shape[1], device=rows.device) <= rows[:, :, None]
+        return _as_dtype(causal[:, None], form.float_mask)
+    return mask.expand(form.shape[0], -1, -1, -1)[group.samples[:, None], :, rows].transpose(1, 2)
+
+
+def _is_square(value: Any, form: Form) -> bool:
+    tokens = form.shape[1]
+    masks = isinstance(value, Tensor) and (value.dtype == torch.bool or value.dtype.is_floating_point)
+    return masks and value.shape == (tokens, tokens) and tokens not in (1, form.shape[0])
+
+
+def _square(name: str, mask: Tensor, group: Group, form: Form) -> Tensor:
+    # One mask for the whole batch serves different rows of each sample only if it is causal.
+    if group.active is None:
+        return mask
+    tokens = form.shape[1]
+    causal = torch.ones_like(mask, dtype=torch.bool).tril()
+    boolean = mask.dtype == torch.bool
+    is_causal = torch.equal(mask if boolean else mask == 0, causal) or (boolean and torch.equal(mask, ~causal))
+    if group.context is not None or not is_causal:
+        raise UnsupportedError(
+            f"the argument {name!r} of shape {tuple(mask.shape)} is one mask for all samples, which keep different "
+            f"rows; pass one of (1, 1, {tokens}, {tokens}), or a causal one"
+        )
+    return mask[: group.size, : group.size]
+
+
 def _columns(active: Rows, context: Rows | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, valid = active.index, _valid(active)
+    rows, valid = active.index, active.valid
     columns = rows if context is None else torch.cat([rows, context.index], 1)
-    seen = valid if context is None else torch.cat([valid, _valid(context)], 1)
+    seen = valid if context is None else torch.cat([valid, context.valid], 1)
     # A row that only fills up sees itself, so that its discarded softmax stays finite.
     own = torch.eye(rows.shape[1], columns.shape[1], dtype=torch.bool, device=rows.device)
     return rows, columns, seen[:, None, None], own & ~valid[:, None, :, None]
-
-
-def _valid(rows: Rows) -> Tensor:
-    return torch.ones_like(rows.index, dtype=torch.bool) if rows.valid is None else rows.valid
 
 
 def _as_dtype(allowed: Tensor, dtype: torch.dtype | None) -> Tensor:

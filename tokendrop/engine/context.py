@@ -1,44 +1,68 @@
-"""CONTEXT keys and values: computed where the layer updates its cache, from frozen states.
+"""CONTEXT keys and values: taken where the layer updates its cache, from frozen states.
 
 Shape letters: B batch, M context rows, K computed rows, D hidden, H heads.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.decoder import LayerSpec
-from tokendrop.engine.plan import Split
-from tokendrop.engine.projections import using
+
+class _CapturedError(Exception):
+    """Raised where a layer has made its keys and values, to end it there."""
 
 
-class ContextKeys:
-    """Stands where a layer expects its cache, and appends the keys and values of the context rows.
+class _Capture:
+    """Stands where a layer expects its cache, and keeps the keys and values it is given."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = keys, values
+        raise _CapturedError
+
+
+def keys_values(
+    layer: nn.Module, forward: Callable[..., Any], states: Tensor, arguments: dict[str, Any], cache: str
+) -> tuple[Tensor, Tensor]:
+    """The keys and values (B, H, M, D / H) that a layer makes of rows, by its own code; nothing behind them runs.
 
     Args:
         layer: the decoder layer.
-        spec: how it is made.
-        states: (B, M, D) hidden states of the context rows, frozen at the entry of their range.
-        arguments: the layer's arguments for these rows.
-        splits: which projections they use.
-        sets: the layer's image-only projections.
+        forward: its own forward, unbound.
+        states: (B, M, D) hidden states at its input.
+        arguments: its arguments for these rows.
+        cache: name of the argument that takes the cache.
+
+    Source: ours.
+    """
+    capture = _Capture()
+    with suppress(_CapturedError):
+        forward(layer, states, **(arguments | {cache: capture}))
+    return capture.keys, capture.values
+
+
+class ContextKeys:
+    """Stands where a layer expects its cache, and appends the keys and values of context rows.
+
+    Args:
+        keys: (B, H, M, D / H).
+        values: (B, H, M, D / H).
+        order: (B, T), puts computing rows and then context rows into token order; None leaves them.
+        cache: the cache behind, which takes them in token order; or None.
     """
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        spec: LayerSpec,
-        states: Tensor,
-        arguments: dict[str, Any],
-        splits: dict[str, Split],
-        sets: nn.ModuleDict,
-    ) -> None:
-        self.layer, self.spec, self.states = layer, spec, states
-        self.arguments, self.splits, self.sets = arguments, splits, sets
+    def __init__(self, keys: Tensor, values: Tensor, order: Tensor | None, cache: Any) -> None:
+        self.keys, self.values, self.order, self.cache = keys, values, order, cache
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, K + M, D / H): those of the computing rows, then those of the context."""
-        with using(self.splits, self.sets):
-            k, v = self.spec.keys_values(self.layer, self.states, self.arguments)
-        return torch.cat([keys, k.to(keys.dtype)], 2), torch.cat([values, v.to(values.dtype)], 2)
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, K + M, D / H) of all rows, or (B, H, T, D / H) in token order."""
+        keys, values = torch.cat([keys, self.keys], 2), torch.cat([values, self.values], 2)
+        if self.order is None:
+            return keys, values
+        index = self.order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        return self.cache.update(keys.gather(2, index), values.gather(2, index), *args, **kwargs)

@@ -1,21 +1,24 @@
 """Find the decoder of a model, and learn by inspection how its layers are called and made.
 
-Shape letters: B batch, T tokens, D hidden, H heads, L layers.
+Shape letters: B batch, T tokens, D hidden, L layers.
 """
 
 import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from tokendrop.errors import DecoderError, UnsupportedError
 
+# Names that the field's decoders share; whatever else differs is found by inspection.
 _ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
+_MASKS = ("attention_mask", "attn_mask", "mask", "src_mask")
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
+_FUSED = {"qkv_proj": False, "c_attn": False, "query_key_value": True}  # True: interleaved by head
+_OUTPUTS = ("o_proj", "dense", "c_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -24,30 +27,26 @@ class LayerSpec:
 
     Args:
         layer_class: the class as its author wrote it.
-        hidden: name of the argument that takes hidden states (B, T, D).
+        parameters: names of its forward's arguments, hidden states (B, T, D) first.
+        mask: name of the argument that takes the attention mask, if any.
         cache: name of the argument that takes the key and value cache, if any.
         attention: name of the attention child, if any.
-        norm: name of the norm in front of attention, if any.
-        linears: attention children that make "q", "k" and "v", by letter; empty where they are not split.
+        linears: attention children that make queries, keys and values, with the letters each makes.
+        interleaved: whether a fused linear orders its outputs by head, then by letter.
     """
 
     layer_class: type[nn.Module]
-    hidden: str
+    parameters: tuple[str, ...]
+    mask: str | None
     cache: str | None
     attention: str | None
-    norm: str | None
     linears: tuple[tuple[str, str], ...]
+    interleaved: bool
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The hidden states of a layer call, and its other arguments by name."""
-        named: dict[str, Any] = {}
-        bound = _signature(self.layer_class).bind(None, *args, **kwargs)
-        for name, value in list(bound.arguments.items())[1:]:
-            if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                named.update(value)
-            else:
-                named[name] = value
-        return named.pop(self.hidden), named
+        named = dict(zip(self.parameters, args, strict=False)) | kwargs
+        return named.pop(self.parameters[0]), named
 
     def backend(self, layer: nn.Module) -> str:
         """The attention implementation a layer runs, "sdpa" where its config names none."""
@@ -56,39 +55,53 @@ class LayerSpec:
 
     def context_refusal(self) -> str | None:
         """Why image tokens cannot be CONTEXT in such layers, or None."""
-        if self.cache is None:
-            return f"{self.layer_class.__name__}.forward takes no key and value cache"
-        if len(self.linears) < 3 or self.norm is None:
-            return f"{self.layer_class.__name__} has no separate q, k and v projections behind a norm"
+        if self.cache is None or self.mask is None:
+            missing = "key and value cache" if self.cache is None else "attention mask"
+            return f"{self.layer_class.__name__}.forward takes no {missing}, through which it would see them"
         return None
 
-    def keys_values(self, layer: nn.Module, states: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, M, D / H) of rows that compute nothing else.
+    def separate_refusal(self) -> str | None:
+        """Why image tokens cannot have projections of their own in such layers, or None."""
+        if {letter for _, letters in self.linears for letter in letters} != set("qkv"):
+            return f"inspection finds no linears for q, k and v in {self.layer_class.__name__}"
+        return None
 
-        k = rotary(k_norm(W_K norm(x))), v = W_V norm(x)
+    def linear(self, layer: nn.Module, letter: str) -> nn.Module:
+        """The layer's own linear that makes "q", "k" or "v"; beneath an adapter where it has one."""
+        name = next(name for name, letters in self.linears if letter in letters)
+        linear = getattr(getattr(layer, self.attention or ""), name)
+        return getattr(linear, "base_layer", linear)
 
-        Args:
-            layer: the decoder layer.
-            states: (B, M, D) hidden states at the layer's input.
-            arguments: the layer's arguments for these rows.
-
-        Source: ours.
-        """
-        attention, names = getattr(layer, self.attention or ""), dict(self.linears)
-        x = getattr(layer, self.norm or "")(states)
-        heads = (*x.shape[:-1], -1, attention.head_dim)
-        k, v = getattr(attention, names["k"])(x).view(heads), getattr(attention, names["v"])(x).view(heads)
-        k_norm = getattr(attention, "k_norm", None)
-        k = (k if k_norm is None else k_norm(k)).transpose(1, 2)
-        rotary = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        if rotary is not None:
-            k = rotary(k[:, :0], k, *arguments["position_embeddings"])[1]
-        return k, v.transpose(1, 2)
+    def widths(self, layer: nn.Module) -> dict[str, int]:
+        """Output features of q, k and v."""
+        if all(len(letters) == 1 for _, letters in self.linears):
+            return {letters: linear_shape(self.linear(layer, letters))[0] for _, letters in self.linears}
+        attention = getattr(layer, self.attention or "")
+        fused = linear_shape(self.linear(layer, "q"))[0]
+        queries = next(linear_shape(getattr(attention, name))[1] for name in _OUTPUTS if hasattr(attention, name))
+        return {"q": queries, "k": (fused - queries) // 2, "v": (fused - queries) // 2}
 
 
-@lru_cache
-def _signature(layer_class: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(layer_class.forward)
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear, also one that stores its weight transposed, such as GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+
+
+def _is_projection(module: nn.Module | None) -> bool:
+    return module is not None and is_linear(getattr(module, "base_layer", module))
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """Output and input features of a linear, also beneath an adapter."""
+    linear = getattr(linear, "base_layer", linear)
+    rows, columns = cast(Tensor, linear.weight).shape
+    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
+
+
+def head_width(layer: nn.Module, spec: LayerSpec) -> int:
+    """Features of one attention head."""
+    attention = getattr(layer, spec.attention or "")
+    return getattr(attention, "head_dim", None) or attention.head_size
 
 
 def layer_spec(layer: nn.Module, layer_class: type[nn.Module]) -> LayerSpec:
@@ -97,23 +110,22 @@ def layer_spec(layer: nn.Module, layer_class: type[nn.Module]) -> LayerSpec:
     Raises:
         UnsupportedError: its forward takes no hidden states by position.
     """
-    parameters = list(_signature(layer_class).parameters.values())[1:]
+    parameters = list(inspect.signature(layer_class.forward).parameters.values())[1:]
     if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         raise UnsupportedError(
-            f"{layer_class.__name__}.forward{_signature(layer_class)} takes no hidden states as its first argument; "
-            "write the layer as forward(hidden_states, ...)"
+            f"{layer_class.__name__}.forward{inspect.signature(layer_class.forward)} takes no hidden states as its "
+            "first argument; write the layer as forward(hidden_states, ...)"
         )
-    names = {parameter.name for parameter in parameters}
+    names = tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
     attention = next((name for name in _ATTENTIONS if isinstance(getattr(layer, name, None), nn.Module)), None)
-    norm = next((name for name, child in layer.named_children() if "Norm" in type(child).__name__), None)
-    holder = getattr(layer, attention) if attention else None
-    linears = tuple(
-        (letter, f"{letter}_proj")
-        for letter in "qkv"
-        if holder is not None and isinstance(getattr(holder, f"{letter}_proj", None), nn.Linear)
-    )
+    children = dict(getattr(layer, attention).named_children()) if attention else {}
+    linears = tuple((f"{x}_proj", x) for x in "qkv" if _is_projection(children.get(f"{x}_proj")))
+    fused = next((name for name in _FUSED if name in children and any(o in children for o in _OUTPUTS)), None)
+    if fused is not None:
+        linears = ((fused, "qkv"),)
     cache = next((name for name in _CACHES if name in names), None)
-    return LayerSpec(layer_class, parameters[0].name, cache, attention, norm, linears)
+    mask = next((name for name in _MASKS if name in names), None)
+    return LayerSpec(layer_class, names, mask, cache, attention, linears, _FUSED.get(fused or "", False))
 
 
 def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -141,7 +153,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     if not found:
         raise DecoderError(
             f"{type(model).__name__} has no list of layers with causal self-attention that inspection can find; give "
-            "its dotted path as layers='...'"
+            "its dotted path as layers='...', or run hand-written layers with DropLayers"
         )
     if len(found) > 1:
         names = " and ".join(repr(name) for name, _ in found)
@@ -161,6 +173,17 @@ def _is_decoder(module: nn.Module) -> bool:
     return isinstance(attention, nn.Module) and getattr(attention, "is_causal", False) is True
 
 
+def deepstack_layers(model: nn.Module) -> int:
+    """How many first layers a vision-language decoder adds visual features between, at full length."""
+    for module in model.modules():
+        indexes = getattr(
+            getattr(getattr(module, "config", None), "vision_config", None), "deepstack_visual_indexes", None
+        )
+        if indexes:
+            return len(indexes)
+    return 0
+
+
 def reentrant(layer: nn.Module) -> bool:
     """Whether a layer recomputes its forward inside a re-entrant backward."""
     function: Callable[..., Any] | None = getattr(layer, "_gradient_checkpointing_func", None)
@@ -173,3 +196,29 @@ def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 or tensor parallelism has already taken a module's parameters."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and any(isinstance(p, distributed.DTensor) for p in module.parameters())
+
+
+def model_from_config(path: str) -> nn.Module:
+    """A model without weights, on the meta device, from the config.json of a Hugging Face model.
+
+    Args:
+        path: that file, or the folder it is in; nothing is downloaded.
+
+    Raises:
+        DecoderError: no such file, or a model class that transformers does not have.
+    """
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DecoderError(f"{path!r} is no Hugging Face config: {error}") from error
+    name = (config.architectures or [""])[0]
+    with torch.device("meta"):
+        if hasattr(transformers, name):
+            return getattr(transformers, name)(config)
+        try:
+            return transformers.AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise DecoderError(f"{path!r} names the architecture {name!r}, which transformers does not have") from error

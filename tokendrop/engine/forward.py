@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.context import ContextKeys
+from tokendrop.engine.context import ContextKeys, keys_values
 from tokendrop.engine.decoder import LayerSpec
-from tokendrop.engine.plan import Split
 from tokendrop.engine.projections import touch, using
+from tokendrop.engine.rows import Split
 
 
 class Call(NamedTuple):
@@ -21,18 +21,20 @@ class Call(NamedTuple):
     Args:
         shape: (B, K) of the group's computing rows.
         arguments: the layer's arguments for them.
-        splits: which projections they use.
+        split: which projections they use.
         context: (B, M, D) states of the context rows, or None.
         context_arguments: the layer's arguments for the context rows.
-        context_splits: which projections these use.
+        context_split: which projections these use.
+        order: (B, T), puts the keys of computing rows and of context rows into token order for a cache; or None.
     """
 
     shape: tuple[int, int]
     arguments: dict[str, Any]
-    splits: dict[str, Split]
+    split: Split | None
     context: Tensor | None
     context_arguments: dict[str, Any]
-    context_splits: dict[str, Split]
+    context_split: Split | None
+    order: Tensor | None
 
 
 class Work(NamedTuple):
@@ -76,19 +78,21 @@ def run(
         if len(work.calls) > 1:
             rows = call.shape[0] * call.shape[1]
             x, at = hidden[0, at : at + rows].view(*call.shape, -1), at + rows
-        with using(call.splits, work.sets):
-            out, rest = split_output(forward(layer, x, **_arguments(layer, call, work)))
+        arguments = _arguments(layer, forward, call, work)
+        with using(call.split, work.sets):
+            out, rest = split_output(forward(layer, x, **arguments))
         outs.append(out)
-    out = outs[0] if len(outs) == 1 else torch.cat([out.flatten(0, 1) for out in outs])[None]
+    out = outs[0] if len(outs) == 1 else torch.cat([out.reshape(1, -1, out.shape[-1]) for out in outs], 1)
     return joined_output(touch(work.sets, out) if torch.is_grad_enabled() else out, rest)
 
 
-def _arguments(layer: nn.Module, call: Call, work: Work) -> dict[str, Any]:
-    spec = work.spec
-    if call.context is None or spec.cache is None:
+def _arguments(layer: nn.Module, forward: Callable[..., Any], call: Call, work: Work) -> dict[str, Any]:
+    cache = work.spec.cache
+    if call.context is None or cache is None:
         return call.arguments
-    keys = ContextKeys(layer, spec, call.context, call.context_arguments, call.context_splits, work.sets)
-    return call.arguments | {spec.cache: keys}
+    with using(call.context_split, work.sets, queries=False):
+        keys, values = keys_values(layer, forward, call.context, call.context_arguments, cache)
+    return call.arguments | {cache: ContextKeys(keys, values, call.order, call.arguments[cache])}
 
 
 def split_output(out: Any) -> tuple[Tensor, tuple[Any, ...] | None]:

@@ -4,43 +4,31 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from tokendrop.engine.rows import Rows, Split, choose_rows, round_up, split_rows
 from tokendrop.errors import NeededRowError
 from tokendrop.layout import IGNORED, TokenLayout
-from tokendrop.roles import LayerRoute, Role, Route
+from tokendrop.roles import LayerRoute, Role, Route, Select
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Some rows of each sample, to a common count.
+class Choice:
+    """A selection to make when a span is entered.
 
     Args:
-        index: (B, K) int64; the chosen rows ascending, then other rows that fill up to K.
-        valid: (B, K) bool, False for rows that fill; None where none does.
+        select: which image tokens stay ACTIVE.
+        kept: (B,) int64, how many of them.
+        counts: (B,) int64, how many rows compute then.
     """
 
-    index: Tensor
-    valid: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Flat rows by the projection they use.
-
-    Args:
-        names: a projection set for each list of rows; None for the layer's own.
-        rows: int64 rows of the flat (B * K) input, for each name.
-        inverse: (B * K,) int64, puts the concatenated outputs back in order.
-    """
-
-    names: tuple[str | None, ...]
-    rows: tuple[Tensor, ...]
-    inverse: Tensor
+    select: Select
+    kept: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,22 +36,35 @@ class Group:
     """The samples of a span whose image tokens have the same role.
 
     Args:
+        role: of their image tokens.
+        number: of the group in its plan.
         members: positions of its samples in the batch.
         samples: (B,) int64, the same.
         whole: whether that is the whole batch.
-        active: rows that compute; None for every row.
+        size: K, the rows that compute in each sample.
+        active: which; None for every row, or until `choice` is made.
         context: rows that are keys and values only; None for none.
-        splits: by letter of "qkv", how the computing rows use projections.
-        context_splits: likewise, for context rows.
+        split: how the computing rows use projections; None where all use the layer's own.
+        context_split: likewise, for context rows.
+        choice: which image tokens stay ACTIVE all the same.
     """
 
+    role: Role
+    number: int
     members: tuple[int, ...]
     samples: Tensor
     whole: bool
+    size: int
     active: Rows | None
     context: Rows | None
-    splits: dict[str, Split] = field(default_factory=dict)
-    context_splits: dict[str, Split] = field(default_factory=dict)
+    split: Split | None = None
+    context_split: Split | None = None
+    choice: Choice | None = None
+
+    @property
+    def context_size(self) -> int:
+        """M, the context rows of each sample."""
+        return 0 if self.context is None else self.context.index.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,9 @@ class Span:
         stop: one past the last layer.
         groups: the samples by role.
         folded: whether rows of several groups travel as one (1, N, D) tensor of the flattened batch.
-        rows: what the compact form holds, of (B, T) or, folded, of (1, B * T); None where the span is dense.
+        rows: what the compact form holds, of (B, T) or, folded, of (1, B * T); None where the span is dense, or until
+            its selections are made.
+        selects: whether a group selects.
     """
 
     start: int
@@ -83,6 +86,7 @@ class Span:
     groups: tuple[Group, ...]
     folded: bool
     rows: Rows | None
+    selects: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,31 +95,23 @@ class Plan:
 
     Args:
         shape: (B, T).
+        layout: what the tokens are.
+        computing: (B, T) bool, the tokens that are no images and whose output may matter.
         spans: ascending, from layer 0 to L.
         span_of: the span of each layer.
         dense: whether every token computes in every layer with the layer's own projections.
+        routed: whether image tokens of these tasks, where there are any, do not.
         has_context: whether any token is CONTEXT anywhere.
     """
 
     shape: tuple[int, int]
+    layout: TokenLayout
+    computing: Tensor
     spans: tuple[Span, ...]
     span_of: tuple[Span, ...]
     dense: bool
+    routed: bool
     has_context: bool
-
-
-def round_up(count: int, tokens: int, multiple: int) -> int:
-    """The row count that a layer computes for `count` selected rows of `tokens`.
-
-    Counts go up to `multiple`, or to T / 16 (as a power of two) where that is less: few distinct shapes, and never
-    more than one row in sixteen added. At least 1 row, at most T.
-
-    Example:
-        >>> round_up(130, 1024, 64), round_up(13, 45, 64)
-        (192, 14)
-    """
-    step = min(multiple, 1 << max(0, (tokens // 16).bit_length() - 1))
-    return min(tokens, max(1, -(-count // step) * step))
 
 
 class Planner:
@@ -126,12 +122,18 @@ class Planner:
         routes: the route of each sample's task.
         names: the projection set of each sample, or None.
         multiple: see `round_up`.
+        caching: whether a cache is filled, so that the samples of a task stay together, images or not.
     """
 
     def __init__(
-        self, layout: TokenLayout, routes: Sequence[Route], names: Sequence[str | None], multiple: int
+        self,
+        layout: TokenLayout,
+        routes: Sequence[Route],
+        names: Sequence[str | None],
+        multiple: int,
+        caching: bool = False,
     ) -> None:
-        self.layout, self.names, self.multiple = layout, names, multiple
+        self.layout, self.names, self.multiple, self.tokens = layout, names, multiple, layout.image.shape[1]
         self.needed = _needed(layout)
         self.computing = ~layout.image & (_real(layout) | self.needed)
         unneeded_image = layout.image & self.needed
@@ -139,7 +141,9 @@ class Planner:
         counts = torch.stack([self.computing.sum(1), layout.image.sum(1), unneeded_image.sum(1)]).tolist()
         self.text, self.images, self.needed_images = counts
         dense: Route = (LayerRoute(),) * len(routes[0])
-        self.routes = [route if count else dense for route, count in zip(routes, self.images, strict=True)]
+        self.routed = any(route != dense for route in routes)
+        kept = [caching or count > 0 for count in self.images]
+        self.routes = [route if keep else dense for route, keep in zip(routes, kept, strict=True)]
         self._groups: dict[tuple[object, ...], Group] = {}
 
     def plan(self) -> Plan:
@@ -155,10 +159,12 @@ class Planner:
             layers = list(run)
             spans.append(self._span(layers[0], layers[-1] + 1, roles))
         span_of = tuple(span for span in spans for _ in range(span.start, span.stop))
-        dense = all(span.rows is None and not any(group.splits for group in span.groups) for span in spans)
+        dense = not any(span.rows or span.selects or any(one.split for one in span.groups) for span in spans)
         has_context = any(group.context is not None for span in spans for group in span.groups)
         batch, tokens = self.layout.image.shape
-        return Plan((batch, tokens), tuple(spans), span_of, dense, has_context)
+        return Plan(
+            (batch, tokens), self.layout, self.computing, tuple(spans), span_of, dense, self.routed, has_context
+        )
 
     def _check_needed(self) -> None:
         for sample, (route, count) in enumerate(zip(self.routes, self.needed_images, strict=True)):
@@ -170,66 +176,65 @@ class Planner:
                 )
 
     def _span(self, start: int, stop: int, roles: tuple[LayerRoute, ...]) -> Span:
-        by_role: dict[Role, list[int]] = {}
+        by_role: dict[tuple[Role, Select | None], list[int]] = {}
         for sample, role in enumerate(roles):
-            by_role.setdefault(role.image, []).append(sample)
-        groups = tuple(self._group(role, tuple(samples), roles) for role, samples in sorted(by_role.items()))
-        if len(groups) == 1:
-            return Span(start, stop, groups, False, groups[0].active)
-        return Span(start, stop, groups, True, self._fold(groups))
+            by_role.setdefault((role.image, role.select), []).append(sample)
+        groups = tuple(self._group(role, select, tuple(samples), roles) for (role, select), samples in by_role.items())
+        selects = any(group.choice is not None for group in groups)
+        return Span(start, stop, groups, len(groups) > 1, None if selects else span_rows(groups, self.tokens), selects)
 
-    def _group(self, role: Role, samples: tuple[int, ...], roles: tuple[LayerRoute, ...]) -> Group:
+    def _group(
+        self, role: Role, select: Select | None, samples: tuple[int, ...], roles: tuple[LayerRoute, ...]
+    ) -> Group:
         owns = tuple(roles[sample].separate for sample in samples)
-        key = (role, samples, owns)
+        key = (role, select, samples, owns)
         if key not in self._groups:
-            self._groups[key] = self._make_group(role, samples, owns)
+            self._groups[key] = self._make_group(role, select, samples, owns)
         return self._groups[key]
 
-    def _make_group(self, role: Role, samples: tuple[int, ...], owns: tuple[frozenset[str], ...]) -> Group:
-        device = self.layout.image.device
-        chosen = torch.tensor(samples, device=device)
-        whole = len(samples) == len(self.layout.image)
+    def _make_group(
+        self, role: Role, select: Select | None, samples: tuple[int, ...], owns: tuple[frozenset[str], ...]
+    ) -> Group:
+        chosen = torch.tensor(samples, device=self.layout.image.device)
+        whole, number = len(samples) == len(self.layout.image), len(self._groups)
         image = self.layout.image[chosen]
-        if role is Role.ACTIVE:
-            return Group(samples, chosen, whole, None, None, self._splits(image, samples, owns))
-        active = self._rows(self.computing[chosen], [self.text[sample] for sample in samples])
+        images, text = [self.images[sample] for sample in samples], [self.text[sample] for sample in samples]
+        if role is Role.ACTIVE or (role is Role.CONTEXT and not any(images)):
+            split = self._split(image, samples, owns)
+            return Group(Role.ACTIVE, number, samples, chosen, whole, self.tokens, None, None, split)
+        if select is not None:
+            kept = [select.count(count) for count in images]
+            counts = [a + b for a, b in zip(text, kept, strict=True)]
+            size = round_up(max(counts), self.tokens, self.multiple)
+            limits = torch.tensor([kept, counts], device=chosen.device)
+            choice = Choice(select, limits[0], limits[1])
+            return Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
+        size = round_up(max(text), self.tokens, self.multiple)
+        active = choose_rows(self.computing[chosen], torch.tensor(text, device=chosen.device), size)
         if role is not Role.CONTEXT:
-            return Group(samples, chosen, whole, active, None)
-        context = self._rows(image, [self.images[sample] for sample in samples])
+            return Group(role, number, samples, chosen, whole, size, active, None)
+        context_size = round_up(max(images), self.tokens, self.multiple)
+        context = choose_rows(image, torch.tensor(images, device=chosen.device), context_size)
         every_row = torch.ones_like(context.index, dtype=torch.bool)
-        return Group(samples, chosen, whole, active, context, {}, self._splits(every_row, samples, owns))
+        split = self._split(every_row, samples, owns)
+        return Group(role, number, samples, chosen, whole, size, active, context, None, split)
 
-    def _rows(self, chosen: Tensor, counts: list[int]) -> Rows:
-        kept = round_up(max(counts), chosen.shape[1], self.multiple)
-        index = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
-        if min(counts) == kept:
-            return Rows(index, None)
-        limits = torch.tensor(counts, device=chosen.device)
-        return Rows(index, torch.arange(kept, device=chosen.device) < limits[:, None])
+    def _split(self, rows: Tensor, samples: tuple[int, ...], owns: tuple[frozenset[str], ...]) -> Split | None:
+        names = tuple(self.names[sample] if own else None for sample, own in zip(samples, owns, strict=True))
+        return split_rows(rows, names) if any(names) else None
 
-    def _splits(self, rows: Tensor, samples: tuple[int, ...], owns: tuple[frozenset[str], ...]) -> dict[str, Split]:
-        splits: dict[str, Split] = {}
-        by_names: dict[tuple[str | None, ...], Split] = {}
-        for letter in sorted(frozenset().union(*owns)):
-            names = tuple(
-                self.names[sample] if letter in own else None for sample, own in zip(samples, owns, strict=True)
-            )
-            if names not in by_names:
-                by_names[names] = _split(rows, names)
-            splits[letter] = by_names[names]
-        return splits
 
-    def _fold(self, groups: tuple[Group, ...]) -> Rows:
-        tokens = self.layout.image.shape[1]
-        every = torch.arange(tokens, device=self.layout.image.device)
-        indices, valids = [], []
-        for group in groups:
-            index = every.expand(len(group.samples), -1) if group.active is None else group.active.index
-            valid = None if group.active is None else group.active.valid
-            indices.append((group.samples[:, None] * tokens + index).flatten())
-            valids.append((torch.ones_like(index, dtype=torch.bool) if valid is None else valid).flatten())
-        valid = None if all(g.active is None or g.active.valid is None for g in groups) else torch.cat(valids)[None]
-        return Rows(torch.cat(indices)[None], valid)
+def span_rows(groups: tuple[Group, ...], tokens: int) -> Rows | None:
+    """The rows that the groups of a span compute, folded to (1, N) of the flattened batch where there are several."""
+    if len(groups) == 1:
+        return groups[0].active
+    indices, valids = [], []
+    for group in groups:
+        every = torch.arange(tokens, device=group.samples.device).expand(len(group.samples), -1)
+        rows = group.active or Rows(every, torch.ones_like(every, dtype=torch.bool))
+        indices.append((group.samples[:, None] * tokens + rows.index).flatten())
+        valids.append(rows.valid.flatten())
+    return Rows(torch.cat(indices)[None], torch.cat(valids)[None])
 
 
 def _needed(layout: TokenLayout) -> Tensor:
@@ -244,12 +249,3 @@ def _real(layout: TokenLayout) -> Tensor:
     if layout.padding is None or layout.labels is None:
         return torch.ones_like(layout.image)
     return layout.padding
-
-
-def _split(rows: Tensor, names: tuple[str | None, ...]) -> Split:
-    sets: list[str | None] = [None, *sorted({name for name in names if name is not None})]
-    owner = torch.tensor([sets.index(name) for name in names], device=rows.device)
-    choice = torch.where(rows, owner[:, None], 0).flatten()
-    parts = [(choice == i).nonzero().flatten() for i in range(len(sets))]
-    used: list[tuple[str | None, Tensor]] = [(name, part) for name, part in zip(sets, parts, strict=True) if len(part)]
-    return Split(tuple(n for n, _ in used), tuple(p for _, p in used), torch.cat([p for _, p in used]).argsort())

@@ -3,76 +3,152 @@
 Shape letters: B batch, K rows, D hidden.
 """
 
-import copy
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.decoder import LayerSpec
-from tokendrop.engine.plan import Split
+from tokendrop.engine.decoder import LayerSpec, head_width
+from tokendrop.engine.rows import Split
 from tokendrop.roles import Method
 
-_current = threading.local()
+
+class _Using(threading.local):
+    """What the linears of this thread do at the moment."""
+
+    def __init__(self) -> None:
+        self.split: Split | None = None
+        self.sets: nn.ModuleDict | None = None
+        self.queries = True
+
+
+_using = _Using()
+
+
+@contextmanager
+def using(split: Split | None, sets: nn.ModuleDict, queries: bool = True) -> Generator[None]:
+    """Split the rows of this thread's linears over the projection `sets` of one layer; without `queries`, make none."""
+    before = _using.split, _using.sets, _using.queries
+    _using.split, _using.sets, _using.queries = split, sets, queries
+    try:
+        yield
+    finally:
+        _using.split, _using.sets, _using.queries = before
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a linear's output features divide.
+
+    Args:
+        letters: what it makes, of "qkv".
+        widths: output features of each letter.
+        heads: number of heads the letters alternate in, 0 where they follow one another.
+        transposed: whether the weight is stored (in, out).
+    """
+
+    letters: str
+    widths: tuple[int, ...]
+    heads: int
+    transposed: bool
+
+    def cut(self, linear: nn.Module, letter: str) -> tuple[Tensor, Tensor | None]:
+        """Weight (out, in) and bias (out,) of one letter."""
+        weight, bias = cast(Tensor, linear.weight), getattr(linear, "bias", None)
+        weight = weight.T if self.transposed else weight
+        return self._rows(weight, letter), None if bias is None else self._rows(bias, letter)
+
+    def _rows(self, value: Tensor, letter: str) -> Tensor:
+        at = self.letters.index(letter)
+        if self.heads:
+            return value.unflatten(0, (self.heads, len(self.letters), -1))[:, at].flatten(0, 1)
+        return value.split(self.widths)[at]
+
+    def join(self, outputs: list[Tensor]) -> Tensor:
+        """The linear's output from that of each letter."""
+        if self.heads:
+            return torch.stack([out.unflatten(-1, (self.heads, -1)) for out in outputs], -2).flatten(-3)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 class _SplitLinear(nn.Module):
-    """Mixin of a layer's own linear: rows of image tokens go through the image-only one."""
+    """Mixin of a layer's own linear: image rows go through the image-only one, and queries can be left out."""
 
-    _tokendrop_base: ClassVar[type[nn.Linear]]
-    _tokendrop_letter: str
+    _tokendrop_base: ClassVar[type[nn.Module]]
+    _tokendrop_parts: Parts
 
     def forward(self, x: Tensor) -> Tensor:
-        own = super().forward
-        split: Split | None = getattr(_current, "splits", {}).get(self._tokendrop_letter)
-        if split is None:
-            return own(x)
+        split, sets = _using.split, _using.sets
+        if split is None or sets is None:
+            return super().forward(x) if _using.queries else self._letters(x, {})
         flat = x.reshape(-1, x.shape[-1])
-        parts = []
+        outputs = []
         for name, rows in zip(split.names, split.rows, strict=True):
-            linear = own if name is None else _current.sets[name][self._tokendrop_letter]
-            parts.append(linear(flat if len(rows) == len(flat) else flat.index_select(0, rows)))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, split.inverse)
+            part = flat if len(rows) == len(flat) else flat.index_select(0, rows)
+            own = {} if name is None else dict(cast(nn.ModuleDict, sets[name]).items())
+            outputs.append(self._letters(part, own))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs).index_select(0, split.inverse)
         return out.view(*x.shape[:-1], -1)
+
+    def _letters(self, x: Tensor, own: Mapping[str, nn.Module]) -> Tensor:
+        parts = self._tokendrop_parts
+        if _using.queries and not own.keys() & set(parts.letters):
+            return super().forward(x)
+        outputs: list[Tensor | None] = [self._letter(x, own, letter) for letter in parts.letters]
+        made = next((out for out in outputs if out is not None), x)
+        # Queries that nobody reads: zeros without memory, which the layer may reshape and rotate.
+        shapes = [(*x.shape[:-1], width) for width in parts.widths]
+        return parts.join(
+            [
+                made.new_zeros(1).expand(shape) if out is None else out
+                for out, shape in zip(outputs, shapes, strict=True)
+            ]
+        )
+
+    def _letter(self, x: Tensor, own: Mapping[str, nn.Module], letter: str) -> Tensor | None:
+        if letter == "q" and not _using.queries:
+            return None
+        if letter in own:
+            return own[letter](x)
+        if len(self._tokendrop_parts.letters) == 1:
+            return super().forward(x)
+        return nn.functional.linear(x, *self._tokendrop_parts.cut(self, letter))
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple[Any, ...]:
         return _rebuild, (self._tokendrop_base,), self.__dict__
 
 
 @lru_cache
-def _split_class(base: type[nn.Linear]) -> type[nn.Linear]:
+def _split_class(base: type[nn.Module]) -> type[nn.Module]:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_tokendrop_base": base}
     return type(base.__name__, (_SplitLinear, base), names)
 
 
-def _rebuild(base: type[nn.Linear]) -> nn.Linear:
+def _rebuild(base: type[nn.Module]) -> nn.Module:
     swapped = _split_class(base)
     return swapped.__new__(swapped)
 
 
-@contextmanager
-def using(splits: dict[str, Split], sets: nn.ModuleDict) -> Generator[None]:
-    """Split the rows of this thread's linears over the projection `sets` of one layer."""
-    before = getattr(_current, "splits", {}), getattr(_current, "sets", None)
-    _current.splits, _current.sets = splits, sets
-    try:
-        yield
-    finally:
-        _current.splits, _current.sets = before
+def _parts(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
+    widths = spec.widths(layer)
+    heads = widths["q"] // head_width(layer, spec) if spec.interleaved else 0
+    transposed = not isinstance(spec.linear(layer, letters[0]), nn.Linear)
+    return Parts(letters, tuple(widths[letter] for letter in letters), heads, transposed)
 
 
-def set_names(methods: dict[str | None, Method]) -> dict[str | None, str]:
+def set_names(methods: Mapping[str | None, Method]) -> dict[str | None, str]:
     """The projection set that each task uses: one for all where "shared", its own where "per-task"."""
     kinds = {"shared": lambda task: "image", "per-task": lambda task: f"image-{task}"}
     return {task: kinds[m.separate](task) for task, m in methods.items() if m.separate != "none"}
 
 
 def make_sets(
-    layers: nn.ModuleList, spec: LayerSpec, methods: dict[str | None, Method], names: dict[str | None, str]
+    layers: nn.ModuleList, spec: LayerSpec, methods: Mapping[str | None, Method], names: Mapping[str | None, str]
 ) -> nn.ModuleList:
     """The image-only projections of each layer, by set and letter, as copies of the text's.
 
@@ -87,34 +163,32 @@ def make_sets(
         wanted: dict[str, set[str]] = {}
         for task, name in names.items():
             wanted.setdefault(name, set()).update(methods[task].route(len(layers))[index].separate)
-        sets.append(
-            nn.ModuleDict(
-                {
-                    name: nn.ModuleDict({letter: _copy(own_linear(layer, spec, letter)) for letter in sorted(letters)})
-                    for name, letters in sorted(wanted.items())
-                    if letters
-                }
-            )
-        )
+        made = {
+            name: nn.ModuleDict({letter: _copy(layer, spec, letter) for letter in sorted(letters)})
+            for name, letters in sorted(wanted.items())
+            if letters
+        }
+        sets.append(nn.ModuleDict(made))
     return sets
 
 
-def own_linear(layer: nn.Module, spec: LayerSpec, letter: str) -> nn.Linear:
-    """A layer's own projection for "q", "k" or "v"."""
-    return getattr(getattr(layer, spec.attention or ""), dict(spec.linears)[letter])
+def _copy(layer: nn.Module, spec: LayerSpec, letter: str) -> nn.Linear:
+    linear = spec.linear(layer, letter)
+    letters = next(letters for _, letters in spec.linears if letter in letters)
+    weight, bias = _parts(layer, spec, letters).cut(linear, letter)
+    copied = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+    copied.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        copied.bias = nn.Parameter(bias.detach().clone())
+    return copied.train(layer.training)
 
 
-def _copy(linear: nn.Linear) -> nn.Linear:
-    return copy.deepcopy(linear).requires_grad_()
-
-
-def swap(layers: nn.ModuleList, spec: LayerSpec, sets: nn.ModuleList) -> None:
-    """Swap the class of each linear that has an image-only counterpart."""
-    for layer, by_name in zip(layers, sets, strict=True):
-        letters = {key.split(".")[1] for key in by_name.state_dict()}
-        for letter in sorted(letters):
-            linear = own_linear(layer, spec, letter)
-            linear.__dict__["_tokendrop_letter"] = letter
+def swap(layers: nn.ModuleList, spec: LayerSpec) -> None:
+    """Swap the class of the linears that make queries, keys and values."""
+    for layer in layers:
+        for _, letters in spec.linears:
+            linear = spec.linear(layer, letters[0])
+            linear.__dict__["_tokendrop_parts"] = _parts(layer, spec, letters)
             linear.__class__ = _split_class(type(linear))
 
 
@@ -123,7 +197,7 @@ def restore(layers: nn.ModuleList) -> None:
     for module in layers.modules():
         base = vars(type(module)).get("_tokendrop_base")
         if isinstance(module, _SplitLinear) and base is not None:
-            del module.__dict__["_tokendrop_letter"]
+            del module.__dict__["_tokendrop_parts"]
             module.__class__ = base
 
 
@@ -135,13 +209,16 @@ def touch(sets: nn.ModuleDict, out: Tensor) -> Tensor:
     return out
 
 
-def fill_missing(sets: nn.ModuleList, prefix: str, layers: str, spec: LayerSpec, state: dict[str, Tensor]) -> None:
+def fill_missing(
+    sets: nn.ModuleList, prefix: str, path: str, layers: nn.ModuleList, spec: LayerSpec, state: dict[str, Tensor]
+) -> None:
     """Give a dense checkpoint the image-only weights it lacks, as copies of its text weights.
 
     Args:
         sets: the image-only projections of each layer.
         prefix: key prefix of `sets` in `state`.
-        layers: key prefix of the decoder's layer list.
+        path: key prefix of the decoder's layer list.
+        layers: that list.
         spec: how the layers are made.
         state: the checkpoint; changed only if it holds no key under `prefix`.
     """
@@ -149,6 +226,9 @@ def fill_missing(sets: nn.ModuleList, prefix: str, layers: str, spec: LayerSpec,
         return
     for key in sets.state_dict():
         index, _, letter, kind = key.split(".")
-        source = f"{layers}.{index}.{spec.attention}.{dict(spec.linears)[letter]}.{kind}"
+        name, letters = next((name, letters) for name, letters in spec.linears if letter in letters)
+        source = f"{path}.{index}.{spec.attention}.{name}.{kind}"
         if source in state:
-            state[prefix + key] = state[source].detach().clone()
+            parts = _parts(layers[int(index)], spec, letters)
+            value = state[source].T if parts.transposed and kind == "weight" else state[source]
+            state[prefix + key] = parts._rows(value, letter).detach().clone(memory_format=torch.contiguous_format)

@@ -5,15 +5,15 @@ Shape letters: B batch, T tokens, D hidden, L layers.
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.decoder import LayerSpec, find_layers, layer_spec
-from tokendrop.engine.projections import own_linear
+from tokendrop.engine.decoder import LayerSpec, find_layers, head_width, layer_spec
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import LayerRoute, Method, Role
+from tokendrop.roles import LayerRoute, Method, Role, Route, Scoring, Select
 
 
 @contextmanager
@@ -24,6 +24,7 @@ def reference(
     sets: Sequence[Any] = (),
     names: Mapping[str | None, str] | None = None,
     layers: str | None = None,
+    step: tuple[int, int] = (0, 0),
 ) -> Generator[None]:
     """Run the forwards of an untouched model inside under the roles of `methods`, densely.
 
@@ -37,45 +38,83 @@ def reference(
         sets: image-only projections of each layer, as `handle.layers`.
         names: task -> projection set, as `handle.names`.
         layers: dotted path of the decoder's layer list.
+        step: the optimiser step and the micro-batch.
 
     Source: ours.
     """
     found = find_layers(model, layers)[1]
     spec = layer_spec(found[0], type(found[0]))
     names = names or {}
-    routes = {task: method.route(len(found)) for task, method in methods.items()}
+    dense = (LayerRoute(),) * len(found)
+    by_task = {task: method.route(len(found)) for task, method in methods.items()}
+    routes = [by_task.get(task, dense) for task in layout.tasks]
+    roles = _Roles(routes, layout, step)
     with ExitStack() as stack:
         for index, layer in enumerate(found):
-            dense = LayerRoute()
-            per_sample = [routes[task][index] if task in routes else dense for task in layout.tasks]
-            roles = torch.tensor([one.image for one in per_sample])[:, None].where(layout.image, int(Role.ACTIVE))
-            for hook in _hooks(layer, spec, roles):
+            for hook in _hooks(layer, spec, partial(roles.of, index)):
                 stack.callback(hook.remove)
-            for letter in "qkv" if names else "":
-                rows = [
-                    (sets[index][names[task]][letter], sample)
-                    for sample, task in enumerate(layout.tasks)
-                    if letter in per_sample[sample].separate
-                ]
-                hook = own_linear(layer, spec, letter).register_forward_hook(_replace(layout.image, rows))
+            rows = [
+                (i, names[task]) for i, task in enumerate(layout.tasks) if routes[i][index].separate and task in names
+            ]
+            for _, letters in spec.linears if rows else ():
+                own = [(sample, sets[index][name]) for sample, name in rows]
+                hook = spec.linear(layer, letters[0]).register_forward_hook(_replace(layer, spec, letters, layout, own))
                 stack.callback(hook.remove)
         yield
 
 
-def _hooks(layer: nn.Module, spec: LayerSpec, roles: Tensor) -> Iterator[Any]:
-    active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
+class _Roles:
+    """The role of each token in each layer of a forward."""
+
+    def __init__(self, routes: list[Route], layout: TokenLayout, step: tuple[int, int]) -> None:
+        self.routes, self.layout, self.step = routes, layout, torch.tensor(step)
+        self.alive: list[list[int]] = []
+        self.kept: list[list[int]] = []
+
+    def of(self, index: int, states: Tensor) -> Tensor:
+        """(B, T) roles in layer `index`, whose input is `states` (B, T, D)."""
+        if index == 0:
+            self.alive = [row.nonzero().flatten().tolist() for row in self.layout.image]
+            self.kept = [[] for _ in self.routes]
+        roles = torch.zeros(self.layout.image.shape, dtype=torch.int64)
+        for sample, route in enumerate(self.routes):
+            select = route[index].select
+            if select is not None and (index == 0 or route[index - 1].select != select):
+                self._select(sample, select, states)
+                if route[index].image is Role.GONE:
+                    self.alive[sample] = self.kept[sample]
+            roles[sample, self.layout.image[sample]] = int(route[index].image)
+            if select is not None:
+                roles[sample, self.kept[sample]] = int(Role.ACTIVE)
+        return roles
+
+    def _select(self, sample: int, select: Select, states: Tensor) -> None:
+        candidates = torch.zeros_like(self.layout.image[sample : sample + 1])
+        candidates[0, self.alive[sample]] = True
+        scoring = Scoring(
+            states[sample : sample + 1], candidates, torch.tensor([sample]), select.layer, select.seed, self.step
+        )
+        scores = select.score(scoring)[0].tolist()
+        count = select.count(int(self.layout.image[sample].sum()))
+        self.kept[sample] = sorted(self.alive[sample], key=lambda token: (-scores[token], token))[:count]
+
+
+def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[[Tensor], Tensor]) -> Iterator[Any]:
     entered: list[Tensor] = []
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         states, named = spec.bind(args, kwargs)
-        entered[:] = [states]
+        roles = roles_of(states)
+        active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
+        entered[:] = [states, active]
         named["attention_mask"] = _mask(named.get("attention_mask"), active, hidden, states, spec.backend(module))
         return (states,), named
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        states = torch.where(active[:, :, None], out[0] if isinstance(out, tuple) else out, entered.pop())
+        before, active = entered
+        states = torch.where(active[:, :, None], out[0] if isinstance(out, tuple) else out, before)
         return (states, *out[1:]) if isinstance(out, tuple) else states
 
     yield layer.register_forward_pre_hook(before, with_kwargs=True)
@@ -94,12 +133,22 @@ def _mask(mask: Tensor | None, active: Tensor, hidden: Tensor, states: Tensor, b
     return (mask & seen) | unused if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
-def _replace(image: Tensor, rows: list[tuple[nn.Module, int]]) -> Callable[..., Tensor]:
+def _replace(
+    layer: nn.Module, spec: LayerSpec, letters: str, layout: TokenLayout, own: list[tuple[int, Any]]
+) -> Callable[..., Tensor]:
+    widths = [spec.widths(layer)[letter] for letter in letters]
+    heads = widths[0] // head_width(layer, spec) if spec.interleaved else 1
+
     def hook(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
         (x,) = args
-        for linear, sample in rows:
-            own = torch.zeros(len(x), dtype=torch.bool).index_fill(0, torch.tensor(sample), True)
-            out = torch.where((own[:, None] & image)[:, :, None], linear(x), out)
+        for sample, by_letter in own:
+            # With heads interleaved, each letter is a slice within each head; else within the whole.
+            pieces = list(out[sample].unflatten(-1, (heads, -1)).split([width // heads for width in widths], -1))
+            for at, letter in enumerate(letters):
+                if letter in by_letter:
+                    pieces[at] = by_letter[letter](x[sample]).unflatten(-1, (heads, -1))
+            replaced = torch.where(layout.image[sample][:, None], torch.cat(pieces, -1).flatten(-2), out[sample])
+            out = torch.cat([out[:sample], replaced[None], out[sample + 1 :]])
         return out
 
     return hook

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.arguments import compact, select
+from tokendrop.engine import generate
+from tokendrop.engine.calls import Made, group_calls
 from tokendrop.engine.decoder import LayerSpec, reentrant
 from tokendrop.engine.forward import Call, Work, joined_output, split_output
-from tokendrop.engine.plan import Group, Plan, Rows, Span
+from tokendrop.engine.plan import Group, Plan, Span
+from tokendrop.engine.selection import Selections
 from tokendrop.errors import LayoutError, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
+from tokendrop.layout import TokenLayout
 
 if TYPE_CHECKING:
-    from tokendrop.engine.inject import Handle
+    from tokendrop.engine.handle import Handle
 
 WORK = "tokendrop_work"
 
@@ -34,35 +37,94 @@ class Binding:
 
 
 @dataclass(eq=False)
-class Frame:
-    """An entered `drop.layout(...)`, or with no plan an entered `drop.disabled()`; holds one forward at a time.
+class Forward:
+    """The state of one forward.
 
     Args:
         plan: what each layer computes.
+        selections: those made so far.
+        cache: the cache that it fills or reads, if any.
+        step: the new tokens, where the cache is not empty.
         next_layer: the layer that runs next.
-        full: (B, T, D), the hidden states as they entered the current span.
-        context: for each group, (B, M, D) states of its context rows in the current span.
-        made: compact arguments made in this forward, by identity of the argument and of the group.
+        span: the one that runs, its selections made.
+        full: (B, T, D), the hidden states as they entered it.
+        context: for each group, (B, M, D) states of its context rows in it.
+        made: compact arguments made so far.
     """
 
-    plan: Plan | None
+    plan: Plan
+    selections: Selections
+    cache: Any = None
+    step: generate.Step | None = None
     next_layer: int = 0
+    span: Span | None = None
     full: Tensor | None = None
     context: tuple[Tensor | None, ...] = ()
-    made: dict[tuple[int, int, str], tuple[Any, Any]] = field(default_factory=dict)
+    made: Made = field(default_factory=dict)
 
-    def reset(self) -> None:
-        """Drop all that the last forward held."""
-        self.next_layer, self.full, self.context = 0, None, ()
-        self.made.clear()
+
+@dataclass(eq=False)
+class Frame:
+    """An entered `drop.layout(...)`.
+
+    Args:
+        layout: what the tokens are.
+        plan: what each layer computes on them.
+        step: (2,) int64, of training, the optimiser step and the micro-batch.
+        first: the index of the first sample in the global batch.
+        forward: the forward under way.
+        cache: the cache that a generation inside has filled.
+        ids: vocabulary ids that the model embedded last, where the layout has image ids.
+        returns_tuple: whether the layers return one.
+    """
+
+    layout: TokenLayout
+    plan: Plan
+    step: Tensor
+    first: int
+    forward: Forward | None = None
+    cache: Any = None
+    ids: Tensor | None = None
+    returns_tuple: bool = False
+
+    def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A pre-hook of the input embeddings, which remembers the ids."""
+        if args and isinstance(args[0], Tensor):
+            self.ids = args[0]
+
+    def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
+        """Begin a forward."""
+        return Forward(plan, Selections(plan, self.step, self.first), cache, step)
+
+    @property
+    def generates(self) -> bool:
+        """Whether a forward may fill or read a cache, and go on behind the layout's tokens."""
+        return self.layout.labels is None and not torch.is_grad_enabled()
+
+    @property
+    def dense(self) -> bool:
+        """Whether layers run as they are called."""
+        return not self.plan.routed if self.generates else self.plan.dense
+
+    def check(self, hidden: Tensor) -> None:
+        """Refuse hidden states of another batch.
+
+        Raises:
+            LayoutError: they are not (B, T, D).
+        """
+        if not self.generates and tuple(hidden.shape[:2]) != self.plan.shape:
+            raise LayoutError(
+                f"the hidden states are {tuple(hidden.shape)}, but the layout is for (B, T) = {self.plan.shape}; enter "
+                "the layout of this very batch"
+            )
 
 
 _local = threading.local()
 
 
-def frames(key: str) -> list[Frame]:
-    """This thread's entered layouts of the handle `key`, innermost last."""
-    by_key: dict[str, list[Frame]] = _local.__dict__.setdefault("frames", {})
+def frames(key: str) -> list[Frame | None]:
+    """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
+    by_key: dict[str, list[Frame | None]] = _local.__dict__.setdefault("frames", {})
     return by_key.setdefault(key, [])
 
 
@@ -88,65 +150,127 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
             "inside `with drop.layout(layout):`, or inside `with drop.disabled():` to run it dense on purpose"
         )
     frame, sets = entered[-1], binding.handle.sets(binding.index)
-    plan = frame.plan
-    if plan is None or plan.dense:
+    if frame is not None and binding.index == 0:
+        frame.check(binding.spec.bind(args, kwargs)[0])
+    if frame is None or frame.dense:
         if len(sets) == 0 or not torch.is_grad_enabled():
             return proceed(*args, **kwargs)
         return proceed(*args, **kwargs, **{WORK: Work(binding.spec, (), sets)})
     hidden, named = binding.spec.bind(args, kwargs)
-    _begin(layer, binding, frame, plan, hidden)
-    span = plan.span_of[binding.index]
-    if binding.index == span.start:
-        hidden = _enter(frame, span, hidden)
-    _drop_cache(binding.spec, named)
-    calls = tuple(_group_call(layer, binding, frame, plan, i, named, hidden) for i in range(len(span.groups)))
-    out = proceed(hidden, **{WORK: Work(binding.spec, calls, sets)})
-    if binding.index == span.stop - 1:
-        states, rest = split_output(out)
-        out = joined_output(_leave(frame, span, states), rest)
-    if frame.next_layer == len(plan.span_of):
-        frame.reset()
+    forward = _forward(layer, binding, frame, hidden, named)
+    out = (_decode if forward.step else _run)(layer, binding, frame, forward, proceed, hidden, named)
+    if forward.next_layer == len(forward.plan.span_of):
+        frame.forward = None
     return out
 
 
-def _begin(layer: nn.Module, binding: Binding, frame: Frame, plan: Plan, hidden: Tensor) -> None:
-    name = f"{type(layer).__name__} {binding.index}"
+def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
+    name, forward = f"{type(layer).__name__} {binding.index}", frame.forward
     if binding.index == 0:
-        frame.reset()
-        if tuple(hidden.shape[:2]) != plan.shape:
-            raise LayoutError(
-                f"the hidden states are {tuple(hidden.shape)}, but the layout is for (B, T) = {plan.shape}; enter the "
-                "layout of this very batch"
-            )
-    elif binding.index != frame.next_layer:
+        forward = frame.forward = _begin(binding, frame, hidden, named)
+    elif forward is None or binding.index != forward.next_layer:
+        due = 0 if forward is None else forward.next_layer
         raise UnsupportedError(
-            f"{name} was called where layer {frame.next_layer} was due; each layer runs once, in order. A recompute "
-            "wrapped around whole layers does this: use the model's own gradient_checkpointing_enable()"
+            f"{name} was called where layer {due} was due; each layer runs once, in order. A recompute wrapped around "
+            "whole layers does this: use the model's own activation checkpointing"
         )
-    if reentrant(layer) and (len(binding.handle.sets(binding.index)) or plan.has_context):
+    if reentrant(layer) and (len(binding.handle.sets(binding.index)) or forward.plan.has_context):
         raise UnsupportedError(
             f"{name} recomputes inside a re-entrant backward, where gradients of CONTEXT states and image-only "
-            "projections are lost; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            "projections are lost; recompute with {'use_reentrant': False}"
         )
-    frame.next_layer = binding.index + 1
+    forward.next_layer = binding.index + 1
+    return forward
 
 
-def _enter(frame: Frame, span: Span, full: Tensor) -> Tensor:
+def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
+    layout, plan, handle = frame.layout, frame.plan, binding.handle
+    batch, tokens = hidden.shape[:2]
+    cache = named.get(binding.spec.cache) if binding.spec.cache else None
+    stored = 0 if cache is None else int(cache.get_seq_length())
+    if not frame.generates:
+        if stored:
+            raise UnsupportedError(f"a cache with {stored} tokens reached a training forward; pass use_cache=False")
+        return frame.start(plan)
+    if not stored:
+        frame.cache = cache
+        if cache is None and (batch, tokens) == plan.shape:
+            return frame.start(plan)
+        return frame.start(handle.plan(generate.grown(layout, (batch, tokens), frame.ids), cache is not None), cache)
+    if cache is not frame.cache:
+        raise UnsupportedError(
+            f"a cache with {stored} tokens was not filled inside this layout; generate from the prompt on inside it"
+        )
+    image = generate.image_ids(layout, frame.ids, (batch, tokens), hidden.device)
+    times = batch // len(layout.image)
+    routes = tuple(handle.route_of(handle.key_of(task)) for task in layout.tasks for _ in range(times))
+    return frame.start(plan, cache, generate.Step.of(image, routes))
+
+
+def _run(
+    layer: nn.Module,
+    binding: Binding,
+    frame: Frame,
+    forward: Forward,
+    proceed: Callable[..., Any],
+    hidden: Tensor,
+    named: dict[str, Any],
+) -> Any:
+    span = forward.span
+    if span is None or binding.index == span.stop:
+        span = forward.span = forward.selections.enter(forward.plan.span_of[binding.index], hidden)
+        hidden = _enter(forward, span, hidden)
+    spec, index, cache = binding.spec, binding.index, forward.cache
+    shape, made = forward.plan.shape, forward.made
+    calls = group_calls(layer, spec, index, span, shape, forward.context, cache, made, named, hidden)
+    out = proceed(hidden, **{WORK: Work(spec, calls, binding.handle.sets(index))})
+    states, rest = split_output(out)
+    frame.returns_tuple = rest is not None
+    if binding.index < span.stop - 1:
+        return out
+    return joined_output(_leave(forward, span, states), rest)
+
+
+def _decode(
+    layer: nn.Module,
+    binding: Binding,
+    frame: Frame,
+    forward: Forward,
+    proceed: Callable[..., Any],
+    hidden: Tensor,
+    named: dict[str, Any],
+) -> Any:
+    step, index, handle = forward.step, binding.index, binding.handle
+    if step is None:
+        raise UnsupportedError("a step without new tokens")
+    skips, store = step.skips(index), forward.cache.layers[index]
+    split = handle.split_new(step, index, frame.layout)
+    holed, mask = isinstance(store, generate.HoledLayer), binding.spec.mask or ""
+    arguments = generate.decode(store, step, skips, hidden, named, mask) if holed else named
+    if arguments is None:
+        return (hidden,) if frame.returns_tuple else hidden
+    work = Call((len(hidden), hidden.shape[1]), arguments, split, None, {}, None, None)
+    states, rest = split_output(proceed(hidden, **{WORK: Work(binding.spec, (work,), handle.sets(index))}))
+    if skips and step.any_image:
+        states = torch.where(step.image[:, :, None], hidden, states)
+    return joined_output(states, rest)
+
+
+def _enter(forward: Forward, span: Span, full: Tensor) -> Tensor:
     if span.rows is None:
         return full
-    frame.full = full
-    frame.context = tuple(_context(full, group) for group in span.groups)
+    forward.full = full
+    forward.context = tuple(_context(full, group) for group in span.groups)
     return gather_tokens(_folded(full, span), span.rows.index)
 
 
-def _leave(frame: Frame, span: Span, states: Tensor) -> Tensor:
-    if span.rows is None or frame.full is None:
+def _leave(forward: Forward, span: Span, states: Tensor) -> Tensor:
+    if span.rows is None or forward.full is None:
         return states
-    full, rows = frame.full, span.rows
+    full, rows = forward.full, span.rows
     folded = _folded(full, span)
-    if rows.valid is not None:
-        states = torch.where(rows.valid[:, :, None], states, gather_tokens(folded, rows.index))
-    frame.full, frame.context = None, ()
+    states = torch.where(rows.valid[:, :, None], states, gather_tokens(folded, rows.index))
+    forward.full, forward.context = None, ()
     return scatter_tokens(folded, states.to(folded.dtype), rows.index).view(full.shape)
 
 
@@ -158,40 +282,3 @@ def _context(full: Tensor, group: Group) -> Tensor | None:
     if group.context is None:
         return None
     return gather_tokens(full if group.whole else full[group.samples], group.context.index)
-
-
-def _drop_cache(spec: LayerSpec, named: dict[str, Any]) -> None:
-    cache = named.get(spec.cache) if spec.cache else None
-    if cache is None or spec.cache is None:
-        return
-    if cache.get_seq_length():
-        raise UnsupportedError(
-            f"a cache with {cache.get_seq_length()} tokens reached a routed layer; run the model with use_cache=False"
-        )
-    named[spec.cache] = None
-
-
-def _group_call(
-    layer: nn.Module, binding: Binding, frame: Frame, plan: Plan, which: int, named: dict[str, Any], hidden: Tensor
-) -> Call:
-    group, spec = plan.span_of[binding.index].groups[which], binding.spec
-    float_mask = hidden.dtype if spec.backend(layer) == "eager" else None
-
-    def once(kind: str, name: str, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-        key = (id(named[name]), id(group), kind + name)
-        if key not in frame.made:
-            frame.made[key] = (named[name], make({name: named[name]})[name])
-        return frame.made[key][1]
-
-    arguments = {n: once("active ", n, lambda one: compact(one, group, plan.shape, float_mask)) for n in named}
-    rows = plan.shape[1] if group.active is None else group.active.index.shape[1]
-    shape = (len(group.samples), rows)
-    context = frame.context[which] if group.context is not None else None
-    if context is None:
-        return Call(shape, arguments, group.splits, None, {}, {})
-
-    def chosen(one: dict[str, Any], rows: Rows | None = group.context) -> dict[str, Any]:
-        return {name: select(value, group, rows, plan.shape) for name, value in one.items()}
-
-    context_arguments = {n: once("context ", n, chosen) for n in named if n == "position_embeddings"}
-    return Call(shape, arguments, group.splits, context, context_arguments, group.context_splits)

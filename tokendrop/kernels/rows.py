@@ -23,7 +23,7 @@ def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
 
     Raises:
         LayoutTypeError: `idx` is not int64.
-        LayoutError: shapes that do not fit.
+        LayoutError: shapes that do not fit, or an index outside [0, T), looked at on the CPU only.
 
     Example:
         >>> gather_tokens(torch.arange(6.0).view(1, 3, 2), torch.tensor([[0, 2]])).tolist()
@@ -49,8 +49,8 @@ def scatter_tokens(full: Tensor, kept: Tensor, idx: Tensor) -> Tensor:
         (B, T, D); the gradient for the replaced rows of `full` is zero.
 
     Raises:
-        LayoutTypeError: `idx` is not int64.
-        LayoutError: shapes that do not fit.
+        LayoutTypeError: `idx` is not int64, or `kept` has another dtype than `full`.
+        LayoutError: shapes that do not fit, or an index outside [0, T), looked at on the CPU only.
 
     Example:
         >>> scatter_tokens(torch.zeros(1, 3, 1), torch.ones(1, 1, 1), torch.tensor([[1]])).flatten().tolist()
@@ -59,6 +59,8 @@ def scatter_tokens(full: Tensor, kept: Tensor, idx: Tensor) -> Tensor:
     Source: ours.
     """
     _check(full, idx)
+    if kept.dtype != full.dtype:
+        raise LayoutTypeError(f"kept: expected {full.dtype} as full; found {kept.dtype}")
     if kept.shape != (*idx.shape, full.shape[-1]):
         raise LayoutError(f"kept: expected {(*idx.shape, full.shape[-1])} from idx and full; found {tuple(kept.shape)}")
     rows = full.reshape(-1, full.shape[-1])
@@ -66,12 +68,17 @@ def scatter_tokens(full: Tensor, kept: Tensor, idx: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, idx: Tensor) -> None:
-    if idx.dtype != torch.int64:
-        raise LayoutTypeError(f"idx: expected int64; found {idx.dtype}")
+    if not isinstance(idx, Tensor) or idx.dtype != torch.int64:
+        raise LayoutTypeError(f"idx: expected int64; found {getattr(idx, 'dtype', type(idx).__name__)}")
     if x.dim() != 3 or idx.dim() != 2 or len(x) != len(idx) or idx.shape[1] > x.shape[1]:
         raise LayoutError(
             f"expected rows (B, T, D) and indices (B, K) with K <= T; found {tuple(x.shape)} and {tuple(idx.shape)}"
         )
+    # Elsewhere the values cost a synchronisation to look at.
+    if idx.device.type == "cpu" and idx.numel() and not torch.compiler.is_compiling():
+        low, high = idx.aminmax()
+        if low < 0 or high >= x.shape[1]:
+            raise LayoutError(f"idx: expected indices from 0 to {x.shape[1] - 1}; found {int(low)} to {int(high)}")
 
 
 def _flat(idx: Tensor, tokens: int) -> Tensor:

@@ -1,8 +1,9 @@
 """One file per published method: a frozen dataclass that returns roles and knows no model."""
 
+from tokendrop.methods.drop import Drop
 from tokendrop.methods.himix import HiMix
 from tokendrop.methods.hmgen import HMGen
 
-AnyMethod = HiMix | HMGen  # a union of classes, which a LightningCLI configuration can write
+AnyMethod = HiMix | HMGen | Drop  # a union of classes, which a LightningCLI configuration can write
 
-__all__ = ["AnyMethod", "HMGen", "HiMix"]
+__all__ = ["AnyMethod", "Drop", "HMGen", "HiMix"]

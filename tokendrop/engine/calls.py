@@ -1,0 +1,116 @@
+"""What one group needs in one layer: its arguments made compact, once per forward.
+
+Shape letters: B batch, T tokens, K computed rows, M context rows, D hidden.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokendrop.engine.arguments import Form, compact, select
+from tokendrop.engine.decoder import LayerSpec
+from tokendrop.engine.forward import Call
+from tokendrop.engine.generate import holed_layer
+from tokendrop.engine.plan import Group, Span
+from tokendrop.engine.rows import Rows
+from tokendrop.errors import UnsupportedError
+from tokendrop.roles import Role
+
+Made = dict[tuple[int, str, str], list[tuple[Any, Rows | None, Any]]]
+_MISSING = object()
+
+
+def group_calls(
+    layer: nn.Module,
+    spec: LayerSpec,
+    index: int,
+    span: Span,
+    tokens_shape: tuple[int, int],
+    contexts: tuple[Tensor | None, ...],
+    cache: Any,
+    made: Made,
+    named: dict[str, Any],
+    hidden: Tensor,
+) -> tuple[Call, ...]:
+    """What each group of a layer needs.
+
+    Args:
+        layer: the decoder layer.
+        spec: how it is called.
+        index: which it is.
+        span: it belongs to.
+        tokens_shape: (B, T).
+        contexts: for each group, (B, M, D) states of its context rows.
+        cache: what this forward fills, if anything.
+        made: compact arguments made so far in this forward, with what they were made of.
+        named: the layer's arguments by name, for all (B, T) tokens.
+        hidden: the layer's hidden states.
+
+    Raises:
+        UnsupportedError: a cache to fill, and groups with different roles.
+    """
+    if spec.cache in named:
+        named[spec.cache] = cache
+    if spec.mask is not None and any(group.context is not None for group in span.groups):
+        named.setdefault(spec.mask, None)
+    if cache is not None:
+        _fill(span, index, cache, tokens_shape[1])
+    float_mask = hidden.dtype if spec.backend(layer) == "eager" else None
+    calls = []
+    for group, context in zip(span.groups, contexts or (None,) * len(span.groups), strict=True):
+        merged = cache is not None and group.context is not None
+
+        def active(one: dict[str, Any], group: Group = group, merged: bool = merged) -> dict[str, Any]:
+            return compact(one, group, Form(tokens_shape, spec.mask, float_mask, merged))
+
+        arguments = _once(made, group, "active", named, active)
+        shape = (len(group.samples), group.size)
+        if context is None:
+            calls.append(Call(shape, arguments, group.split, None, {}, None, None))
+            continue
+
+        def chosen(one: dict[str, Any], group: Group = group) -> dict[str, Any]:
+            return {name: select(value, group, group.context, tokens_shape, name) for name, value in one.items()}
+
+        # No mask: nothing behind the keys and values of these rows runs.
+        maskless = {name: value for name, value in named.items() if name != spec.mask}
+        context_arguments = _once(made, group, "context", maskless, chosen)
+        order = _order(group.active, group.context, tokens_shape[1]) if merged else None
+        calls.append(Call(shape, arguments, group.split, context, context_arguments, group.context_split, order))
+    return tuple(calls)
+
+
+def _once(
+    made: Made, group: Group, kind: str, named: dict[str, Any], make: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    out = {}
+    for name, value in named.items():
+        same = made.setdefault((group.number, kind, name), [])
+        found = next((result for given, rows, result in same if given is value and rows is group.active), _MISSING)
+        if found is _MISSING:
+            found = make({name: value})[name]
+            same.append((value, group.active, found))
+        out[name] = found
+    return out
+
+
+def _fill(span: Span, index: int, cache: Any, tokens: int) -> None:
+    if len(span.groups) > 1:
+        names = " and ".join(sorted(group.role.name for group in span.groups))
+        raise UnsupportedError(
+            f"image tokens are {names} in layer {index} of one batch; with a cache, generate the tasks in batches of "
+            "their own, or pass use_cache=False"
+        )
+    (group,) = span.groups
+    if group.role in (Role.BYPASS, Role.GONE) and group.active is not None:
+        rows = group.active
+        holed_layer(cache, index, len(rows.index), rows.index.device).expect(rows.index, rows.valid, tokens)
+
+
+def _order(active: Rows | None, context: Rows | None, tokens: int) -> Tensor | None:
+    if active is None or context is None:
+        return None
+    positions = torch.cat([rows.index.where(rows.valid, tokens) for rows in (active, context)], 1)
+    return positions.argsort(dim=1, stable=True)[:, :tokens]

@@ -1,0 +1,238 @@
+"""The handle of a dropped model: its methods, its image-only projections, and the way to run it.
+
+Shape letters: B batch, T tokens, L layers.
+"""
+
+import uuid
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokendrop.engine import projections
+from tokendrop.engine.decoder import LayerSpec, find_layers, is_sharded
+from tokendrop.engine.generate import Step
+from tokendrop.engine.plan import Plan, Planner
+from tokendrop.engine.rows import Split, split_rows
+from tokendrop.engine.span import Frame, frames
+from tokendrop.errors import AppliedError, LayoutError, LayoutTypeError, NoEffectWarning, UnsupportedError
+from tokendrop.layout import TokenLayout
+from tokendrop.roles import LayerRoute, Method, Route
+
+
+class Handle(nn.Module):
+    """A dropped model's methods, its image-only projections, and the way to run it; made by `apply`.
+
+    Args:
+        model: the module that `apply` was given; the handle is its child `tokendrop`.
+        path: dotted path of the decoder's layer list.
+        spec: how its layers are made.
+        methods: by task name; the key None serves every task.
+        multiple: row counts are rounded up to it.
+        sets: image-only projections of each layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        spec: LayerSpec,
+        methods: dict[str | None, Method | None],
+        multiple: int,
+        sets: nn.ModuleList,
+    ) -> None:
+        super().__init__()
+        self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
+        self.names = projections.set_names({task: m for task, m in methods.items() if m is not None})
+        self.strength, self.entered, self._sharded = 1.0, 0, False
+        self.layers = sets
+        self._owner = [model]  # in a list: a module attribute would be a child
+        self._unknown: set[str] = set()
+        self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in sets.parameters()) else None
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that `apply` was given."""
+        return self._owner[0]
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The decoder's L layers."""
+        return find_layers(self.owner, self.path)[1]
+
+    @contextmanager
+    def layout(self, layout: TokenLayout, step: tuple[int, int] | None = None, first: int = 0) -> Generator[Plan]:
+        """Say what the tokens of the batch are, for the forwards and backwards inside.
+
+        Args:
+            layout: of (B, T) tokens.
+            step: the optimiser step and the micro-batch, which random selections depend on; by default the number of
+                layouts entered before this one, and 0.
+            first: the index of the first sample in the global batch, likewise.
+
+        Raises:
+            LayoutTypeError: not a layout.
+            LayoutError: a task is missing, or a trained row would hold a stale state.
+        """
+        if self.owner._modules.get("tokendrop") is not self:
+            raise AppliedError(f"this handle was removed from {type(self.owner).__name__}, which runs dense without it")
+        self.check_sharding()
+        plan = self.plan(layout)
+        at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
+        frame = Frame(layout, plan, at, first)
+        self.entered += 1
+        embeddings = _input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
+        with ExitStack() as stack:
+            if embeddings is not None:
+                stack.callback(embeddings.register_forward_pre_hook(frame.embedded).remove)
+            stack.enter_context(self._entered(frame))
+            yield plan
+
+    @contextmanager
+    def disabled(self) -> Generator[None]:
+        """Run dense on purpose inside."""
+        with self._entered(None):
+            yield
+
+    def check_sharding(self) -> None:
+        """Refuse image-only projections that a sharded decoder leaves out; nothing would average their gradients.
+
+        Raises:
+            UnsupportedError: the decoder is sharded, and they are not.
+        """
+        added = any(True for _ in self.layers.parameters())
+        if self._sharded or not added or not is_sharded(self.decoder_layers):
+            return
+        if not is_sharded(self.layers):
+            raise UnsupportedError(
+                f"fully_shard took the decoder of {type(self.owner).__name__} without the image-only projections, "
+                "whose gradients would then differ between ranks; call tokendrop.apply on the module that is the root "
+                "of fully_shard, before it"
+            )
+        # Once is enough, and all there is: after a forward the root's parameters look as if they were not sharded.
+        self._sharded = True
+
+    @contextmanager
+    def _entered(self, frame: Frame | None) -> Generator[None]:
+        entered = frames(self.key)
+        entered.append(frame)
+        try:
+            yield
+        finally:
+            entered.pop()
+            if frame is not None:
+                frame.forward = None
+
+    def sets(self, index: int) -> nn.ModuleDict:
+        """The image-only projections of layer `index`."""
+        return cast(nn.ModuleDict, self.layers[index])
+
+    def key_of(self, task: str | None) -> str | None:
+        """The key of `methods` that serves a task.
+
+        Raises:
+            LayoutError: no task is given, and there are several.
+        """
+        if None in self.methods:
+            return None
+        if task is None:
+            if len(self.methods) == 1:
+                return next(iter(self.methods))
+            raise LayoutError(f"task: found none, and the methods are for {_named(self.methods)}; name the task")
+        if task not in self.methods and task not in self._unknown:
+            self._unknown.add(task)
+            warnings.warn(
+                f"no method for task {task!r}, which runs dense; methods are for {_named(self.methods)}. Give it None "
+                "to run it dense without this warning",
+                NoEffectWarning,
+                stacklevel=5,
+            )
+        return task
+
+    def route_of(self, key: str | None) -> Route:
+        """The route of image tokens through the L layers, at the schedule's present strength."""
+        method = self.methods.get(key)
+        return (LayerRoute(),) * len(self.layers) if method is None else method.route(len(self.layers), self.strength)
+
+    def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:
+        """What each layer computes on such tokens; `layout()` makes and enters it."""
+        if not isinstance(layout, TokenLayout):
+            raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
+        keys: dict[str | None, str | None] = {}
+        for task in layout.tasks:
+            keys[task] = self.key_of(task)
+        routes = {task: self.route_of(key) for task, key in keys.items()}
+        names = [self.names.get(keys[task]) for task in layout.tasks]
+        return Planner(layout, [routes[task] for task in layout.tasks], names, self.multiple, caching).plan()
+
+    def split_new(self, step: Step, index: int, layout: TokenLayout) -> Split | None:
+        """Which projections the new tokens of a decoding step use in layer `index`."""
+        times = len(step.routes) // len(layout.tasks)
+        tasks = [task for task in layout.tasks for _ in range(times)]
+        names = tuple(
+            self.names.get(self.key_of(task)) if route[index].separate else None
+            for task, route in zip(tasks, step.routes, strict=True)
+        )
+        return split_rows(step.image, names) if step.any_image and any(names) else None
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the model without what was added to it."""
+        return {key: value for key, value in self.owner.state_dict().items() if not key.startswith("tokendrop.")}
+
+    def remove(self) -> None:
+        """Make the model exactly what it was.
+
+        Raises:
+            AppliedError: already removed, or sharded since it was applied.
+        """
+        model, layers = self.owner, self.decoder_layers
+        if model._modules.get("tokendrop") is not self:
+            raise AppliedError(f"this handle is not on {type(model).__name__} any more; it was removed before")
+        if any("_tokendrop_base" not in vars(type(layer)) for layer in layers):
+            raise AppliedError(
+                f"{type(layers[0]).__name__} was wrapped after apply (fully_shard does that); remove before sharding"
+            )
+        for layer in layers:
+            del layer.__dict__["_tokendrop"]
+            layer.__class__ = vars(type(layer))["_tokendrop_base"]
+        projections.restore(layers)
+        if self._hook is not None:
+            self._hook.remove()
+        del model._modules["tokendrop"]
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    added = cast(Handle, model.tokendrop)
+    path, layers = f"{prefix}{added.path}", added.decoder_layers
+    projections.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.spec, state)
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    for module in model.modules():
+        find = getattr(module, "get_input_embeddings", None)
+        if callable(find):
+            found = find()
+            return found if isinstance(found, nn.Module) else None
+    return None
+
+
+def _named(methods: Mapping[Any, object]) -> str:
+    return ", ".join(repr(name) for name in methods)
+
+
+def handle(model: nn.Module) -> Handle:
+    """The handle of a dropped model, also after `copy.deepcopy` or unpickling.
+
+    Args:
+        model: the module that was given to `apply`, or one around it.
+
+    Raises:
+        AppliedError: the model is not dropped.
+    """
+    for module in model.modules():
+        if isinstance(module, Handle):
+            return module
+    raise AppliedError(f"{type(model).__name__} is not dropped; call tokendrop.apply on it first")

@@ -1,0 +1,68 @@
+"""Index tensors: which rows of each sample compute, and which projections they use.
+
+Shape letters: B batch, T tokens, K computed rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of each sample, to a common count.
+
+    Args:
+        index: (B, K) int64; the chosen rows ascending, then other rows that fill up to K.
+        valid: (B, K) bool, False for rows that fill.
+    """
+
+    index: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Flat rows by the projection they use.
+
+    Args:
+        names: a projection set for each list of rows; None for the layer's own.
+        rows: int64 rows of the flat (B * K) input, for each name.
+        inverse: (B * K,) int64, puts the concatenated outputs back in order.
+    """
+
+    names: tuple[str | None, ...]
+    rows: tuple[Tensor, ...]
+    inverse: Tensor
+
+
+def round_up(count: int, tokens: int, multiple: int) -> int:
+    """The row count that a layer computes for `count` selected rows of `tokens`.
+
+    Counts go up to `multiple`, or to T / 16 (as a power of two) where that is less: few distinct shapes, and never
+    more than one row in sixteen added. At least 1 row, at most T.
+
+    Example:
+        >>> round_up(130, 1024, 64), round_up(13, 45, 64)
+        (192, 14)
+    """
+    step = min(multiple, 1 << max(0, (tokens // 16).bit_length() - 1))
+    return min(tokens, max(1, -(-count // step) * step))
+
+
+def choose_rows(chosen: Tensor, counts: Tensor, size: int) -> Rows:
+    """The rows where `chosen` (B, T) is true, `counts` (B,) of them, filled up to `size`."""
+    index = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
+    return Rows(index, torch.arange(size, device=chosen.device) < counts[:, None])
+
+
+def split_rows(rows: Tensor, names: tuple[str | None, ...]) -> Split:
+    """Flat rows by projection set: `rows` (B, K) bool use the set named for their sample, others the layer's own."""
+    sets: list[str | None] = [None, *sorted({name for name in names if name is not None})]
+    owner = torch.tensor([sets.index(name) for name in names], device=rows.device)
+    choice = torch.where(rows, owner[:, None], 0).flatten()
+    parts = [(choice == i).nonzero().flatten() for i in range(len(sets))]
+    # The layer's own projections run, and so are in the graph, even where no row needs them.
+    used = [(name, part) for name, part in zip(sets, parts, strict=True) if name is None or len(part)]
+    return Split(tuple(n for n, _ in used), tuple(p for _, p in used), torch.cat([p for _, p in used]).argsort())

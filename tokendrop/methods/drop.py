@@ -1,0 +1,87 @@
+"""Drop: the general method, some image tokens out of a range of layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from tokendrop import scores
+from tokendrop.errors import MethodError
+from tokendrop.roles import (
+    LayerRoute,
+    Layers,
+    Role,
+    Route,
+    Scoring,
+    Select,
+    Separate,
+    check_layers,
+    layer_indices,
+)
+
+SCORES: dict[str, Callable[[Scoring], Tensor]] = {
+    "random": lambda s: scores.random(s.image, s.samples, s.layer, s.seed, s.step),
+    "uniform": lambda s: scores.uniform(s.image),
+    "norm": lambda s: scores.norm(s.states),
+}
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Image tokens with the lowest scores leave where a range of layers begins.
+
+    kept = round(keep M) of M image tokens, at least 1, or `keep` of them if it is a count
+
+    Args:
+        layers: the range; with then="gone" only its first layer counts.
+        keep: share of the sample's image tokens, or a count.
+        score: "random", "uniform" or "norm"; higher is kept.
+        then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE).
+        seed: of random scores.
+
+    Raises:
+        LayerRangeError: `layers` is no range.
+        MethodError: a value that makes no sense.
+
+    Example:
+        >>> [layer.image.name for layer in Drop("1:3", keep=0.5).route(4)]
+        ['ACTIVE', 'BYPASS', 'BYPASS', 'ACTIVE']
+
+    Source: ours; random-LTD (arXiv 2211.11586) and FastV (arXiv 2403.06764) are special cases.
+    """
+
+    layers: Layers
+    keep: float | int
+    score: str = "random"
+    then: Literal["rejoin", "gone"] = "rejoin"
+    seed: int = 0
+
+    separate: ClassVar[Separate] = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", check_layers(self.layers))
+        share = isinstance(self.keep, float) and 0 < self.keep <= 1
+        count = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 0
+        if not share and not count:
+            raise MethodError(f"keep={self.keep!r}: expected a share in (0, 1] as a float, or a count of 0 or more")
+        if self.score not in SCORES:
+            raise MethodError(f"score={self.score!r} is unknown; use one of {', '.join(map(repr, SCORES))}")
+        if self.then not in ("rejoin", "gone"):
+            raise MethodError(f"then={self.then!r} is unknown; use 'rejoin' or 'gone'")
+
+    def route(self, num_layers: int, strength: float = 1.0) -> Route:
+        """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
+        chosen = layer_indices(self.layers, num_layers)
+        gone = self.then == "gone"
+        inside = range(chosen[0], num_layers) if gone else chosen
+        routes = []
+        entry = chosen[0]
+        for index in range(num_layers):
+            if index in inside:
+                entry = entry if index - 1 in inside else index
+                select = Select(self.keep, SCORES[self.score], entry, self.seed, strength)
+                routes.append(LayerRoute(Role.GONE if gone else Role.BYPASS, select=select))
+            else:
+                routes.append(LayerRoute())
+        return tuple(routes)
