@@ -38,18 +38,18 @@ def test_methods_by_task():
     }
 
 
-@pytest.mark.parametrize("method", [td.HiMix(), td.HMGen(":")])
+@pytest.mark.parametrize("method", [td.HiMix(), td.HMGen(":"), td.Drop("1:", keep=0.5)])
 def test_every_method_with_its_defaults_stays_itself(method):
     # jsonargparse drops the class path of a dataclass in a union, and takes the first class whose fields fit: no two
     # methods may have the same fields.
-    init_args = {"shallow": ":"} if isinstance(method, td.HMGen) else {}
+    init_args = {td.HMGen: {"shallow": ":"}, td.Drop: {"layers": "1:", "keep": 0.5}}.get(type(method), {})
     written = {"class_path": f"tokendrop.{type(method).__name__}", "init_args": init_args}
     assert parsed({"methods": {"u": written}}).methods == {"u": method}
     assert parsed({"methods": written}).methods == method
 
 
 def test_all_methods_are_in_the_test_above():
-    assert set(get_args(AnyMethod)) == {td.HiMix, td.HMGen}
+    assert set(get_args(AnyMethod)) == {td.Drop, td.HiMix, td.HMGen}
 
 
 def test_one_method_for_whatever_task():

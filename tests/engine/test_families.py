@@ -1,0 +1,278 @@
+"""The engine against the dense reference, in every decoder family.
+
+Shape letters: B batch, T tokens, L layers.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Batch, batch, model
+from torch import Tensor, nn
+
+import tokendrop as td
+from tokendrop.engine.decoder import find_layers, layer_spec
+from tokendrop.engine.reference import reference
+from tokendrop.errors import UnsupportedError
+
+TOLERANCE = 1e-5
+NAMES = sorted(FAMILIES)
+# "u" understands: its image rows need no output; "g" generates: image rows are trained. From layer n on.
+METHODS: dict[str, Callable[[int, str], dict[str, Any]]] = {
+    "himix": lambda n, own: {"u": td.HiMix(f"{n}:", own)},
+    "himix_range": lambda n, own: {"u": td.HiMix(f"{max(n, 1)}:{max(n, 1) + 2}", own)},
+    "hmgen": lambda _, own: {"g": td.HMGen("1:4:2", own)},
+    "rejoin": lambda n, _: {"g": td.Drop(f"{n}:{n + 2}", 0.5)},
+    "gone": lambda n, _: {"u": td.Drop(f"{max(n, 1)}:", 0.5, then="gone")},
+    "mixed": lambda n, own: {"u": td.HiMix(f"{max(n, 1)}:", own), "g": td.HMGen("1:4:2", own)},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Case:
+    """A family's model, batch, methods and layout."""
+
+    def __init__(
+        self, name: str, method: str, attention: str = "sdpa", padding: str | None = None, separate: str = "none"
+    ) -> None:
+        self.base, self.data = model(name, attention), batch(name, padding)
+        self.methods = METHODS[method](FAMILIES[name].first, separate)
+        tasks = (list(self.methods) * 2)[:2]
+        self.labels = self.data.trained([task == "g" for task in tasks])
+        self.layout = td.TokenLayout(self.data.image, tasks, padding=self.data.real, labels=self.labels)
+
+    def run(self, module: nn.Module) -> "Result":
+        return Result(module, self.data, self.labels)
+
+    def dropped(self, change: Callable[[td.Handle], None] = lambda _: None) -> tuple["Result", td.Handle]:
+        """What the engine makes of a copy, after a change of its handle."""
+        module = copy.deepcopy(self.base)
+        drop = td.apply(module, self.methods, multiple=4)
+        change(drop)
+        with drop.layout(self.layout, step=(0, 0)):
+            return self.run(module), drop
+
+    def expected(self, drop: td.Handle | None = None) -> "Result":
+        """What the reference makes of the untouched model, with the image-only projections of `drop`."""
+        if drop is None:
+            with reference(self.base, self.methods, self.layout):
+                return self.run(self.base)
+        module = copy.deepcopy(self.base)
+        sets = copy.deepcopy(drop.layers)
+        with reference(module, self.methods, self.layout, sets, drop.names):
+            module.tokendrop = nn.ModuleDict({"layers": sets})
+            return self.run(module)
+
+
+class Result:
+    """Logits of real rows, the loss, and gradients by name."""
+
+    def __init__(self, module: nn.Module, data: Batch, labels: Tensor) -> None:
+        module.zero_grad(set_to_none=True)
+        out = module(**data.inputs, labels=labels)
+        out.loss.backward()
+        self.logits, self.loss = out.logits.detach()[data.real], out.loss.detach()
+        self.grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+    def error(self, other: "Result") -> float:
+        """Relative to the largest logit; Chameleon gives tokens that it forbids the lowest number."""
+        allowed = other.logits > torch.finfo(other.logits.dtype).min
+        assert torch.equal(self.logits > torch.finfo(other.logits.dtype).min, allowed)
+        return ((self.logits - other.logits)[allowed].abs().max() / other.logits[allowed].abs().max()).item()
+
+    def gradient_error(self, other: "Result") -> float:
+        """Relative, of all parameters at once: the true gradient of key biases is zero, so theirs alone means nothing.
+
+        Image-only projections that no token uses have a gradient of zero where the reference has none.
+        """
+        assert self.grads.keys() >= other.grads.keys()
+        apart = sum(((grad - other.grads.get(name, 0)) ** 2).sum() for name, grad in self.grads.items())
+        return (apart / sum((grad**2).sum() for grad in other.grads.values())).sqrt().item()
+
+    def equals(self, other: "Result") -> bool:
+        same = all(torch.equal(self.grads[name], grad) for name, grad in other.grads.items())
+        return torch.equal(self.logits, other.logits) and torch.equal(self.loss, other.loss) and same
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engine_equals_the_reference(name: str, method: str, attention: str, padding: str | None) -> None:
+    case = Case(name, method, attention, padding)
+    layer = find_layers(case.base)[1][0]
+    assert layer_spec(layer, type(layer)).backend(layer) == attention
+    dense, expected, (found, _) = case.run(case.base), case.expected(), case.dropped()
+    assert found.grads.keys() == expected.grads.keys()
+    assert found.error(expected) < TOLERANCE
+    assert found.gradient_error(expected) < TOLERANCE
+    # A wrong role would be seen.
+    assert dense.error(expected) > 1000 * TOLERANCE
+    assert dense.gradient_error(expected) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize(("attention", "padding"), [("sdpa", "left"), ("eager", "right")])
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_that_only_the_model_knows(name: str, attention: str, padding: str) -> None:
+    case = Case(name, "mixed", attention, padding)
+    case.layout = td.TokenLayout(case.data.image, case.layout.task, labels=case.labels)
+    expected, (found, _) = case.expected(), case.dropped()
+    assert found.error(expected) < TOLERANCE
+    assert found.gradient_error(expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_without_dropping_nothing_changes(name: str, attention: str, padding: str | None) -> None:
+    case = Case(name, "mixed", attention, padding)
+    # The engine gives the layers of a training forward no cache, and a cache copies keys, which may change rounding.
+    case.data.inputs["use_cache"] = False
+    dense = case.run(case.base)
+
+    def weaken(drop: td.Handle) -> None:
+        drop.strength = 0.0
+
+    assert case.dropped(weaken)[0].equals(dense)
+    case.layout = td.TokenLayout(torch.zeros_like(case.data.image), "u", padding=case.data.real, labels=case.labels)
+    assert case.dropped()[0].equals(dense)
+    # Rows gathered and scattered, all of them.
+    case.methods = {"u": td.Drop(f"{FAMILIES[name].first}:", 1.0)}
+    case.layout = td.TokenLayout(case.data.image, "u", labels=case.labels)
+    assert case.dropped()[0].equals(dense)
+
+
+@pytest.mark.parametrize("separate", ["shared", "per-task"])
+@pytest.mark.parametrize(("attention", "padding"), [("sdpa", "left"), ("eager", None)])
+@pytest.mark.parametrize("name", NAMES)
+def test_image_only_projections(name: str, attention: str, padding: str | None, separate: str) -> None:
+    case = Case(name, "mixed", attention, padding, separate)
+    same, drop = case.dropped()
+    plain, _ = Case(name, "mixed", attention, padding).dropped()
+    assert same.error(plain) < TOLERANCE
+    assert {letter for one in drop.layers for own in one.values() for letter in own} == set("qkv")
+
+    def perturb(drop: td.Handle) -> None:
+        generator = torch.Generator().manual_seed(3)
+        for parameter in drop.layers.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+    found, drop = case.dropped(perturb)
+    expected = case.expected(drop)
+    assert any(name.startswith("tokendrop.") for name in expected.grads)
+    assert found.error(expected) < TOLERANCE
+    assert found.gradient_error(expected) < TOLERANCE
+    assert found.error(plain) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "gpt2"])
+def test_image_only_projections_copy_their_part_of_a_fused_linear(name: str) -> None:
+    # Written out from the families' own forward, not from what inspection learns.
+    module = copy.deepcopy(model(name, "sdpa"))
+    own = td.apply(module, td.HMGen("1:3:2", "shared")).layers[0]["image"]
+    if name == "phi3":
+        weight = module.model.layers[0].self_attn.qkv_proj.weight
+        expected = {"q": weight[:32], "k": weight[32:48], "v": weight[48:]}
+    elif name == "gpt_neox":
+        by_head = module.gpt_neox.layers[0].attention.query_key_value.weight.view(4, 3, 8, 32)
+        expected = {letter: by_head[:, at].reshape(32, 32) for at, letter in enumerate("qkv")}
+    else:
+        weight = module.transformer.h[0].attn.c_attn.weight
+        expected = {letter: weight[:, 32 * at : 32 * at + 32].T for at, letter in enumerate("qkv")}
+    for letter, weight in expected.items():
+        assert torch.equal(own[letter].weight, weight)
+
+
+@contextmanager
+def counted(drop: td.Handle) -> Iterator[list[int]]:
+    """How often the attention of the last layer is called."""
+    attention, calls = getattr(drop.decoder_layers[-1], drop.spec.attention or ""), [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    hook = attention.register_forward_pre_hook(count)
+    yield calls
+    hook.remove()
+
+
+def checkpoint(module: Any, use_reentrant: bool) -> None:
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    enable(**{f"{enable.__name__.split('_')[0]}_checkpointing_kwargs": {"use_reentrant": use_reentrant}})
+
+
+@pytest.mark.parametrize("separate", ["none", "per-task"])
+@pytest.mark.parametrize("method", ["himix", "hmgen", "mixed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_equals_none(name: str, method: str, separate: str) -> None:
+    case = Case(name, method, padding="left", separate=separate)
+    module = copy.deepcopy(case.base)
+    drop = td.apply(module, case.methods, multiple=4)
+    with counted(drop) as calls, drop.layout(case.layout):
+        expected = case.run(module)
+        once = calls[0]
+        checkpoint(module, use_reentrant=False)
+        assert case.run(module).equals(expected)
+    assert calls[0] == 3 * once
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reentrant_checkpointing(name: str) -> None:
+    # Without context or added parameters it is exact; with them it is refused.
+    case = Case(name, "hmgen")
+    expected, _ = case.dropped()
+    case.base = copy.deepcopy(case.base)
+    checkpoint(case.base, use_reentrant=True)
+    assert case.dropped()[0].equals(expected)
+    for refused in (Case(name, "himix"), Case(name, "hmgen", separate="shared")):
+        refused.base = case.base
+        with pytest.raises(UnsupportedError, match="use_reentrant"):
+            refused.dropped()
+
+
+def described(module: nn.Module) -> dict[str, Any]:
+    return {name: (type(one), sorted(one.__dict__), len(one._forward_hooks)) for name, one in module.named_modules()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_remove_restores(name: str) -> None:
+    case = Case(name, "mixed", separate="per-task")
+    module = copy.deepcopy(case.base)
+    dense, before, keys = case.run(module), described(module), list(module.state_dict())
+    drop = td.apply(module, case.methods)
+    assert described(module) != before
+    assert list(drop.dense_state_dict()) == keys
+    drop.remove()
+    assert described(module) == before
+    assert list(module.state_dict()) == keys
+    assert case.run(module).equals(dense)
+
+
+@pytest.mark.parametrize(("method", "start"), [(td.HiMix(), 0), (td.HiMix("1:3"), 1), (td.HMGen("1:3"), 1)])
+def test_a_compact_range_over_deepstack_layers_is_refused(method: Any, start: int) -> None:
+    # Qwen3-VL adds visual features to all tokens behind its first two layers.
+    module = copy.deepcopy(model("qwen3_vl", "sdpa"))
+    before = described(module)
+    with pytest.raises(UnsupportedError, match=rf"across layers {start} and {start + 1}.*deepstack.*layers='2:'"):
+        td.apply(module, method)
+    assert described(module) == before
+    td.apply(module, td.HiMix("2:")).remove()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_context_is_refused_for_other_attention(name: str) -> None:
+    module = copy.deepcopy(model(name, "sdpa"))
+    module.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedError, match="'flex_attention' attention takes no rectangular mask"):
+        td.apply(module, td.HiMix("2:"))
+    td.apply(module, td.HMGen("1:4:2")).remove()

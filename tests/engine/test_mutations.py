@@ -1,0 +1,144 @@
+"""Mutations of the engine that the comparison with the oracle must see."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import batch, close, dropped, engine_step, llama, oracle_step
+
+import tokendrop as td
+from tokendrop.engine import arguments, calls, context, plan, projections, span
+from tokendrop.engine.rows import Rows
+from tokendrop.errors import NeededRowError
+
+METHODS = {"u": td.HiMix("1:", "per-task"), "g": td.HMGen("1:3", "per-task")}
+BASE = llama(dtype=torch.float64)
+SAMPLES = ["ttiiittitt", "iittiitit", "tiiiiiitt", "tttttt"]
+
+
+def agrees(tasks="uggu", side="left", hints=True):
+    """Whether the engine, as it is now, equals the oracle."""
+    made = batch(SAMPLES, tasks, side)
+    model, drop = dropped(BASE, METHODS)
+    layout = made.layout() if hints else made.layout(labels=None, padding=None)
+    return close(engine_step(model, drop, made, layout), oracle_step(BASE, METHODS, drop, made), made.real, 1e-9)
+
+
+CASES = [{"side": side, "hints": hints} for side in ("left", "right") for hints in (True, False)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unmutated(case):
+    assert agrees(**case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_context_order_reversed(monkeypatch, case):
+    update = context.ContextKeys.update
+
+    def reversed_update(self, keys, values, *_):
+        k, v = update(self, keys, values)
+        rows = keys.shape[2]
+        return (torch.cat([x[:, :, :rows], x[:, :, rows:].flip(2)], 2) for x in (k, v))
+
+    monkeypatch.setattr(context.ContextKeys, "update", reversed_update)
+    assert not agrees(**case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_context_before_the_text(monkeypatch, case):
+    update = context.ContextKeys.update
+
+    def swapped(self, keys, values, *_):
+        rows = keys.shape[2]
+        return (torch.cat([x[:, :, rows:], x[:, :, :rows]], 2) for x in update(self, keys, values))
+
+    monkeypatch.setattr(context.ContextKeys, "update", swapped)
+    assert not agrees(**case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_positions_renumbered(monkeypatch, case):
+    select = arguments.select
+
+    def renumbered(value, group, rows, shape, name):
+        if isinstance(value, tuple) and rows is not None:
+            order = torch.arange(rows.index.shape[1]).expand_as(rows.index)
+            return select(value, group, Rows(order, rows.valid), shape, name)
+        return select(value, group, rows, shape, name)
+
+    monkeypatch.setattr(arguments, "select", renumbered)
+    monkeypatch.setattr(calls, "select", renumbered)
+    assert not agrees(**case)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_needed_rows_shifted(monkeypatch, shift):
+    """Row t is trained by labels[t + 1]: with another shift good batches are refused or bad ones accepted."""
+
+    def shifted(layout):
+        needed = torch.zeros_like(layout.image)
+        needed[:, : needed.shape[1] - shift] = layout.labels[:, shift:] != -100
+        return needed
+
+    made, (_, drop) = batch(["ttiitt"], "u"), dropped(BASE, METHODS)
+    bad = made.labels.clone()
+    bad[0, 4] = 1  # trains row 3, an image token
+
+    def refused(labels):
+        try:
+            drop.plan(made.layout(labels=labels))
+        except NeededRowError:
+            return True
+        return False
+
+    assert (refused(made.labels), refused(bad)) == (False, True)
+    monkeypatch.setattr(plan, "_needed", shifted)
+    assert (refused(made.labels), refused(bad)) != (False, True)
+
+
+def test_padding_mask_dropped(monkeypatch):
+    """Without labels the padding rows are computed, so that only the mask hides them."""
+    compact_mask = arguments.compact_mask
+    monkeypatch.setattr(arguments, "compact_mask", lambda mask, *rest: compact_mask(None, *rest))
+    assert not agrees(side="left", hints=False)
+
+
+def test_rows_that_fill_are_seen(monkeypatch):
+    columns = arguments._columns
+
+    def all_seen(active, context):
+        rows, cols, seen, fills = columns(active, context)
+        return rows, cols, torch.ones_like(seen), fills
+
+    monkeypatch.setattr(arguments, "_columns", all_seen)
+    assert not all(agrees(**case) for case in CASES)
+
+
+def test_context_from_the_evolving_state(monkeypatch):
+    """Context rows of the wrong samples, as far as the engine can mistake them."""
+    of = span._context
+    monkeypatch.setattr(span, "_context", lambda full, group: of(full.roll(1, 0), group))
+    assert not agrees()
+
+
+def test_rows_that_fill_overwrite_theirs(monkeypatch):
+    leave = span._leave
+
+    def careless(forward, at, states):
+        rows = at.rows and Rows(at.rows.index, torch.ones_like(at.rows.valid))
+        return leave(forward, replace(at, rows=rows), states)
+
+    monkeypatch.setattr(span, "_leave", careless)
+    assert not all(agrees(tasks="gggg", **case) for case in CASES)
+
+
+@pytest.mark.parametrize("letter", ["q", "k", "v"])
+def test_image_projection_left_out(monkeypatch, letter):
+    of = projections._SplitLinear._letter
+    monkeypatch.setattr(
+        projections._SplitLinear,
+        "_letter",
+        lambda self, x, own, one: of(self, x, {} if one == letter else own, one),
+    )
+    assert not agrees()

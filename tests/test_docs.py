@@ -1,0 +1,31 @@
+"""Every example in a docstring of the package is true."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import tokendrop
+
+MODULES = ["tokendrop", *(module.name for module in pkgutil.walk_packages(tokendrop.__path__, "tokendrop."))]
+EXAMPLES = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=EXAMPLES)
+    assert result.failed == 0
+
+
+def test_examples_are_found():
+    finder = doctest.DocTestFinder()
+    found = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(found) >= 10
+
+
+@pytest.mark.parametrize("name", tokendrop.__all__)
+def test_public_names_say_what_they_are(name):
+    public = getattr(tokendrop, name)
+    assert inspect.getdoc(public)

@@ -1,0 +1,101 @@
+"""What may import what, read from the source; and how large things may be."""
+
+import ast
+import io
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import tokendrop
+
+PACKAGE = Path(tokendrop.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+BELOW = {
+    "errors": set(),
+    "kernels": {"kernels", "errors"},
+    "scores": {"scores", "errors"},
+    "roles": {"errors"},
+    "layout": {"errors"},
+    "methods": {"methods", "roles", "scores", "layout", "errors"},
+    "engine": {"engine", "roles", "layout", "kernels", "errors"},
+    "synergy": {"synergy", "errors"},
+}
+TRANSFORMERS = {"unified", "engine/decoder.py"}
+
+
+def where(file):
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def part_of(name):
+    return name.split("/")[0].removesuffix(".py")
+
+
+def imports(file):
+    """Every module that a file imports, relative ones resolved, "from tokendrop import x" as tokendrop.x."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = ("tokendrop", *file.relative_to(PACKAGE).parent.parts)
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([node.module] if node.module else [])])
+            yield from ([f"{base}.{alias.name}" for alias in node.names] if base == "tokendrop" else [base])
+
+
+def test_there_is_something_to_check():
+    assert {"errors", "kernels", "roles", "layout", "methods", "engine"} <= {part_of(where(file)) for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=where)
+def test_direction(file):
+    part = part_of(where(file))
+    ours = {name.split(".")[1] for name in imports(file) if name.startswith("tokendrop.")}
+    assert part == "cli" or "cli" not in ours
+    if part in BELOW:
+        assert ours <= BELOW[part], f"{where(file)} imports {ours - BELOW[part]}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if part_of(where(file)) in ("kernels", "scores")], ids=where)
+def test_kernels_and_scores_know_torch_only(file):
+    others = {name.split(".")[0] for name in imports(file)} - {"tokendrop", "torch", "triton"}
+    assert others <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("file", FILES, ids=where)
+def test_transformers_is_imported_where_it_may_be(file):
+    if not {where(file), part_of(where(file))} & TRANSFORMERS:
+        assert not any(name.split(".")[0] == "transformers" for name in imports(file))
+
+
+def lines(files):
+    return sum(len(file.read_text().splitlines()) for file in files)
+
+
+@pytest.mark.parametrize("file", FILES, ids=where)
+def test_files_are_short(file):
+    assert lines([file]) < 300
+
+
+def code_lines(file):
+    """Lines that hold code: neither blank, nor comment, nor docstring."""
+    text = file.read_text()
+    texts = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            texts.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    found = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in skipped:
+            found.update(range(token.start[0], token.end[0] + 1))
+    return len(found - texts)
+
+
+def test_the_package_is_small():
+    assert lines(FILES) < 6000
+    engine = [file for file in FILES if part_of(where(file)) == "engine"]
+    assert sum(map(code_lines, engine)) < 1500
