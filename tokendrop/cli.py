@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from tokendrop.analysis.report import Table, render
 from tokendrop.errors import TokenDropError
@@ -54,6 +56,30 @@ def demo(
     if quick:
         notices.print(summary.QUICK_NOTE, style="yellow")
     notices.print(f"{out / 'results.json'} and {out / 'report.html'} written")
+
+
+@app.command()
+def inspect(
+    config: Annotated[str, typer.Argument(help="config.json of a Hugging Face model, or the folder it is in.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what inspection finds in a model, and what each method can do there; weights are not needed."""
+    from tokendrop.analysis.inspection import inspect as inspect_model
+    from tokendrop.engine.decoder import model_from_config
+
+    try:
+        found = inspect_model(model_from_config(config))
+    except TokenDropError as error:
+        Console(stderr=True, markup=False).print(f"{type(error).__name__}: {error}", style="red")
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+        return
+    facts = {"layers": found.path, "class": found.layer_class, "depth": str(found.num_layers)}
+    shown = RichTable(box=None, padding=(0, 1, 0, 0), show_header=False)
+    for name, value in (facts | {"attention": found.attention} | found.support).items():
+        shown.add_row(Text(name), Text(value))
+    Console(highlight=False).print(shown)
 
 
 class JobProgress(Progress):

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -210,6 +211,8 @@ def model_from_config(path: str) -> nn.Module:
     import torch
     import transformers
 
+    if not Path(path).exists():
+        raise DecoderError(f"{path!r} does not exist; give the config.json of a Hugging Face model, or its folder")
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
