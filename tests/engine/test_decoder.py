@@ -59,7 +59,7 @@ def test_the_spec_of_a_llama_layer():
     assert (spec.parameters[0], spec.mask) == ("hidden_states", "attention_mask")
     assert (spec.cache, spec.attention) == ("past_key_values", "self_attn")
     assert spec.linears == (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"))
-    assert spec.context_refusal() is None
+    assert spec.context_refusal(layer) is None
     assert spec.backend(layer) == "sdpa"
     x, mask = torch.zeros(1, 2, 32), torch.ones(1, 2)
     hidden, named = spec.bind((x, mask), {"use_cache": False, "more": 3})
@@ -106,3 +106,14 @@ def test_reentrant():
 
 def test_not_sharded():
     assert not is_sharded(BASE)
+
+
+def test_an_eager_attention_with_a_mask_of_its_own_takes_no_context():
+    model = copy.deepcopy(BASE)
+    model.set_attn_implementation("eager")
+    layer = model.model.layers[0]
+    assert layer_spec(layer, type(layer)).context_refusal(layer) is None
+    layer.self_attn.register_buffer("bias", torch.ones(1, 1, 4, 4, dtype=torch.bool).tril())
+    with pytest.raises(td.UnsupportedError, match="mask of its own by index; load it with attn_implementation='sdpa'"):
+        td.apply(model, td.HiMix())
+    td.apply(model, td.HMGen("1:3")).remove()

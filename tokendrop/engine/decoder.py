@@ -54,8 +54,17 @@ class LayerSpec:
         config = getattr(getattr(layer, self.attention or "", None), "config", None)
         return getattr(config, "_attn_implementation", None) or "sdpa"
 
-    def context_refusal(self) -> str | None:
+    def context_refusal(self, layer: nn.Module) -> str | None:
         """Why image tokens cannot be CONTEXT in such layers, or None."""
+        backend = self.backend(layer)
+        if backend not in ("sdpa", "eager"):
+            return f"the {backend!r} attention takes no rectangular mask; load it with attn_implementation='sdpa'"
+        attention = getattr(layer, self.attention or "", None)
+        buffers = () if attention is None else attention.buffers(recurse=False)
+        if backend == "eager" and any(buffer.dim() == 4 for buffer in buffers):
+            return (
+                "its eager attention applies a causal mask of its own by index; load it with attn_implementation='sdpa'"
+            )
         if self.cache is None or self.mask is None:
             missing = "key and value cache" if self.cache is None else "attention mask"
             return f"{self.layer_class.__name__}.forward takes no {missing}, through which it would see them"

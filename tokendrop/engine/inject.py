@@ -138,17 +138,12 @@ def check_support(
     Raises:
         UnsupportedError: with the reason, and what to use instead.
     """
-    deepstack, backend = deepstack_layers(model), spec.backend(layers[0])
+    deepstack = deepstack_layers(model)
     for method in methods.values():
         route = method.route(len(layers))
-        if any(layer.image is Role.CONTEXT for layer in route):
-            if backend not in ("sdpa", "eager"):
-                raise UnsupportedError(
-                    f"{method} makes image tokens CONTEXT, but the {backend!r} attention takes no rectangular mask; "
-                    "load the model with attn_implementation='sdpa' or 'eager'"
-                )
-            if refusal := spec.context_refusal():
-                raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; use HMGen")
+        context = any(layer.image is Role.CONTEXT for layer in route)
+        if context and (refusal := spec.context_refusal(layers[0])):
+            raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
         if method.separate != "none":
             if refusal := spec.separate_refusal():
                 raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
