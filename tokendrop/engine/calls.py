@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokendrop.engine.arguments import Form, compact, select
 from tokendrop.engine.decoder import LayerSpec
 from tokendrop.engine.forward import Call
-from tokendrop.engine.generate import holed_layer
+from tokendrop.engine.generate import growing_layer, holed_layer
 from tokendrop.engine.plan import Group, Span
 from tokendrop.engine.rows import Rows
 from tokendrop.errors import UnsupportedError
@@ -55,6 +55,7 @@ def group_calls(
         named[spec.cache] = cache
     if spec.mask is not None and any(group.context is not None for group in span.groups):
         named.setdefault(spec.mask, None)
+        named.setdefault(spec.cache or "", cache)
     if cache is not None:
         _fill(span, index, cache, tokens_shape[1])
     float_mask = hidden.dtype if spec.backend(layer) == "eager" else None
@@ -104,6 +105,8 @@ def _fill(span: Span, index: int, cache: Any, tokens: int) -> None:
             "their own, or pass use_cache=False"
         )
     (group,) = span.groups
+    if group.context is not None:
+        growing_layer(cache, index)
     if group.role in (Role.BYPASS, Role.GONE) and group.active is not None:
         rows = group.active
         holed_layer(cache, index, len(rows.index), rows.index.device).expect(rows.index, rows.valid, tokens)

@@ -3,7 +3,7 @@
 Shape letters: B batch, T tokens of the prompt, Q new tokens, S stored tokens, D hidden, H heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -83,8 +83,8 @@ def _holed_class(base: type) -> type:
     return type(base.__name__, (HoledLayer, base), {"__module__": base.__module__})
 
 
-def holed_layer(cache: Any, index: int, batch: int, device: torch.device) -> HoledLayer:
-    """Make layer `index` of an empty cache one that may skip tokens.
+def growing_layer(cache: Any, index: int) -> Any:
+    """Layer `index` of an empty cache.
 
     Raises:
         UnsupportedError: a kind of cache that does not grow token by token.
@@ -95,8 +95,19 @@ def holed_layer(cache: Any, index: int, batch: int, device: torch.device) -> Hol
     layer = cache.layers[index] if index < len(getattr(cache, "layers", ())) else cache
     if type(layer).__name__ not in _GROWING:
         raise UnsupportedError(
-            f"a cache with {type(layer).__name__} cannot skip tokens; generate with the default DynamicCache"
+            f"a cache with {type(layer).__name__} does not grow with the tokens it is given, so none can skip a layer; "
+            "generate with the default DynamicCache"
         )
+    return layer
+
+
+def holed_layer(cache: Any, index: int, batch: int, device: torch.device) -> HoledLayer:
+    """Make layer `index` of an empty cache one that may skip tokens.
+
+    Raises:
+        UnsupportedError: a kind of cache that does not grow token by token.
+    """
+    layer = growing_layer(cache, index)
     holed = cast(HoledLayer, object.__new__(_holed_class(type(layer))))
     holed.__dict__.update(layer.__dict__)
     holed.length = 0
@@ -106,16 +117,18 @@ def holed_layer(cache: Any, index: int, batch: int, device: torch.device) -> Hol
     return holed
 
 
-def grown(layout: TokenLayout, shape: tuple[int, int], ids: Tensor | None) -> TokenLayout:
+def grown(layout: TokenLayout, shape: tuple[int, int], ids: Tensor | None, routes: Sequence[Route]) -> TokenLayout:
     """The layout of a prompt, for rows repeated by a search and for tokens that followed it.
 
     Args:
         layout: of the (B, T) prompt.
         shape: (n * B, T + Q).
         ids: (n * B, T + Q) or (n * B, Q) vocabulary ids the model embedded, if known.
+        routes: of each of the B samples; a selection concerns the prompt only, so new images count as text there.
 
     Raises:
         LayoutError: a shape that does not come from the prompt's.
+        NeededRowError: the last token is an image, and its output would be stale.
     """
     (batch, tokens), (rows, length) = layout.image.shape, shape
     if rows % batch or length < tokens:
@@ -125,14 +138,23 @@ def grown(layout: TokenLayout, shape: tuple[int, int], ids: Tensor | None) -> To
         )
     times = rows // batch
     image = layout.image.repeat_interleave(times, 0)
+    selects = [any(layer.select is not None for layer in route) for route in routes]
     new = image_ids(layout, ids, (rows, length - tokens), image.device)
+    new = new & ~torch.tensor(selects, device=image.device).repeat_interleave(times)[:, None]
+    image = torch.cat([image, new], 1)
+    stale = torch.tensor([route[-1].image in (Role.CONTEXT, Role.GONE) for route in routes], device=image.device)
+    if bool((image[:, -1] & stale.repeat_interleave(times)).any()):
+        raise NeededRowError(
+            "the last token is an image that ends CONTEXT or GONE, but its output is needed for the next; use HMGen to "
+            "generate behind images"
+        )
     padding = layout.padding
     if padding is not None:
         padding = torch.cat([padding.repeat_interleave(times, 0), torch.ones_like(new)], 1)
     task = layout.task
     if task is not None and not isinstance(task, str):
         task = tuple(name for name in task for _ in range(times))
-    return replace(layout, image=torch.cat([image, new], 1), task=task, padding=padding, segments=None)
+    return replace(layout, image=image, task=task, padding=padding, segments=None)
 
 
 def image_ids(layout: TokenLayout, ids: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:

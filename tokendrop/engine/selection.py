@@ -20,10 +20,11 @@ class Selections:
         plan: of the forward.
         step: (2,) int64, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
+        times: rows of each sample, which a search repeats.
     """
 
-    def __init__(self, plan: Plan, step: Tensor, first: int) -> None:
-        self.plan, self.step, self.first = plan, step, first
+    def __init__(self, plan: Plan, step: Tensor, first: int, times: int) -> None:
+        self.plan, self.step, self.first, self.times = plan, step, first, times
         self.alive = plan.layout.image
         self.made: dict[tuple[Select, tuple[int, ...]], Tensor] = {}
 
@@ -49,7 +50,7 @@ class Selections:
     def _select(self, group: Group, choice: Choice, states: Tensor) -> Tensor:
         select, candidates = choice.select, self.alive[group.samples]
         states = states if group.whole else states[group.samples]
-        samples = group.samples + self.first
+        samples = group.samples // self.times + self.first
         scoring = Scoring(states, candidates, samples, select.layer, select.seed, self.step)
         kept = highest(select.score(scoring), candidates, choice.kept)
         if group.role is Role.GONE:

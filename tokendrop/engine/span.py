@@ -4,6 +4,7 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all
 """
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ class Frame:
         step: (2,) int64, of training, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
         forward: the forward under way.
-        cache: the cache that a generation inside has filled.
+        caches: those that generations inside have filled.
         ids: vocabulary ids that the model embedded last, where the layout has image ids.
         returns_tuple: whether the layers return one.
     """
@@ -83,7 +84,7 @@ class Frame:
     step: Tensor
     first: int
     forward: Forward | None = None
-    cache: Any = None
+    caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     ids: Tensor | None = None
     returns_tuple: bool = False
 
@@ -94,7 +95,8 @@ class Frame:
 
     def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
         """Begin a forward."""
-        return Forward(plan, Selections(plan, self.step, self.first), cache, step)
+        times = plan.shape[0] // len(self.layout.image)
+        return Forward(plan, Selections(plan, self.step, self.first, times), cache, step)
 
     @property
     def generates(self) -> bool:
@@ -193,11 +195,14 @@ def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]
             raise UnsupportedError(f"a cache with {stored} tokens reached a training forward; pass use_cache=False")
         return frame.start(plan)
     if not stored:
-        frame.cache = cache
-        if cache is None and (batch, tokens) == plan.shape:
+        if cache is not None:
+            frame.caches.add(cache)
+        elif (batch, tokens) == plan.shape:
             return frame.start(plan)
-        return frame.start(handle.plan(generate.grown(layout, (batch, tokens), frame.ids), cache is not None), cache)
-    if cache is not frame.cache:
+        routes = [handle.route_of(handle.key_of(task)) for task in layout.tasks]
+        prompt = generate.grown(layout, (batch, tokens), frame.ids, routes)
+        return frame.start(handle.plan(prompt, cache is not None), cache)
+    if cache not in frame.caches:
         raise UnsupportedError(
             f"a cache with {stored} tokens was not filled inside this layout; generate from the prompt on inside it"
         )
