@@ -3,7 +3,7 @@
 Shape letters: B batch, T tokens.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ())
         LayoutTypeError: tensors of the wrong dtype.
         LayoutError: tensors whose shapes differ.
     """
-    if not isinstance(batch, Mapping | MutableMapping):
+    if not isinstance(batch, Mapping):
         raise BatchError(
             f"batch: expected a mapping with 'image_mask', 'mm_token_type_ids' or 'input_ids'; found "
             f"{type(batch).__name__}. Give TokenDrop a layout=fn(batch) of your own"

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tokendrop.engine.rows import Split, split_rows
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import Role, Route
@@ -172,19 +173,28 @@ class Step:
         image: (B, Q) bool, the new tokens that are images.
         any_image: whether one is.
         all_images: whether all are.
-        routes: of each sample.
+        routes: of each sample of the layout, whose rows a search repeats.
+        names: the projection set of each sample's image tokens, or None.
     """
 
     image: Tensor
     any_image: bool
     all_images: bool
-    routes: tuple[Route, ...]
+    routes: Sequence[Route]
+    names: Sequence[str | None]
 
     @classmethod
-    def of(cls, image: Tensor, routes: tuple[Route, ...]) -> "Step":
+    def of(cls, image: Tensor, routes: Sequence[Route], names: Sequence[str | None]) -> "Step":
         """A step, with the one transfer from the device that it needs."""
         count = int(image.sum())
-        return cls(image, count > 0, count == image.numel(), routes)
+        return cls(image, count > 0, count == image.numel(), routes, names)
+
+    def split(self, index: int) -> Split | None:
+        """Which projections the new tokens use in layer `index`."""
+        times = len(self.image) // len(self.routes)
+        pairs = zip(self.names, self.routes, strict=True)
+        names = tuple(name if route[index].separate else None for name, route in pairs for _ in range(times))
+        return split_rows(self.image, names) if self.any_image and any(names) else None
 
     def skips(self, index: int) -> bool:
         """Whether new image tokens skip layer `index`; a selection concerns the prompt only.

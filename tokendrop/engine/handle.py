@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from tokendrop.engine import projections
 from tokendrop.engine.decoder import LayerSpec, find_layers, is_sharded
-from tokendrop.engine.generate import Step
 from tokendrop.engine.plan import Plan, Planner
-from tokendrop.engine.rows import Split, split_rows
 from tokendrop.engine.span import Frame, frames
 from tokendrop.errors import AppliedError, LayoutError, LayoutTypeError, NoEffectWarning, UnsupportedError
 from tokendrop.layout import TokenLayout
@@ -148,7 +146,7 @@ class Handle(nn.Module):
                 f"no method for task {task!r}, which runs dense; methods are for {_named(self.methods)}. Give it None "
                 "to run it dense without this warning",
                 NoEffectWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         return task
 
@@ -161,22 +159,16 @@ class Handle(nn.Module):
         """What each layer computes on such tokens; `layout()` makes and enters it."""
         if not isinstance(layout, TokenLayout):
             raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
+        routes, names = self.served(layout)
+        return Planner(layout, routes, names, self.multiple, caching).plan()
+
+    def served(self, layout: TokenLayout) -> tuple[list[Route], list[str | None]]:
+        """For each of the B samples, the route of its task and the projection set of its image tokens."""
         keys: dict[str | None, str | None] = {}
         for task in layout.tasks:
             keys[task] = self.key_of(task)
         routes = {task: self.route_of(key) for task, key in keys.items()}
-        names = [self.names.get(keys[task]) for task in layout.tasks]
-        return Planner(layout, [routes[task] for task in layout.tasks], names, self.multiple, caching).plan()
-
-    def split_new(self, step: Step, index: int, layout: TokenLayout) -> Split | None:
-        """Which projections the new tokens of a decoding step use in layer `index`."""
-        times = len(step.routes) // len(layout.tasks)
-        tasks = [task for task in layout.tasks for _ in range(times)]
-        names = tuple(
-            self.names.get(self.key_of(task)) if route[index].separate else None
-            for task, route in zip(tasks, step.routes, strict=True)
-        )
-        return split_rows(step.image, names) if step.any_image and any(names) else None
+        return [routes[task] for task in layout.tasks], [self.names.get(keys[task]) for task in layout.tasks]
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the model without what was added to it."""

@@ -4,8 +4,7 @@ Shape letters: T tokens, L layers.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any
 
 from torch import nn
 
@@ -14,16 +13,15 @@ from tokendrop.engine.decoder import LayerSpec, deepstack_layers, find_layers, i
 from tokendrop.engine.forward import run
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.span import WORK, Binding, call
+from tokendrop.engine.swap import Swapped, swapped_class
 from tokendrop.errors import AppliedError, MethodError, UnsupportedError
 from tokendrop.roles import Method, Role
 
 Methods = Method | Mapping[str, Method | None]
 
 
-class _RoutedLayer(nn.Module):
+class _RoutedLayer(Swapped):
     """Mixin of a decoder layer whose tokens are routed."""
-
-    _tokendrop_base: ClassVar[type[nn.Module]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return call(self, super().__call__, args, kwargs)
@@ -33,20 +31,6 @@ class _RoutedLayer(nn.Module):
         if work is None:
             return forward(self, *args, **kwargs)
         return run(self, forward, args, kwargs, work)
-
-    def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple[Any, ...]:
-        return _rebuild, (self._tokendrop_base,), self.__dict__
-
-
-@lru_cache
-def _routed_class(base: type[nn.Module]) -> type[nn.Module]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_tokendrop_base": base}
-    return type(base.__name__, (_RoutedLayer, base), names)
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    routed = _routed_class(base)
-    return routed.__new__(routed)
 
 
 def apply(model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64) -> Handle:
@@ -101,7 +85,7 @@ def apply(model: nn.Module, methods: Methods, layers: str | None = None, multipl
     handle = Handle(model, path, spec, checked, multiple, sets)
     for index, layer in enumerate(found):
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
-        layer.__class__ = _routed_class(type(layer))
+        layer.__class__ = swapped_class(_RoutedLayer, type(layer))
     if any(
         m.separate != "none" or any(one.image is Role.CONTEXT for one in m.route(len(found))) for m in given.values()
     ):

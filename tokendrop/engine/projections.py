@@ -7,14 +7,14 @@ import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar, SupportsIndex, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.decoder import LayerSpec, head_width
 from tokendrop.engine.rows import Split
+from tokendrop.engine.swap import Swapped, swapped_class
 from tokendrop.roles import Method
 
 
@@ -76,10 +76,9 @@ class Parts:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-class _SplitLinear(nn.Module):
+class _SplitLinear(Swapped):
     """Mixin of a layer's own linear: image rows go through the image-only one, and queries can be left out."""
 
-    _tokendrop_base: ClassVar[type[nn.Module]]
     _tokendrop_parts: Parts
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,20 +117,6 @@ class _SplitLinear(nn.Module):
         if len(self._tokendrop_parts.letters) == 1:
             return super().forward(x)
         return nn.functional.linear(x, *self._tokendrop_parts.cut(self, letter))
-
-    def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple[Any, ...]:
-        return _rebuild, (self._tokendrop_base,), self.__dict__
-
-
-@lru_cache
-def _split_class(base: type[nn.Module]) -> type[nn.Module]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_tokendrop_base": base}
-    return type(base.__name__, (_SplitLinear, base), names)
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    swapped = _split_class(base)
-    return swapped.__new__(swapped)
 
 
 def _parts(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
@@ -189,7 +174,7 @@ def swap(layers: nn.ModuleList, spec: LayerSpec) -> None:
         for _, letters in spec.linears:
             linear = spec.linear(layer, letters[0])
             linear.__dict__["_tokendrop_parts"] = _parts(layer, spec, letters)
-            linear.__class__ = _split_class(type(linear))
+            linear.__class__ = swapped_class(_SplitLinear, type(linear))
 
 
 def restore(layers: nn.ModuleList) -> None:

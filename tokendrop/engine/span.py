@@ -160,7 +160,10 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
         return proceed(*args, **kwargs, **{WORK: Work(binding.spec, (), sets)})
     hidden, named = binding.spec.bind(args, kwargs)
     forward = _forward(layer, binding, frame, hidden, named)
-    out = (_decode if forward.step else _run)(layer, binding, frame, forward, proceed, hidden, named)
+    if forward.step is None:
+        out = _run(layer, binding, frame, forward, proceed, hidden, named)
+    else:
+        out = _decode(binding, frame, forward.cache.layers[binding.index], forward.step, proceed, hidden, named)
     if forward.next_layer == len(forward.plan.span_of):
         frame.forward = None
     return out
@@ -199,17 +202,14 @@ def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]
             frame.caches.add(cache)
         elif (batch, tokens) == plan.shape:
             return frame.start(plan)
-        routes = [handle.route_of(handle.key_of(task)) for task in layout.tasks]
-        prompt = generate.grown(layout, (batch, tokens), frame.ids, routes)
+        prompt = generate.grown(layout, (batch, tokens), frame.ids, handle.served(layout)[0])
         return frame.start(handle.plan(prompt, cache is not None), cache)
     if cache not in frame.caches:
         raise UnsupportedError(
             f"a cache with {stored} tokens was not filled inside this layout; generate from the prompt on inside it"
         )
     image = generate.image_ids(layout, frame.ids, (batch, tokens), hidden.device)
-    times = batch // len(layout.image)
-    routes = tuple(handle.route_of(handle.key_of(task)) for task in layout.tasks for _ in range(times))
-    return frame.start(plan, cache, generate.Step.of(image, routes))
+    return frame.start(plan, cache, generate.Step.of(image, *handle.served(layout)))
 
 
 def _run(
@@ -237,25 +237,22 @@ def _run(
 
 
 def _decode(
-    layer: nn.Module,
     binding: Binding,
     frame: Frame,
-    forward: Forward,
+    store: Any,
+    step: generate.Step,
     proceed: Callable[..., Any],
     hidden: Tensor,
     named: dict[str, Any],
 ) -> Any:
-    step, index, handle = forward.step, binding.index, binding.handle
-    if step is None:
-        raise UnsupportedError("a step without new tokens")
-    skips, store = step.skips(index), forward.cache.layers[index]
-    split = handle.split_new(step, index, frame.layout)
+    index = binding.index
+    skips = step.skips(index)
     holed, mask = isinstance(store, generate.HoledLayer), binding.spec.mask or ""
     arguments = generate.decode(store, step, skips, hidden, named, mask) if holed else named
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden
-    work = Call((len(hidden), hidden.shape[1]), arguments, split, None, {}, None, None)
-    states, rest = split_output(proceed(hidden, **{WORK: Work(binding.spec, (work,), handle.sets(index))}))
+    work = Call((len(hidden), hidden.shape[1]), arguments, step.split(index), None, {}, None, None)
+    states, rest = split_output(proceed(hidden, **{WORK: Work(binding.spec, (work,), binding.handle.sets(index))}))
     if skips and step.any_image:
         states = torch.where(step.image[:, :, None], hidden, states)
     return joined_output(states, rest)
