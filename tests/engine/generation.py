@@ -26,6 +26,8 @@ METHODS: dict[str, Any] = {
     "rejoin": td.Drop("0:3", 0.5),
     "gone": td.Drop("1:", 0.5, then="gone"),
 }
+# Under the others a new image token would end with a stale state.
+MAKES_IMAGES = ("himix_range", "hmgen", "hmgen_first", "hmgen_shared")
 SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True},

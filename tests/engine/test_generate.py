@@ -14,6 +14,7 @@ from generation import (
     IMAGE_IDS,
     IMAGE_ONLY,
     LAYERS,
+    MAKES_IMAGES,
     METHODS,
     NEW,
     PADDED,
@@ -41,7 +42,7 @@ TOLERANCE = 1e-5
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_changes_nothing(method: str, given: Prompt, attention: str, search: str) -> None:
     model, drop = dropped(METHODS[method], attention)
-    makes_images = method.startswith("hmgen")
+    makes_images = method in MAKES_IMAGES
     more = SEARCHES[search] | ({} if makes_images else {"suppress_tokens": TEXT_ONLY})
     cached, plain = (generated(model, drop, given, cached, **more) for cached in (True, False))
     assert isinstance(cached.past_key_values, DynamicCache)

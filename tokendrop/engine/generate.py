@@ -196,26 +196,30 @@ class Step:
         names = tuple(name if route[index].separate else None for name, route in pairs for _ in range(times))
         return split_rows(self.image, names) if self.any_image and any(names) else None
 
-    def skips(self, index: int) -> bool:
-        """Whether new image tokens skip layer `index`; a selection concerns the prompt only.
+    def role(self, index: int) -> Role:
+        """The role of new image tokens in layer `index`; a selection concerns the prompt only.
 
         Raises:
             UnsupportedError: samples with different roles.
             NeededRowError: a new image token whose output would be stale.
         """
-        roles = {route[index].image if route[index].select is None else Role.ACTIVE for route in self.routes}
+        roles = {self._role(route, index) for route in self.routes}
         if len(roles) > 1:
             names = " and ".join(sorted(role.name for role in roles))
             raise UnsupportedError(
                 f"image tokens are {names} in layer {index} of one batch; generate the tasks in batches of their own"
             )
-        role = roles.pop()
-        if self.any_image and role in (Role.CONTEXT, Role.GONE):
+        stale = [role for role in (self._role(route, -1) for route in self.routes) if role in (Role.CONTEXT, Role.GONE)]
+        if self.any_image and stale:
             raise NeededRowError(
-                f"a new image token is {role.name} in layer {index}, but its output is needed for the next; use HMGen "
-                "to generate images"
+                f"a new image token is {stale[0].name} in the last layer, but its output is needed for the next; use "
+                "HMGen to generate images"
             )
-        return role is Role.BYPASS
+        return roles.pop()
+
+    @staticmethod
+    def _role(route: Route, index: int) -> Role:
+        return route[index].image if route[index].select is None else Role.ACTIVE
 
 
 def decode(

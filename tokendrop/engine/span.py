@@ -21,6 +21,7 @@ from tokendrop.engine.selection import Selections
 from tokendrop.errors import LayoutError, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import TokenLayout
+from tokendrop.roles import Role
 
 if TYPE_CHECKING:
     from tokendrop.engine.handle import Handle
@@ -246,14 +247,15 @@ def _decode(
     named: dict[str, Any],
 ) -> Any:
     index = binding.index
-    skips = step.skips(index)
+    role = step.role(index)
+    skips = role is Role.BYPASS
     holed, mask = isinstance(store, generate.HoledLayer), binding.spec.mask or ""
     arguments = generate.decode(store, step, skips, hidden, named, mask) if holed else named
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden
     work = Call((len(hidden), hidden.shape[1]), arguments, step.split(index), None, {}, None, None)
     states, rest = split_output(proceed(hidden, **{WORK: Work(binding.spec, (work,), binding.handle.sets(index))}))
-    if skips and step.any_image:
+    if role is not Role.ACTIVE and step.any_image:
         states = torch.where(step.image[:, :, None], hidden, states)
     return joined_output(states, rest)
 
