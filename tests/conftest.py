@@ -1,4 +1,6 @@
-"""One thread and the same examples in every run."""
+"""One thread and the same examples in every run; what transformers deprecates is an error."""
+
+import logging
 
 import pytest
 import torch
@@ -16,3 +18,24 @@ def seeded():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+class _Deprecations(logging.Handler):
+    """Collects what transformers logs, rather than warns, about our use of it."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        if "deprecat" in record.getMessage().lower():
+            self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def no_deprecation():
+    handler, logger = _Deprecations(), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert handler.messages == []

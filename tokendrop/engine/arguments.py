@@ -54,6 +54,29 @@ def compact(named: dict[str, Any], group: Group, form: Form) -> dict[str, Any]:
     }
 
 
+def check_packing(named: dict[str, Any], backend: str) -> None:
+    """Refuse packed sequences where an attention finds their borders by itself, among rows that are compact by then.
+
+    Args:
+        named: the layer's arguments by name.
+        backend: the attention implementation; sdpa and eager are given their borders in the mask.
+
+    Raises:
+        UnsupportedError: lengths of packed sequences, or position ids that restart.
+    """
+    if backend in ("sdpa", "eager"):
+        return
+    lengths = next((name for name in named if name.startswith("cu_seq_lens") and named[name] is not None), None)
+    ids = named.get("position_ids")
+    restarts = isinstance(ids, Tensor) and ids.dim() == 2 and bool((ids.diff(dim=1) < 0).any())
+    if lengths or restarts:
+        found = f"{lengths!r}" if lengths else "position ids that restart"
+        raise UnsupportedError(
+            f"packed sequences ({found}) with the {backend!r} attention, which would look for their borders among the "
+            "rows that are left; pass position ids that restart, with attn_implementation='sdpa'"
+        )
+
+
 def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], name: str) -> Any:
     """The rows of a group in a tensor of (B or 1, T, ...), or in a tuple of these; anything else as it is.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine import generate
+from tokendrop.engine.arguments import check_packing
 from tokendrop.engine.calls import Made, group_calls
 from tokendrop.engine.decoder import LayerSpec, reentrant
 from tokendrop.engine.forward import Call, Work, joined_output, split_output
@@ -173,6 +174,7 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
 def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
     name, forward = f"{type(layer).__name__} {binding.index}", frame.forward
     if binding.index == 0:
+        check_packing(named, binding.spec.backend(layer))
         forward = frame.forward = _begin(binding, frame, hidden, named)
     elif forward is None or binding.index != forward.next_layer:
         due = 0 if forward is None else forward.next_layer
