@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint families oldest clean
 
 demo: $(STAMP)
 	$(BIN)/tokendrop demo --out runs/demo
@@ -15,6 +15,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check
 
+# The table in docs/families.md, from the results of its tests; about ten minutes.
+families: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --families-table tests/engine
+
+# The engine's core on the oldest versions that pyproject.toml allows; downloads several GB.
+oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e . pytest pytest-xdist hypothesis
+	.venv-oldest/bin/python -m pytest -W default -n 2 --dist loadfile tests/engine/test_equivalence.py \
+	  tests/engine/test_families.py tests/engine/test_inject.py tests/engine/test_plan.py tests/kernels tests/methods
+
 # torch first: later requirements are then met by it, and no other build of it is looked for.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokendrop needs Python 3.11 or later; set PYTHON=")'
@@ -24,4 +35,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs

@@ -122,8 +122,8 @@ def _vocabulary(name: Callable[[int], str]) -> dict[str, int]:
 
 def _chameleon(**more: Any) -> hf.ChameleonConfig:
     names = _vocabulary(lambda code: "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z")
-    vq = hf.models.chameleon.ChameleonVQVAEConfig(num_embeddings=16, resolution=8, **_vq())
-    return hf.ChameleonConfig(**_TEXT, vocabulary_map=names, vq_config=vq, **more)
+    vq = hf.models.chameleon.configuration_chameleon.ChameleonVQVAEConfig(num_embeddings=16, resolution=8, **_vq())
+    return hf.ChameleonConfig(**_TEXT, vocabulary_map=names, vq_config=vq.to_dict(), **more)
 
 
 def _emu3() -> hf.Emu3Config:
@@ -149,7 +149,7 @@ def _qwen_vl(config: Any, text: dict[str, Any], vision: Any, depths: dict[str, A
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], **rope}
     return config(
         text_config=_TEXT | text | {"rope_parameters": rope},
-        vision_config=vision(**shape, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, **depths),
+        vision_config=vision(**shape, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, **depths).to_dict(),
         image_token_id=IMAGE,
         video_token_id=6,
         vision_start_token_id=START,
@@ -158,13 +158,19 @@ def _qwen_vl(config: Any, text: dict[str, Any], vision: Any, depths: dict[str, A
 
 
 def _qwen2_5_vl() -> hf.Qwen2_5_VLConfig:
-    vision = hf.models.qwen2_5_vl.Qwen2_5_VLVisionConfig
+    vision = hf.models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig
     return _qwen_vl(hf.Qwen2_5_VLConfig, {}, vision, {"window_size": 16, "fullatt_block_indexes": [1]})
 
 
 def _qwen3_vl() -> hf.Qwen3VLConfig:
     depths = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
-    return _qwen_vl(hf.Qwen3VLConfig, {"head_dim": 8}, hf.Qwen3VLVisionConfig, depths, mrope_interleaved=True)
+    return _qwen_vl(
+        hf.Qwen3VLConfig,
+        {"head_dim": 8},
+        hf.models.qwen3_vl.configuration_qwen3_vl.Qwen3VLVisionConfig,
+        depths,
+        mrope_interleaved=True,
+    )
 
 
 def _idefics3(config: Any, vision: Any) -> Any:
@@ -230,7 +236,7 @@ FAMILIES: dict[str, Family] = {
         lambda: _idefics3(hf.SmolVLMConfig, hf.SmolVLMVisionConfig), hf.SmolVLMForConditionalGeneration, _padded
     ),
     "idefics3": Family(
-        lambda: _idefics3(hf.Idefics3Config, hf.models.idefics3.Idefics3VisionConfig),
+        lambda: _idefics3(hf.Idefics3Config, hf.models.idefics3.configuration_idefics3.Idefics3VisionConfig),
         hf.Idefics3ForConditionalGeneration,
         _padded,
     ),

@@ -88,9 +88,12 @@ def agree(cached: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
-def test_generate_with_a_cache_equals_without(name: str, method: str, attention: str, padding: str | None) -> None:
+def test_generate_with_a_cache_equals_without(
+    name: str, method: str, attention: str, padding: str | None, cell: Any
+) -> None:
     case = Case(name, method, attention, padding)
     agree(case.generate(True), case.generate(False))
+    cell(name, "generate")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -78,7 +78,9 @@ def check_packing(named: dict[str, Any], backend: str) -> None:
 
 
 def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], name: str) -> Any:
-    """The rows of a group in a tensor of (B or 1, T, ...), or in a tuple of these; anything else as it is.
+    """The rows of a group in a tensor of (B or 1, T, ...) or (3, B or 1, T, ...), as M-RoPE has them, or in a tuple.
+
+    Anything else as it is.
 
     Raises:
         UnsupportedError: a tensor of (T, ...), which could be one row for each token.
@@ -87,6 +89,8 @@ def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], 
         return type(value)(select(item, group, rows, shape, name) for item in value)
     if not isinstance(value, Tensor) or value.dim() < 2:
         return value
+    if value.dim() > 2 and value.shape[1] in (1, shape[0]) and value.shape[2] == shape[1] and len(value) == 3:
+        return torch.stack([select(one, group, rows, shape, name) for one in value])
     if value.shape[1] != shape[1] or len(value) not in (1, shape[0]):
         if len(value) == shape[1] and rows is not None:
             raise UnsupportedError(

@@ -89,12 +89,19 @@ def _once(
     out = {}
     for name, value in named.items():
         same = made.setdefault((group.number, kind, name), [])
-        found = next((result for given, rows, result in same if given is value and rows is group.active), _MISSING)
+        found = next((result for given, rows, result in same if _same(given, value) and rows is group.active), _MISSING)
         if found is _MISSING:
             found = make({name: value})[name]
             same.append((value, group.active, found))
         out[name] = found
     return out
+
+
+def _same(one: Any, other: Any) -> bool:
+    # Dynamo cannot ask whether two tuples are one.
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_same(*pair) for pair in zip(one, other, strict=True))
+    return one is other
 
 
 def _fill(span: Span, index: int, cache: Any, tokens: int) -> None:

@@ -1,0 +1,84 @@
+"""The table of docs/families.md: every cell is the result of tests, which hold the committed table to it.
+
+`pytest --families-table tests/engine` writes it anew, with `-m ""` also the slow cells.
+"""
+
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+
+from families import FAMILIES
+
+PATH = Path(__file__).parent.parent / "docs" / "families.md"
+COLUMNS = ("HiMix", "HMGen", "projections", "drop, rejoin", "drop, gone", "generate", "checkpointing", "compile")
+HEAD = """# Model families
+
+Written by `make families` from the results of the test suite, which fails where a cell does not say what its test
+found.
+
+Every family is a tiny model of random weights, with real pixel values where it has a vision part. *pass*: logits and
+all gradients equal those of the dense, masked definition of the same roles (1e-5 relative), with sdpa and eager
+attention, unpadded, left- and right-padded. The columns:
+
+- **HiMix**, **HMGen**: over all layers and over a range, alone and mixed in one batch; **projections**: image-only
+  ones, `shared` and `per-task`; **drop, rejoin** and **drop, gone**: `td.Drop`, half of the image tokens.
+- **generate**: greedy generation with a cache equals that without one, under HiMix, HMGen and `Drop(then="gone")`.
+- **checkpointing**: the model's own activation checkpointing is bit-identical to none.
+- **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another
+  selection, and the same logits and gradients.
+
+"""
+
+
+def render(cells: dict[tuple[str, str], str], refusals: dict[tuple[str, str], set[str]]) -> str:
+    """The page, from the result of each cell and the families by what is refused and why."""
+    lines = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, family in FAMILIES.items():
+        row = " | ".join(cells.get((name, column), "not run") for column in COLUMNS)
+        lines.append(f"| {family.model.__name__} (`{name}`) | {row} |")
+    lines += ["", "## What is refused", "", "| what | families | the error says |", "|---|---|---|"]
+    for (what, message), families in sorted(refusals.items()):
+        names = "all" if len(families) == len(FAMILIES) else ", ".join(sorted(families))
+        lines.append(f"| {what} | {names} | {message} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+@lru_cache
+def committed() -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], set[str]]]:
+    """What the committed page says."""
+    rows = [line.strip("| \n").split(" | ") for line in PATH.read_text().splitlines() if line.startswith("| ")]
+    split = next(index for index, row in enumerate(rows) if row[0] == "what")
+    cells = {
+        (row[0].partition("`")[2].rstrip("`)"), column): result
+        for row in rows[1:split]
+        for column, result in zip(COLUMNS, row[1:], strict=True)
+    }
+    refusals = {
+        (what, message): set(FAMILIES) if names == "all" else set(names.split(", "))
+        for what, names, message in rows[split + 1 :]
+    }
+    return cells, refusals
+
+
+class Collector:
+    """A pytest plugin that collects what the tests found, from every worker, and writes the page."""
+
+    def __init__(self) -> None:
+        self.cells: dict[tuple[str, str], str] = {}
+        self.refusals: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed.append(report.nodeid)
+        for kind, value in report.user_properties if report.when == "call" else ():
+            if kind == "cell":
+                self.cells[value[0], value[1]] = value[2]
+            elif kind == "refusal":
+                self.refusals[value[1], value[2]].add(value[0])
+
+    def pytest_sessionfinish(self):
+        # What this run did not reach keeps what it said.
+        cells, refusals = committed() if PATH.exists() else ({}, {})
+        if not self.failed:
+            PATH.write_text(render(cells | self.cells, refusals | self.refusals))
