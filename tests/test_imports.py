@@ -96,6 +96,6 @@ def code_lines(file):
 
 
 def test_the_package_is_small():
-    assert lines(FILES) < 6000
+    assert sum(map(code_lines, FILES)) < 6000
     engine = [file for file in FILES if part_of(where(file)) == "engine"]
-    assert sum(map(code_lines, engine)) < 1500
+    assert sum(map(code_lines, engine)) < 1800

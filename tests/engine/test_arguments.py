@@ -42,6 +42,13 @@ def test_three_sections_of_each_token(group, batch, rest):
     assert torch.equal(select(value, group, group.active, SHAPE, "x"), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_rotary_tables(group, batch):
+    tables = tuple(torch.randn(batch, SHAPE[1], 5) for _ in range(2))
+    found = select(tables, group, group.active, SHAPE, "x")
+    assert all(torch.equal(one, rows_of(table, group)) for one, table in zip(found, tables, strict=True))
+
+
 def test_tuples_keep_their_kind(group):
     value = [torch.randn(1, 6, 2), (torch.randn(4, 6), None)]
     found = select(value, group, group.active, SHAPE, "x")

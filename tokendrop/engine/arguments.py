@@ -12,6 +12,7 @@ from torch import Tensor
 from tokendrop.engine.plan import Group
 from tokendrop.engine.rows import Rows
 from tokendrop.errors import UnsupportedError
+from tokendrop.kernels import gather_rotary
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], 
     Raises:
         UnsupportedError: a tensor of (T, ...), which could be one row for each token.
     """
+    if rows is not None and _is_rotary(value, shape):
+        cos, sin = (part if group.whole or len(part) == 1 else part[group.samples] for part in value)
+        return gather_rotary(cos, sin, rows.index)
     if isinstance(value, tuple | list):
         return type(value)(select(item, group, rows, shape, name) for item in value)
     if not isinstance(value, Tensor) or value.dim() < 2:
@@ -103,6 +107,13 @@ def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], 
     if len(value) == 1:
         return value[0][rows.index]
     return value[group.samples[:, None], rows.index]
+
+
+def _is_rotary(value: Any, shape: tuple[int, int]) -> bool:
+    pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value)
+    if not pair or value[0].shape != value[1].shape or value[0].dtype != value[1].dtype:
+        return False
+    return value[0].dim() == 3 and value[0].shape[1] == shape[1] and len(value[0]) in (1, shape[0])
 
 
 def compact_mask(mask: Any, group: Group, form: Form) -> Any:

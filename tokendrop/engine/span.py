@@ -26,6 +26,7 @@ from tokendrop.roles import Role
 
 if TYPE_CHECKING:
     from tokendrop.engine.handle import Handle
+    from tokendrop.engine.head import LabelledRows
 
 WORK = "tokendrop_work"
 
@@ -79,6 +80,7 @@ class Frame:
         caches: those that generations inside have filled.
         ids: vocabulary ids that the model embedded last, where the layout has image ids.
         returns_tuple: whether the layers return one.
+        labelled: the rows that the output head runs on; None for all.
     """
 
     layout: TokenLayout
@@ -89,6 +91,7 @@ class Frame:
     caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     ids: Tensor | None = None
     returns_tuple: bool = False
+    labelled: "LabelledRows | None" = None
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A pre-hook of the input embeddings, which remembers the ids."""
@@ -274,10 +277,9 @@ def _leave(forward: Forward, span: Span, states: Tensor) -> Tensor:
     if span.rows is None or forward.full is None:
         return states
     full, rows = forward.full, span.rows
-    folded = _folded(full, span)
-    states = torch.where(rows.valid[:, :, None], states, gather_tokens(folded, rows.index))
     forward.full, forward.context = None, ()
-    return scatter_tokens(folded, states.to(folded.dtype), rows.index).view(full.shape)
+    folded = _folded(full, span)
+    return scatter_tokens(folded, states.to(folded.dtype), rows.index, rows.valid).view(full.shape)
 
 
 def _folded(full: Tensor, span: Span) -> Tensor:

@@ -1,12 +1,18 @@
-"""Gather and scatter of token rows, in torch.
+"""Rows of tokens moved into and out of compact form: what is public, and what it refuses.
 
-Shape letters: B batch, T tokens, K kept, D hidden.
+CPU tensors go through plain torch, which `torch.compile` can fuse; CUDA and ROCm tensors through the Triton ops of
+`ops.py`; TOKENDROP_KERNELS=torch or triton decides otherwise. Index values are looked at where that costs no
+synchronisation, so on the CPU; under TOKENDROP_DEBUG=1 on every device, and whether they are unique.
+Shape letters: B batch, T tokens, K kept, D hidden, R rotary width.
 """
+
+import os
 
 import torch
 from torch import Tensor
 
 from tokendrop.errors import LayoutError, LayoutTypeError
+from tokendrop.kernels import ops, reference
 
 
 def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
@@ -32,24 +38,25 @@ def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
     Source: ours.
     """
     _check(x, idx)
-    return x.reshape(-1, x.shape[-1]).index_select(0, _flat(idx, x.shape[1])).view(*idx.shape, x.shape[-1])
+    return ops.gather(x, idx, None) if ops.uses_triton(x) else reference.gather(x, idx)
 
 
-def scatter_tokens(full: Tensor, kept: Tensor, idx: Tensor) -> Tensor:
+def scatter_tokens(full: Tensor, kept: Tensor, idx: Tensor, valid: Tensor | None = None) -> Tensor:
     """`full` with rows `idx` of each sample replaced by `kept`.
 
-    y[b, idx[b, k]] = kept[b, k], and y = full elsewhere
+    y[b, idx[b, k]] = kept[b, k] where valid[b, k], and y = full elsewhere
 
     Args:
         full: (B, T, D).
         kept: (B, K, D), the dtype of `full`.
         idx: (B, K) int64, in [0, T), unique in each sample.
+        valid: (B, K) bool, False for rows of `kept` that only fill up; None for none.
 
     Returns:
-        (B, T, D); the gradient for the replaced rows of `full` is zero.
+        (B, T, D); the gradient for the replaced rows of `full` is zero, and for the rows of `kept` that are not valid.
 
     Raises:
-        LayoutTypeError: `idx` is not int64, or `kept` has another dtype than `full`.
+        LayoutTypeError: `idx` is not int64, `kept` has another dtype than `full`, or `valid` is not bool.
         LayoutError: shapes that do not fit, or an index outside [0, T), looked at on the CPU only.
 
     Example:
@@ -59,28 +66,156 @@ def scatter_tokens(full: Tensor, kept: Tensor, idx: Tensor) -> Tensor:
     Source: ours.
     """
     _check(full, idx)
-    if kept.dtype != full.dtype:
-        raise LayoutTypeError(f"kept: expected {full.dtype} as full; found {kept.dtype}")
-    if kept.shape != (*idx.shape, full.shape[-1]):
-        raise LayoutError(f"kept: expected {(*idx.shape, full.shape[-1])} from idx and full; found {tuple(kept.shape)}")
-    rows = full.reshape(-1, full.shape[-1])
-    return rows.index_copy(0, _flat(idx, full.shape[1]), kept.reshape(-1, full.shape[-1])).view(full.shape)
+    _check_rows("kept", kept, full, idx)
+    if valid is not None:
+        _check_shape("valid", valid, tuple(idx.shape))
+        if valid.dtype != torch.bool:
+            raise LayoutTypeError(f"valid: expected bool; found {valid.dtype}")
+    run = ops.select if ops.uses_triton(full) else reference.select
+    return run(full, kept, idx, valid, full.shape[1])
 
 
-def _check(x: Tensor, idx: Tensor) -> None:
+def scatter_add_tokens(full: Tensor, update: Tensor, idx: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`full` with `update` added to rows `idx` of each sample: a residual connection around compact rows.
+
+    y = full, then y[b, idx[b, k]] += scale[b, k] * update[b, k], computed in fp32 and rounded once
+
+    Args:
+        full: (B, T, D), floating.
+        update: (B, K, D), the dtype of `full`.
+        idx: (B, K) int64, in [0, T), unique in each sample.
+        scale: (B, K), floating; None for 1. Kept for the backward, with `update`.
+
+    Returns:
+        (B, T, D).
+
+    Raises:
+        LayoutTypeError: `idx` is not int64, `update` has another dtype than `full`, or one is not floating.
+        LayoutError: shapes that do not fit, or an index outside [0, T), looked at on the CPU only.
+
+    Example:
+        >>> idx, scale = torch.tensor([[1]]), torch.tensor([[0.5]])
+        >>> scatter_add_tokens(torch.ones(1, 3, 1), torch.ones(1, 1, 1), idx, scale).flatten().tolist()
+        [1.0, 1.5, 1.0]
+
+    Source: ours; the scaled update of chosen tokens is that of Mixture-of-Depths, arXiv:2404.02258.
+    """
+    _check(full, idx)
+    _check_floating("full", full)
+    _check_rows("update", update, full, idx)
+    if scale is not None:
+        _check_shape("scale", scale, tuple(idx.shape))
+        _check_floating("scale", scale)
+    run = ops.scatter_add if ops.uses_triton(full) else reference.scatter_add
+    return run(full, update, idx, scale)
+
+
+def gather_rms_norm(x: Tensor, idx: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Rows `idx` of each sample, and their RMSNorm: the entry of a pre-norm layer, which needs both.
+
+    rows[b, k] = x[b, idx[b, k]], and y = rows / sqrt(mean(rows^2) + eps) * weight, in fp32 and rounded once
+
+    Args:
+        x: (B, T, D), floating.
+        idx: (B, K) int64, in [0, T), unique in each sample.
+        weight: (D,), floating.
+        eps: added to the mean of squares.
+
+    Returns:
+        rows and y, (B, K, D) of the dtype of `x`. The backward keeps `rows`, `weight` and a factor for each row.
+
+    Raises:
+        LayoutTypeError: `idx` is not int64, or `x` or `weight` is not floating.
+        LayoutError: shapes that do not fit, or an index outside [0, T), looked at on the CPU only.
+
+    Example:
+        >>> rows, y = gather_rms_norm(torch.tensor([[[9.0], [2.0]]]), torch.tensor([[1]]), torch.ones(1))
+        >>> rows.item(), round(y.item(), 4)
+        (2.0, 1.0)
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; the fusion is ours.
+    """
+    _check(x, idx)
+    _check_floating("x", x)
+    _check_shape("weight", weight, (x.shape[-1],))
+    _check_floating("weight", weight)
+    run = ops.gather_rms_norm if ops.uses_triton(x) else reference.gather_rms_norm
+    return run(x, idx, weight, eps)[:2]
+
+
+def gather_rotary(cos: Tensor, sin: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `idx` of the rotary tables, both at once.
+
+    y_cos[b, k] = cos[b, idx[b, k]], and the same for sin; tables of one sample serve all
+
+    Args:
+        cos: (B, T, R) or (1, T, R).
+        sin: as `cos`.
+        idx: (B, K) int64, in [0, T), unique in each sample.
+
+    Returns:
+        (B, K, R), twice.
+
+    Raises:
+        LayoutTypeError: `idx` is not int64, or `sin` has another dtype than `cos`.
+        LayoutError: shapes that do not fit, or an index outside [0, T), looked at on the CPU only.
+
+    Example:
+        >>> table = torch.arange(3.0).view(1, 3, 1)
+        >>> cos, sin = gather_rotary(table, -table, torch.tensor([[2], [1]]))
+        >>> cos.flatten().tolist(), sin.flatten().tolist()
+        ([2.0, 1.0], [-2.0, -1.0])
+
+    Source: ours.
+    """
+    _check(cos, idx, shared=True)
+    _check_shape("sin", sin, tuple(cos.shape))
+    if sin.dtype != cos.dtype:
+        raise LayoutTypeError(f"sin: expected {cos.dtype} as cos; found {sin.dtype}")
+    return ops.gather_rotary(cos, sin, idx) if ops.uses_triton(cos) else reference.gather_rotary(cos, sin, idx)
+
+
+def _check(x: Tensor, idx: Tensor, shared: bool = False) -> None:
     if not isinstance(idx, Tensor) or idx.dtype != torch.int64:
         raise LayoutTypeError(f"idx: expected int64; found {getattr(idx, 'dtype', type(idx).__name__)}")
-    if x.dim() != 3 or idx.dim() != 2 or len(x) != len(idx) or idx.shape[1] > x.shape[1]:
+    fits = x.dim() == 3 and idx.dim() == 2 and idx.shape[1] <= x.shape[1]
+    if not fits or not (len(x) == len(idx) or (shared and len(x) == 1)):
         raise LayoutError(
             f"expected rows (B, T, D) and indices (B, K) with K <= T; found {tuple(x.shape)} and {tuple(idx.shape)}"
         )
+    if idx.numel() and not torch.compiler.is_compiling():
+        _check_values(idx, x.shape[1])
+
+
+def _check_values(idx: Tensor, tokens: int) -> None:
+    debug = os.environ.get("TOKENDROP_DEBUG") == "1" and idx.device.type != "meta"
     # Elsewhere the values cost a synchronisation to look at.
-    if idx.device.type == "cpu" and idx.numel() and not torch.compiler.is_compiling():
+    if idx.device.type == "cpu" or debug:
         low, high = idx.aminmax()
-        if low < 0 or high >= x.shape[1]:
-            raise LayoutError(f"idx: expected indices from 0 to {x.shape[1] - 1}; found {int(low)} to {int(high)}")
+        if low < 0 or high >= tokens:
+            raise LayoutError(f"idx: expected indices from 0 to {tokens - 1}; found {int(low)} to {int(high)}")
+    if debug:
+        ordered = idx.sort(1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]).nonzero()
+        if len(twice):
+            sample, at = twice[0].tolist()
+            row = int(ordered[sample, at])
+            raise LayoutError(f"idx: expected each row of a sample once; found row {row} twice in sample {sample}")
 
 
-def _flat(idx: Tensor, tokens: int) -> Tensor:
-    offset = torch.arange(len(idx), device=idx.device)[:, None] * tokens
-    return (idx + offset).reshape(-1)
+def _check_rows(name: str, rows: Tensor, full: Tensor, idx: Tensor) -> None:
+    if rows.dtype != full.dtype:
+        raise LayoutTypeError(f"{name}: expected {full.dtype} as full; found {rows.dtype}")
+    if rows.shape != (*idx.shape, full.shape[-1]):
+        expected = (*idx.shape, full.shape[-1])
+        raise LayoutError(f"{name}: expected {expected} from idx and full; found {tuple(rows.shape)}")
+
+
+def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    if x.shape != expected:
+        raise LayoutError(f"{name}: expected {expected}; found {tuple(x.shape)}")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise LayoutTypeError(f"{name}: expected a floating dtype; found {x.dtype}")
