@@ -89,6 +89,19 @@ def test_by_hand():
     assert cost.dense_token_layers == 2 * 24
 
 
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_a_head_that_runs_on_labelled_rows(multiple):
+    made, model = batch(*MIXED), llama()
+    drop = td.apply(model, methods_with("none"), multiple=multiple, labelled_logits=True)
+    with drop.layout(made.layout()) as plan, counter() as count:
+        model(input_ids=made.ids, attention_mask=made.mask, labels=made.labels, use_cache=False).loss.backward()
+    assert count.get_total_flops() == pytest.approx(sum(c.flops for c in task_costs(drop, plan, made.tasks).values()))
+    with drop.layout(made.layout(labels=None)) as plan:
+        whole = task_costs(drop, plan, made.tasks)
+    drop.labelled_logits = False
+    assert task_costs(drop, plan, made.tasks) == whole
+
+
 def test_costs_belong_to_their_tasks():
     """A mixed batch costs what its samples cost alone, where nothing is rounded up."""
     samples, methods = ["tiittt", "tiittt", "ttiitt"], methods_with("none")

@@ -62,6 +62,19 @@ def test_fit_equals_plain_pytorch_wherever_the_model_is_made(where):
 
 
 @pytest.mark.parametrize("where", WHERE)
+def test_labelled_logits_train_alike(where):
+    plain, labelled = Lit(where), Lit(where)
+    trainer(td.TokenDrop(METHODS)).fit(plain, loader(6))
+    start = td.TokenDrop(METHODS, labelled_logits=True, multiple=1)
+    trainer(start).fit(labelled, loader(6))
+    assert labelled.losses == pytest.approx(plain.losses, rel=1e-5)
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(labelled.get_parameter(name), value)
+    start.remove()
+    assert "_loss_function" not in vars(labelled.model)
+
+
+@pytest.mark.parametrize("where", WHERE)
 def test_hooks_run_once_and_are_given_back(where):
     module = Lit(where)
     trainer(td.TokenDrop(METHODS)).fit(module, loader())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokendrop.engine.decoder import LayerSpec, is_linear, linear_shape
 from tokendrop.engine.handle import Handle
+from tokendrop.engine.head import labelled_rows
 from tokendrop.engine.plan import Plan
 
 _cpu = torch.ops.aten
@@ -131,22 +133,31 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
     Returns:
         Task -> cost of its samples.
     """
-    tokens = plan.shape[1]
-    layer = LayerCost.of(handle.decoder_layers[0], handle.spec)
-    head = 3 * head_flops(handle) * tokens
-    dense = layer.forward(tokens) + layer.backward(tokens)
-    layers = len(plan.span_of)
+    tokens, depth = plan.shape[1], len(plan.span_of)
+    layer, head = _costs(handle)
+    dense = tokens * 3 * head + depth * (layer.forward(tokens) + layer.backward(tokens))
+    # Labelled rows of all samples run together, rounded up once.
+    headed = tokens if not handle.labelled_logits else labelled_rows(plan, handle.multiple) / plan.shape[0]
     costs = dict.fromkeys(tasks, TaskCost())
     for task in tasks:
-        costs[task] += TaskCost(0, tokens * layers, head, head + dense * layers)
+        costs[task] += TaskCost(0, tokens * depth, round(3 * head * headed), dense)
     for span in plan.spans:
         for group in span.groups:
             rows, context = group.size, group.context_size
-            depth = span.stop - span.start
-            one = depth * (layer.forward(rows, context) + layer.backward(rows, context))
+            layers = span.stop - span.start
+            one = layers * (layer.forward(rows, context) + layer.backward(rows, context))
             for member in group.members:
-                costs[tasks[member]] += TaskCost(rows * depth, 0, one, 0)
+                costs[tasks[member]] += TaskCost(rows * layers, 0, one, 0)
     return costs
+
+
+_known: WeakKeyDictionary[Handle, tuple[LayerCost, int]] = WeakKeyDictionary()
+
+
+def _costs(handle: Handle) -> tuple[LayerCost, int]:
+    if handle not in _known:
+        _known[handle] = LayerCost.of(handle.decoder_layers[0], handle.spec), head_flops(handle)
+    return _known[handle]
 
 
 def head_flops(handle: Handle) -> int:

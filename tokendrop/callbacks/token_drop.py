@@ -19,8 +19,7 @@ from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, check_methods
 from tokendrop.errors import AppliedError, DecoderError, LayoutTypeError, MethodError
 from tokendrop.layout import TokenLayout
-from tokendrop.methods import AnyMethod
-from tokendrop.roles import Schedule
+from tokendrop.roles import Method, Schedule
 
 
 class TokenDrop(L.Callback):
@@ -38,6 +37,8 @@ class TokenDrop(L.Callback):
         consume: remove 'image_mask', 'segments' and 'task' from the batch before the user's step.
         layers: dotted path of the decoder's layer list, where inspection finds several.
         multiple: row counts are rounded up to it (or to T / 16 where that is less).
+        labelled_logits: run the output head and the loss of a Hugging Face model on rows with a label only; its logits
+            are then (1, N, V), of the N labelled rows.
 
     Raises:
         MethodError: no methods, or something that is none.
@@ -52,13 +53,14 @@ class TokenDrop(L.Callback):
 
     def __init__(
         self,
-        methods: AnyMethod | dict[str, AnyMethod | None],
+        methods: Method | dict[str, Method | None],
         layout: Callable[[Any], TokenLayout] | None = None,
         schedule: Schedule | None = None,
         image_ids: list[int] | None = None,
         consume: bool = False,
         layers: str | None = None,
         multiple: int = 64,
+        labelled_logits: bool = False,
     ) -> None:
         super().__init__()
         check_methods(methods)
@@ -66,6 +68,7 @@ class TokenDrop(L.Callback):
             raise MethodError(f"layout: expected a function of the batch, or None; found {layout!r}")
         self.methods, self.layout, self.schedule = methods, layout, schedule
         self.image_ids, self.consume, self.layers, self.multiple = tuple(image_ids or ()), consume, layers, multiple
+        self.labelled_logits = labelled_logits
         self.handle: Handle | None = None
         self._entered, self._wrapped = ExitStack(), ExitStack()
 
@@ -81,7 +84,7 @@ class TokenDrop(L.Callback):
     def _inject(self, pl_module: L.LightningModule) -> bool:
         handle = self._existing(pl_module)
         if handle is None and self._has_decoder(pl_module):
-            handle = apply(pl_module, self.methods, self.layers, self.multiple)
+            handle = apply(pl_module, self.methods, self.layers, self.multiple, self.labelled_logits)
         if handle is not None and handle is not self.handle and self.schedule is not None:
             handle.strength = self.schedule.final
         self.handle = handle

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine import projections
+from tokendrop.engine import head, projections
 from tokendrop.engine.decoder import LayerSpec, find_layers, is_sharded
 from tokendrop.engine.plan import Plan, Planner
 from tokendrop.engine.span import Frame, frames
@@ -31,6 +31,7 @@ class Handle(nn.Module):
         methods: by task name; the key None serves every task.
         multiple: row counts are rounded up to it.
         sets: image-only projections of each layer.
+        labelled_logits: whether the output head runs on rows with a label only.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class Handle(nn.Module):
         methods: dict[str | None, Method | None],
         multiple: int,
         sets: nn.ModuleList,
+        labelled_logits: bool = False,
     ) -> None:
         super().__init__()
         self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
         self.names = projections.set_names({task: m for task, m in methods.items() if m is not None})
         self.strength, self.entered, self._sharded = 1.0, 0, False
-        self.layers = sets
+        self.layers, self.labelled_logits = sets, labelled_logits
         self._owner = [model]  # in a list: a module attribute would be a child
         self._unknown: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in sets.parameters()) else None
@@ -81,6 +83,8 @@ class Handle(nn.Module):
         plan = self.plan(layout)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         frame = Frame(layout, plan, at, first)
+        if self.labelled_logits:
+            frame.labelled = head.LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
         embeddings = _input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
         with ExitStack() as stack:
@@ -191,6 +195,7 @@ class Handle(nn.Module):
             del layer.__dict__["_tokendrop"]
             layer.__class__ = vars(type(layer))["_tokendrop_base"]
         projections.restore(layers)
+        head.restore(model)
         if self._hook is not None:
             self._hook.remove()
         del model._modules["tokendrop"]

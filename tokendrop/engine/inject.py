@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tokendrop.engine import projections
+from tokendrop.engine import head, projections
 from tokendrop.engine.decoder import LayerSpec, deepstack_layers, find_layers, is_sharded, layer_spec
 from tokendrop.engine.forward import run
 from tokendrop.engine.handle import Handle
@@ -33,7 +33,13 @@ class _RoutedLayer(Swapped):
         return run(self, forward, args, kwargs, work)
 
 
-def apply(model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64) -> Handle:
+def apply(
+    model: nn.Module,
+    methods: Methods,
+    layers: str | None = None,
+    multiple: int = 64,
+    labelled_logits: bool = False,
+) -> Handle:
     """Make the image tokens of a model skip work; call it before `fully_shard`, `torch.compile` or DDP.
 
     Args:
@@ -41,6 +47,8 @@ def apply(model: nn.Module, methods: Methods, layers: str | None = None, multipl
         methods: a method for whatever task, or task name -> method; None runs a task dense.
         layers: dotted path of the decoder's layer list, where inspection finds several.
         multiple: row counts are rounded up to it (or to T / 16 where that is less), so that shapes stay few.
+        labelled_logits: run the output head and the loss of a Hugging Face model on the N rows with a label only; the
+            logits of a forward with labels are then (1, N, V).
 
     Returns:
         The handle, which is also `model.tokendrop`.
@@ -81,8 +89,9 @@ def apply(model: nn.Module, methods: Methods, layers: str | None = None, multipl
     spec = layer_spec(found[0], type(found[0]))
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, spec, given)
+    headed = head.find_head(model) if labelled_logits else None
     sets = projections.make_sets(found, spec, given, projections.set_names(given))
-    handle = Handle(model, path, spec, checked, multiple, sets)
+    handle = Handle(model, path, spec, checked, multiple, sets, labelled_logits)
     for index, layer in enumerate(found):
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
         layer.__class__ = swapped_class(_RoutedLayer, type(layer))
@@ -90,6 +99,8 @@ def apply(model: nn.Module, methods: Methods, layers: str | None = None, multipl
         m.separate != "none" or any(one.image is Role.CONTEXT for one in m.route(len(found))) for m in given.values()
     ):
         projections.swap(found, spec)
+    if headed is not None:
+        head.inject(*headed, handle.key)
     model.tokendrop = handle
     return handle
 

@@ -102,6 +102,7 @@ class Plan:
         dense: whether every token computes in every layer with the layer's own projections.
         routed: whether image tokens of these tasks, where there are any, do not.
         has_context: whether any token is CONTEXT anywhere.
+        needed: rows whose output is trained, one for each label.
     """
 
     shape: tuple[int, int]
@@ -112,6 +113,7 @@ class Plan:
     dense: bool
     routed: bool
     has_context: bool
+    needed: int
 
 
 class Planner:
@@ -138,8 +140,9 @@ class Planner:
         self.computing = ~layout.image & (_real(layout) | self.needed)
         unneeded_image = layout.image & self.needed
         # The one transfer from the device: everything the shapes of this forward depend on.
-        counts = torch.stack([self.computing.sum(1), layout.image.sum(1), unneeded_image.sum(1)]).tolist()
-        self.text, self.images, self.needed_images = counts
+        masks = (self.computing, layout.image, unneeded_image, self.needed)
+        self.text, self.images, self.needed_images, needed = torch.stack([mask.sum(1) for mask in masks]).tolist()
+        self.needed_rows = sum(needed)
         dense: Route = (LayerRoute(),) * len(routes[0])
         self.routed = any(route != dense for route in routes)
         kept = [caching or count > 0 for count in self.images]
@@ -162,9 +165,8 @@ class Planner:
         dense = not any(span.rows or span.selects or any(one.split for one in span.groups) for span in spans)
         has_context = any(group.context is not None for span in spans for group in span.groups)
         batch, tokens = self.layout.image.shape
-        return Plan(
-            (batch, tokens), self.layout, self.computing, tuple(spans), span_of, dense, self.routed, has_context
-        )
+        more = dense, self.routed, has_context, self.needed_rows
+        return Plan((batch, tokens), self.layout, self.computing, tuple(spans), span_of, *more)
 
     def _check_needed(self) -> None:
         for sample, (route, count) in enumerate(zip(self.routes, self.needed_images, strict=True)):

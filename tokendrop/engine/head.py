@@ -1,0 +1,140 @@
+"""Logits where there is a label: the output head and the loss on labelled rows only.
+
+Shape letters: B batch, T tokens, N rows with a label, D hidden, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokendrop.engine.plan import Plan
+from tokendrop.engine.rows import choose_rows, round_up
+from tokendrop.engine.span import Frame, frames
+from tokendrop.engine.swap import Swapped, swapped_class
+from tokendrop.errors import LayoutError, UnsupportedError
+from tokendrop.kernels import gather_tokens
+from tokendrop.layout import IGNORED, TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledRows:
+    """The rows of a batch whose next token has a label.
+
+    Args:
+        index: (1, N) int64, of the flattened (B * T) rows; the labelled ones ascending, then others that fill.
+        targets: (1, N) int64, the label of the token behind each; -100 for rows that fill.
+    """
+
+    index: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, layout: TokenLayout, plan: Plan, multiple: int) -> "LabelledRows | None":
+        """The labelled rows of a layout, or None where there are no labels, or no fewer rows than B * T."""
+        size = labelled_rows(plan, multiple)
+        if layout.labels is None or size == layout.labels.numel():
+            return None
+        targets = torch.full_like(layout.labels, IGNORED)
+        targets[:, :-1] = layout.labels[:, 1:]
+        flat = targets.view(1, -1)
+        rows = choose_rows(flat != IGNORED, torch.full((1,), plan.needed, device=flat.device), size)
+        return cls(rows.index, flat.gather(1, rows.index))
+
+
+def labelled_rows(plan: Plan, multiple: int) -> int:
+    """N, the rows that the output head runs on, rounded up like those of a layer; B * T without labels."""
+    rows = plan.shape[0] * plan.shape[1]
+    return rows if plan.layout.labels is None else round_up(plan.needed, rows, multiple)
+
+
+class _LabelledHead(Swapped):
+    """Mixin of an output head that runs on labelled rows."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        frame = _entered(self.__dict__["_tokendrop_key"])
+        if frame is None or frame.labelled is None or hidden.shape[:2] != frame.plan.shape:
+            return super().__call__(hidden)
+        return super().__call__(gather_tokens(hidden.reshape(1, -1, hidden.shape[-1]), frame.labelled.index))
+
+
+@dataclass(eq=False)
+class _LabelledLoss:
+    """A Hugging Face loss function that takes the logits of labelled rows.
+
+    Args:
+        key: of the handle.
+        base: the model's own.
+    """
+
+    key: str
+    base: Callable[..., Tensor]
+
+    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        frame = _entered(self.key)
+        if frame is None or frame.labelled is None or logits.shape[:2] != frame.labelled.index.shape:
+            return self.base(logits, labels, *args, **kwargs)
+        given = frame.layout.labels
+        if (
+            not torch.compiler.is_compiling()
+            and labels is not given
+            and given is not None
+            and not torch.equal(labels, given)
+        ):
+            raise LayoutError(
+                f"the loss is given labels of shape {tuple(labels.shape)} that differ from the layout's; give both the "
+                "same, or leave labelled_logits out"
+            )
+        return self.base(logits, labels, *args, **kwargs | {"shift_labels": frame.labelled.targets})
+
+
+def _entered(key: str) -> Frame | None:
+    entered = frames(key)
+    return entered[-1] if entered else None
+
+
+def find_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The model that makes a loss from labels, and its output head.
+
+    Raises:
+        UnsupportedError: no such model, or a loss that takes no shifted labels.
+    """
+    for module in model.modules():
+        find = getattr(module, "get_output_embeddings", None)
+        head = find() if callable(find) else None
+        if isinstance(head, nn.Module) and hasattr(module, "loss_function"):
+            loss: Any = module.loss_function
+            if "shift_labels" not in inspect.signature(loss).parameters:
+                raise UnsupportedError(
+                    f"labelled_logits: {type(module).__name__}.loss_function takes no 'shift_labels', through which it "
+                    "would be given the labels of its rows; leave labelled_logits out"
+                )
+            return module, head
+    raise UnsupportedError(
+        f"labelled_logits: {type(model).__name__} holds no Hugging Face model with an output head and a loss function; "
+        "leave labelled_logits out, or run your head on the rows that have a label"
+    )
+
+
+def inject(model: nn.Module, head: nn.Module, key: str) -> None:
+    """Make a head and the loss of its model work on labelled rows."""
+    loss: Any = model.loss_function
+    model.__dict__["_loss_function"] = _LabelledLoss(key, loss)
+    head.__dict__["_tokendrop_key"] = key
+    head.__class__ = swapped_class(_LabelledHead, type(head))
+
+
+def restore(model: nn.Module) -> None:
+    """Give every head and loss their own back."""
+    for module in model.modules():
+        loss = module.__dict__.get("_loss_function")
+        if isinstance(loss, _LabelledLoss):
+            del module.__dict__["_loss_function"]
+            if module.loss_function is not loss.base:
+                module.__dict__["_loss_function"] = loss.base
+        if isinstance(module, _LabelledHead):
+            del module.__dict__["_tokendrop_key"]
+            module.__class__ = vars(type(module))["_tokendrop_base"]
