@@ -21,7 +21,7 @@ from tokendrop.errors import (
 )
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
-from tokendrop.methods import Drop, HiMix, HMGen
+from tokendrop.methods import Drop, HiMix, HMGen, RandomLTD
 from tokendrop.roles import Role, Schedule
 
 __version__ = "0.1.0"
@@ -43,6 +43,7 @@ __all__ = [
     "MissingLayoutError",
     "NeededRowError",
     "NoEffectWarning",
+    "RandomLTD",
     "Role",
     "Schedule",
     "Segment",

@@ -58,7 +58,7 @@ class Select:
         strength: 1 for the whole method; below, more are kept.
     """
 
-    keep: float | int
+    keep: int | float
     score: Callable[[Scoring], Tensor]
     layer: int
     seed: int = 0

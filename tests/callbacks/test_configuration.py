@@ -1,12 +1,10 @@
 """TokenDrop written in a YAML file, as LightningCLI reads it."""
 
-from typing import get_args
-
 import pytest
 from lit_llama import LIGHTNING_WARNS, Batches, Lit, batch
 
 import tokendrop as td
-from tokendrop.methods import AnyMethod
+from tokendrop import methods
 
 jsonargparse = pytest.importorskip("jsonargparse", minversion="4.40")
 pytestmark = pytest.mark.filterwarnings(LIGHTNING_WARNS)
@@ -38,18 +36,24 @@ def test_methods_by_task():
     }
 
 
-@pytest.mark.parametrize("method", [td.HiMix(), td.HMGen(":"), td.Drop("1:", keep=0.5)])
-def test_every_method_with_its_defaults_stays_itself(method):
-    # jsonargparse drops the class path of a dataclass in a union, and takes the first class whose fields fit: no two
-    # methods may have the same fields.
-    init_args = {td.HMGen: {"shallow": ":"}, td.Drop: {"layers": "1:", "keep": 0.5}}.get(type(method), {})
-    written = {"class_path": f"tokendrop.{type(method).__name__}", "init_args": init_args}
+METHODS = [
+    td.HiMix("1:", separate="shared"),
+    td.HMGen((1, 2)),
+    td.Drop("1:", keep=3, score="norm", then="gone", seed=4),
+    td.Drop("1:", keep=0.25),
+    td.RandomLTD(keep=7),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_method_stays_itself(method):
+    written = {"class_path": f"tokendrop.{type(method).__name__}", "init_args": vars(method)}
     assert parsed({"methods": {"u": written}}).methods == {"u": method}
     assert parsed({"methods": written}).methods == method
 
 
 def test_all_methods_are_in_the_test_above():
-    assert set(get_args(AnyMethod)) == {td.Drop, td.HiMix, td.HMGen}
+    assert {type(method).__name__ for method in METHODS} == set(methods.__all__)
 
 
 def test_one_method_for_whatever_task():
@@ -58,11 +62,17 @@ def test_one_method_for_whatever_task():
 
 def test_the_other_arguments():
     schedule = {"class_path": "tokendrop.Schedule", "init_args": {"start": 10, "steps": 20, "dense_tail": 5}}
-    plain = {"image_ids": [7, 8], "consume": True, "layers": "model.model.layers", "multiple": 8}
+    plain = {
+        "image_ids": [7, 8],
+        "consume": True,
+        "layers": "model.model.layers",
+        "multiple": 8,
+        "labelled_logits": True,
+    }
     callback = parsed({"methods": HIMIX, "schedule": schedule, **plain})
     assert callback.schedule == td.Schedule(10, 20, 5)
     assert (callback.image_ids, callback.consume) == ((7, 8), True)
-    assert (callback.layers, callback.multiple) == ("model.model.layers", 8)
+    assert (callback.layers, callback.multiple, callback.labelled_logits) == ("model.model.layers", 8, True)
 
 
 def test_a_schedule_of_plain_values():

@@ -20,6 +20,8 @@ from tokendrop.engine.decoder import find_layers
 TOKENS = 32
 # Their own code around the decoder reads sizes from tensors, or breaks the graph otherwise.
 BREAK = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")
+# Of torch 2.13: it expects other strides of a convolution than it gets.
+INDUCTOR_FAILS = ("idefics3", "smolvlm")
 METHODS: dict[str, Any] = {
     "mixed": lambda n: {"u": td.HiMix(f"{max(n, 1)}:"), "g": td.HMGen("1:2")},
     "separate": lambda n: {"u": td.HiMix(f"{max(n, 1)}:", "per-task"), "g": td.HMGen("1:2", "per-task")},
@@ -94,6 +96,11 @@ def test_forward_and_backward_in_one_graph(name, method, backend, cell):
     if name in BREAK:
         assert breaks_the_graph(case)
         cell(name, "compile", "the untouched model breaks the graph")
+        return
+    if name in INDUCTOR_FAILS and backend == "inductor":
+        with pytest.raises(AssertionError, match=r"aten\.convolution"):
+            case.run(torch.compile(case.module, fullgraph=True), 0)
+        cell(name, "compile", "inductor fails on the untouched vision tower")
         return
     drop, graphs = td.apply(case.module, METHODS[method](FAMILIES[name].first)), CompileCounterWithBackend(backend)
     compiled = torch.compile(case.module, fullgraph=True, backend=graphs)

@@ -27,6 +27,7 @@ METHODS: dict[str, Callable[[int, str], dict[str, Any]]] = {
     "himix_range": lambda n, own: {"u": td.HiMix(f"{max(n, 1)}:{max(n, 1) + 2}", own)},
     "hmgen": lambda _, own: {"g": td.HMGen("1:4:2", own)},
     "rejoin": lambda n, _: {"g": td.Drop(f"{n}:{n + 2}", 0.5)},
+    "random_ltd": lambda n, _: {"g": td.RandomLTD(f"{n}:{n + 2}", 0.5)},
     "gone": lambda n, _: {"u": td.Drop(f"{max(n, 1)}:", 0.5, then="gone")},
     "mixed": lambda n, own: {"u": td.HiMix(f"{max(n, 1)}:", own), "g": td.HMGen("1:4:2", own)},
 }
@@ -35,6 +36,7 @@ SHOWN = {
     "himix_range": ["HiMix"],
     "hmgen": ["HMGen"],
     "rejoin": ["drop, rejoin"],
+    "random_ltd": ["drop, rejoin"],
     "gone": ["drop, gone"],
     "mixed": ["HiMix", "HMGen"],
 }

@@ -69,3 +69,17 @@ def test_fields_and_defaults():
     assert [f.name for f in dataclasses.fields(td.HMGen)] == ["shallow", "separate"]
     with pytest.raises(TypeError):
         td.HMGen()
+
+
+def test_random_ltd_chooses_anew_in_each_layer():
+    route = td.RandomLTD("1:4", keep=2, seed=5).route(5)
+    assert [layer.image for layer in route] == [Role.ACTIVE, *[Role.BYPASS] * 3, Role.ACTIVE]
+    assert [layer.select.layer for layer in route[1:4]] == [1, 2, 3]
+    assert len({layer.select for layer in route[1:4]}) == 3
+    assert td.RandomLTD() == td.RandomLTD("1:-1", 0.5, 0)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.5, -1, True, "half"])
+def test_random_ltd_refuses(keep):
+    with pytest.raises(td.MethodError, match=f"keep={keep!r}: expected a share"):
+        td.RandomLTD(keep=keep)

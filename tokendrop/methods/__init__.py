@@ -3,7 +3,6 @@
 from tokendrop.methods.drop import Drop
 from tokendrop.methods.himix import HiMix
 from tokendrop.methods.hmgen import HMGen
+from tokendrop.methods.random_ltd import RandomLTD
 
-AnyMethod = HiMix | HMGen | Drop  # a union of classes, which a LightningCLI configuration can write
-
-__all__ = ["AnyMethod", "Drop", "HMGen", "HiMix"]
+__all__ = ["Drop", "HMGen", "HiMix", "RandomLTD"]

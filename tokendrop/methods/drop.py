@@ -27,6 +27,18 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
 }
 
 
+def check_keep(keep: int | float) -> None:
+    """Refuse what is neither a share nor a count of tokens.
+
+    Raises:
+        MethodError: with the value.
+    """
+    share = isinstance(keep, float) and 0 < keep <= 1
+    count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 0
+    if not share and not count:
+        raise MethodError(f"keep={keep!r}: expected a share in (0, 1] as a float, or a count of 0 or more")
+
+
 @dataclass(frozen=True)
 class Drop:
     """Image tokens with the lowest scores leave where a range of layers begins.
@@ -52,7 +64,7 @@ class Drop:
     """
 
     layers: Layers
-    keep: float | int
+    keep: int | float
     score: str = "random"
     then: Literal["rejoin", "gone"] = "rejoin"
     seed: int = 0
@@ -61,10 +73,7 @@ class Drop:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
-        share = isinstance(self.keep, float) and 0 < self.keep <= 1
-        count = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 0
-        if not share and not count:
-            raise MethodError(f"keep={self.keep!r}: expected a share in (0, 1] as a float, or a count of 0 or more")
+        check_keep(self.keep)
         if self.score not in SCORES:
             raise MethodError(f"score={self.score!r} is unknown; use one of {', '.join(map(repr, SCORES))}")
         if self.then not in ("rejoin", "gone"):

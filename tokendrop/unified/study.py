@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokendrop.callbacks import TokenDrop
-from tokendrop.methods import AnyMethod, HiMix, HMGen
-from tokendrop.roles import Separate
+from tokendrop.methods import HiMix, HMGen
+from tokendrop.roles import Method, Separate
 from tokendrop.unified.data import TASKS, Scenes
 from tokendrop.unified.datamodule import UnifiedData, Update
 from tokendrop.unified.images import Source
@@ -17,7 +17,7 @@ class Run:
     """Which tasks are trained, and the method of each; a task without one is dense."""
 
     tasks: tuple[str, ...]
-    methods: Mapping[str, AnyMethod]
+    methods: Mapping[str, Method]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Study:
         """The eight runs by name."""
         understanding, generation = TASKS
 
-        def both(first: AnyMethod, separate: Separate) -> dict[str, AnyMethod]:
+        def both(first: Method, separate: Separate) -> dict[str, Method]:
             return {understanding: first, generation: HMGen(self.shallow, separate)}
 
         return {

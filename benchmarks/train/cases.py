@@ -1,0 +1,120 @@
+"""A Llama-shaped decoder under each method, one training step at a time.
+
+Shape letters: B batch, T tokens, D hidden, L layers.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tokendrop as td
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Args:
+        layers: L.
+        width: D; heads are 64 wide, the MLP 2.75 D.
+        tokens: T; one eighth text, then the image tokens, then text.
+        image: share of image tokens.
+        vocabulary: rows of the output head.
+        batch: B.
+    """
+
+    layers: int = 12
+    width: int = 512
+    tokens: int = 1024
+    image: float = 0.75
+    vocabulary: int = 2048
+    batch: int = 1
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def methods(sizes: Sizes) -> dict[str, Any]:
+    """The methods that are measured: name -> method."""
+    last = sizes.layers - 1
+    return {
+        "HiMix": td.HiMix(),
+        "HiMix 2:": td.HiMix("2:"),
+        "HiMix separate": td.HiMix(separate="shared"),
+        "HMGen alternating": td.HMGen(f"1:{last}:2"),
+        "HMGen middle": td.HMGen(f"2:{last - 1}"),
+        "Drop rejoin 25%": td.Drop(f"1:{last}", keep=0.25),
+        "Drop gone 25%": td.Drop("2:", keep=0.25, then="gone"),
+        "RandomLTD 25%": td.RandomLTD(f"1:{last}", keep=0.25),
+    }
+
+
+def decoder(sizes: Sizes) -> LlamaForCausalLM:
+    """The untouched model, in training mode, random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=sizes.width,
+        intermediate_size=int(2.75 * sizes.width),
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.width // 64,
+        vocab_size=sizes.vocabulary,
+        max_position_embeddings=sizes.tokens,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def inputs(sizes: Sizes, device: str) -> tuple[Tensor, td.TokenLayout]:
+    """Ids (B, T), and a layout whose labels are on the text behind the image."""
+    images = round(sizes.image * sizes.tokens)
+    start = (sizes.tokens - images) // 4
+    ids = torch.randint(sizes.vocabulary, (sizes.batch, sizes.tokens), device=device)
+    image = torch.zeros_like(ids, dtype=torch.bool)
+    image[:, start : start + images] = True
+    labels = ids.clone()
+    labels[:, : start + images + 1] = -100
+    return ids, td.TokenLayout(image, labels=labels)
+
+
+class Step:
+    """One training step: forward and backward.
+
+    Args:
+        base: the untouched model, copied.
+        ids: (B, T).
+        layout: what the tokens are.
+        method: on the model; None leaves it untouched.
+        change: of the handle, before the first step.
+        options: of `apply`.
+    """
+
+    def __init__(
+        self,
+        base: LlamaForCausalLM,
+        ids: Tensor,
+        layout: td.TokenLayout,
+        method: Any = None,
+        change: Callable[[td.Handle], None] = lambda _: None,
+        **options: Any,
+    ) -> None:
+        self.model, self.ids, self.layout = copy.deepcopy(base), ids, layout
+        self.handle = None if method is None else td.apply(self.model, method, **options)
+        if self.handle is not None:
+            change(self.handle)
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        entered = nullcontext() if self.handle is None else self.handle.layout(self.layout)
+        with entered:
+            return self.model(input_ids=self.ids, labels=self.layout.labels, use_cache=False).loss
+
+    def __call__(self) -> None:
+        self.forward().backward()
+        self.model.zero_grad(set_to_none=False)

@@ -1,0 +1,110 @@
+"""What the callback costs where nothing is dropped: fits of one LightningModule with and without it, in turns.
+
+    python benchmarks/train/idle.py --out benchmarks/results/idle.jsonl
+
+Each batch's time runs from before the callback's first hook to behind its last. The last steps of a schedule's dense
+tail, and batches without images, are such steps.
+Shape letters: B batch, T tokens, D hidden, L layers.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import tokendrop as td
+from benchmarks.results import append, environment, row
+from benchmarks.train.cases import Sizes, decoder, inputs
+
+
+class Timed(L.LightningModule):
+    """The decoder, its batch, and the time of each step."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.model = decoder(sizes)
+        ids, layout = inputs(sizes, "cpu")
+        self.batch = {"input_ids": ids, "labels": layout.labels, "image_mask": layout.image}
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Any:
+        return self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    def train_dataloader(self) -> Iterable[dict[str, Any]]:
+        return Repeated(self.batch, 5)
+
+
+class Repeated:
+    """One batch several times; a list would be several loaders to Lightning."""
+
+    def __init__(self, batch: dict[str, Any], times: int) -> None:
+        self.batch, self.times = batch, times
+
+    def __len__(self) -> int:
+        return self.times
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter([self.batch] * self.times)
+
+
+class First(L.Callback):
+    """Notes when a batch starts; the first of the callbacks."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.start = time.process_time()
+
+
+class Last(L.Callback):
+    """Notes how long a batch took; the last of the callbacks."""
+
+    def __init__(self, first: First) -> None:
+        self.first, self.seconds = first, []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.process_time() - self.first.start)
+
+
+def fit(module: Timed, *callbacks: L.Callback) -> list[float]:
+    """Seconds of each step but the first, which warms up."""
+    first = First()
+    last = Last(first)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    rest = {"enable_checkpointing": False, "max_epochs": 1, "accelerator": "cpu", "devices": 1}
+    L.Trainer(callbacks=[first, *callbacks, last], **quiet, **rest).fit(module)
+    return last.seconds[1:]
+
+
+def main() -> None:
+    """Measure, print, and append to the results where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows, shared = [], environment()
+    for sizes in (Sizes(layers=4, width=256, tokens=256), Sizes(layers=12, width=512, tokens=256)):
+        with_it, without, schedule = Timed(sizes), Timed(sizes), td.Schedule(start=10**9)
+        drop = td.TokenDrop(td.HiMix(), schedule=schedule)
+        ratios = []
+        for _ in range(given.rounds):
+            pairs = zip(fit(with_it, drop), fit(without), strict=True)
+            ratios += [one / other for one, other in pairs]
+        rows.append(row("idle callback", "tokendrop", "time ratio", "1", ratios, sizes.config, **shared))
+        print(f"{sizes}: {rows[-1]['median']:.4f} [{rows[-1]['p20']:.4f} {rows[-1]['p80']:.4f}] n={rows[-1]['n']}")
+    if given.out:
+        append(given.out, rows)
+
+
+if __name__ == "__main__":
+    main()

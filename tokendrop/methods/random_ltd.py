@@ -1,0 +1,50 @@
+"""Random-LTD: random image tokens skip each layer on their own, and rejoin behind it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokendrop.methods.drop import SCORES, check_keep
+from tokendrop.roles import LayerRoute, Layers, Role, Route, Select, Separate, check_layers, layer_indices
+
+
+@dataclass(frozen=True)
+class RandomLTD:
+    """In each layer of the range other random image tokens of each sample stay ACTIVE; the rest are BYPASS.
+
+    kept = round(keep M) of M image tokens, at least 1, or `keep` of them if it is a count
+
+    Args:
+        layers: the range; its source leaves the first and the last layer whole, and so does the default.
+        keep: share of the sample's image tokens, or a count; a `Schedule` lowers it from all to this, as in the source.
+        seed: of the choice.
+
+    Raises:
+        LayerRangeError: `layers` is no range.
+        MethodError: a value that makes no sense.
+
+    Example:
+        >>> [layer.image.name for layer in RandomLTD().route(4)]
+        ['ACTIVE', 'BYPASS', 'BYPASS', 'ACTIVE']
+
+    Source: arXiv 2211.11586 section 3; its tokens are of any kind, ours are image tokens, and keep their positions.
+    """
+
+    layers: Layers = "1:-1"
+    keep: int | float = 0.5
+    seed: int = 0
+
+    separate: ClassVar[Separate] = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", check_layers(self.layers))
+        check_keep(self.keep)
+
+    def route(self, num_layers: int, strength: float = 1.0) -> Route:
+        """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
+        chosen = layer_indices(self.layers, num_layers)
+        return tuple(
+            LayerRoute(Role.BYPASS, select=Select(self.keep, SCORES["random"], index, self.seed, strength))
+            if index in chosen
+            else LayerRoute()
+            for index in range(num_layers)
+        )
