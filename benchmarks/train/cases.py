@@ -41,18 +41,20 @@ class Sizes:
         return asdict(self)
 
 
-def methods(sizes: Sizes) -> dict[str, Any]:
-    """The methods that are measured: name -> method."""
+def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """What is measured: name -> method, and options of `apply`."""
     last = sizes.layers - 1
     return {
-        "HiMix": td.HiMix(),
-        "HiMix 2:": td.HiMix("2:"),
-        "HiMix separate": td.HiMix(separate="shared"),
-        "HMGen alternating": td.HMGen(f"1:{last}:2"),
-        "HMGen middle": td.HMGen(f"2:{last - 1}"),
-        "Drop rejoin 25%": td.Drop(f"1:{last}", keep=0.25),
-        "Drop gone 25%": td.Drop("2:", keep=0.25, then="gone"),
-        "RandomLTD 25%": td.RandomLTD(f"1:{last}", keep=0.25),
+        "HiMix": (td.HiMix(), {}),
+        "HiMix 2:": (td.HiMix("2:"), {}),
+        "HiMix separate": (td.HiMix(separate="shared"), {}),
+        "HiMix labelled": (td.HiMix(), {"labelled_logits": True}),
+        "HMGen alternating": (td.HMGen(f"1:{last}:2"), {}),
+        "HMGen middle": (td.HMGen(f"2:{last - 1}"), {}),
+        "HMGen first half": (td.HMGen(f":{sizes.layers // 2}"), {}),
+        "Drop rejoin 25%": (td.Drop(f"1:{last}", keep=0.25), {}),
+        "Drop gone 25%": (td.Drop("2:", keep=0.25, then="gone"), {}),
+        "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
     }
 
 

@@ -82,7 +82,7 @@ def theirs(step: Step, kept: int) -> Step:
 def main() -> None:
     """Measure, print, and append to the results where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -37,11 +37,11 @@ def make_steps(sizes: Sizes, only: list[str] | None, device: str) -> dict[str, S
     """The steps by name, each on a copy of one model; "dense" is untouched."""
     base = decoder(sizes).to(device)
     ids, layout = inputs(sizes, device)
-    chosen = {name: method for name, method in methods(sizes).items() if not only or name in only}
+    chosen = {name: one for name, one in methods(sizes).items() if not only or name in only}
     steps = {"dense": Step(base, ids, layout)}
     if not only or IDLE in only:
-        steps[IDLE] = Step(base, ids, layout, next(iter(methods(sizes).values())), idle)
-    return steps | {name: Step(base, ids, layout, method) for name, method in chosen.items()}
+        steps[IDLE] = Step(base, ids, layout, methods(sizes)["HiMix"][0], idle)
+    return steps | {name: Step(base, ids, layout, method, **options) for name, (method, options) in chosen.items()}
 
 
 def costs(step: Step) -> tuple[float, float]:
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Sizes):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--out", type=Path, help="JSON lines to append to")
     given = vars(parser.parse_args())
