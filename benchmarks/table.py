@@ -1,0 +1,112 @@
+"""Tables of the README and the docs, made from the committed results.
+
+    python -m benchmarks.table            # writes what lies between the markers of each page
+    <!-- table: step --> ... <!-- end -->
+
+Shape letters: B batch, T tokens, L layers.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGES = (Path(__file__).parents[1] / "README.md", *sorted((Path(__file__).parents[1] / "docs").rglob("*.md")))
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Row = dict[str, Any]
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of one file of results."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def figure(row: Row | None, digits: int = 2) -> str:
+    """Median, and 20th to 80th percentile where they differ from it."""
+    if row is None:
+        return "-"
+    median, low, high = (f"{row[key]:.{digits}f}" for key in ("median", "p20", "p80"))
+    return median if low == median == high else f"{median} ({low} to {high})"
+
+
+def pivot(rows: list[Row], line: Callable[[Row], tuple[str, ...]], head: list[str], metrics: list[str]) -> str:
+    """A Markdown table: a line for each value of `line`, a column for each metric."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(line(row), {})[row["metric"]] = row
+    cells = [[*key, *(figure(by.get(metric)) for metric in metrics)] for key, by in found.items()]
+    lines = [[*head, *metrics], ["---"] * (len(head) + len(metrics)), *cells]
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
+def step(vocabulary: int = 2048) -> str:
+    """A training step under each method."""
+    rows = [row for row in rows_of("step") if row["config"]["vocabulary"] == vocabulary]
+    metrics = ["FLOPs ratio", "time ratio", "capture", "kept ratio", "memory ratio"]
+    return pivot(rows, lambda row: (row["provider"],), ["method"], metrics)
+
+
+def growth() -> str:
+    """How time and memory grow with tokens and layers."""
+    metrics = ["FLOPs ratio", "time ratio", "capture", "memory ratio"]
+
+    def line(row: Row) -> tuple[str, ...]:
+        return str(row["config"]["layers"]), str(row["config"]["tokens"]), row["provider"]
+
+    rows = [row for row in rows_of("growth") if row["provider"] != "dense"]
+    return pivot(rows, line, ["L", "T", "method"], metrics)
+
+
+def idle() -> str:
+    """The callback where nothing is dropped."""
+
+    def line(row: Row) -> tuple[str, ...]:
+        config = row["config"]
+        return f"{config['layers']} layers, D {config['width']}, T {config['tokens']}", str(row["n"])
+
+    return pivot(rows_of("idle"), line, ["model", "steps"], ["time ratio"])
+
+
+def random_ltd() -> str:
+    """Ours and DeepSpeed's formulas."""
+    metrics = ["FLOPs ratio", "time ratio", "capture", "memory ratio"]
+    return pivot(rows_of("random-ltd"), lambda row: (row["provider"],), [""], metrics)
+
+
+def attention() -> str:
+    """Three forms of HiMix's attention."""
+    rows = rows_of("attention")
+    metric = rows[0]["metric"]
+    return pivot(rows, lambda row: (str(row["config"]["tokens"]), row["provider"]), ["T", "form"], [metric])
+
+
+def static() -> str:
+    """What the compiled kernels use."""
+    rows = [
+        row for row in rows_of("kernels-static") if row["config"]["dtype"] == "bfloat16" and row["config"]["D"] == 4096
+    ]
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    return pivot(rows, lambda row: (row["case"], row["config"]["target"]), ["kernel", "target"], metrics)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "step": step,
+    "step-32000": lambda: step(32000),
+    "growth": growth,
+    "idle": idle,
+    "random-ltd": random_ltd,
+    "attention": attention,
+    "static": static,
+}
+
+
+def written(page: str) -> str:
+    """A page with every marked table made anew."""
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", page)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(written(page.read_text()))
