@@ -3,20 +3,41 @@
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 from tokendrop.unified import summary
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import table  # noqa: E402
+from benchmarks.results import SCHEMA  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_is_that_of_the_committed_results():
     rows = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     assert all({"seed", "versions", "commit", "date", "config"} <= row.keys() for row in rows)
-    table = summary.table(rows)
-    lines = [table.header, *table.rows]
+    shown = summary.table(rows)
+    lines = [shown.header, *shown.rows]
     assert all("| " + " | ".join(line) + " |" in README for line in lines)
+
+
+def test_every_table_is_made_of_committed_results():
+    for page in table.PAGES:
+        text = page.read_text()
+        assert table.written(text) == text, page.name
+    assert "<!-- table: step -->" in README
+
+
+def test_rows_follow_the_schema():
+    for file in sorted(table.RESULTS.glob("*.jsonl")):
+        for row in map(json.loads, file.read_text().splitlines()):
+            assert list(row) == list(SCHEMA), file.name
+            assert all(isinstance(row[key], kind) for key, kind in SCHEMA.items()), file.name
+            assert not row["commit"].endswith("-dirty"), file.name
 
 
 def test_examples_are_python():
