@@ -1,7 +1,7 @@
 """Token dropping for training vision-language models: one Lightning callback, any decoder."""
 
 from tokendrop.analysis.inspection import Inspection, inspect
-from tokendrop.callbacks import TokenDrop
+from tokendrop.callbacks import SynergyMonitor, TokenDrop
 from tokendrop.engine.drop_layers import DropLayers
 from tokendrop.engine.handle import Handle, handle
 from tokendrop.engine.inject import apply
@@ -16,6 +16,8 @@ from tokendrop.errors import (
     MissingLayoutError,
     NeededRowError,
     NoEffectWarning,
+    SynergyWarning,
+    TaskLossError,
     TokenDropError,
     UnsupportedError,
 )
@@ -47,6 +49,9 @@ __all__ = [
     "Role",
     "Schedule",
     "Segment",
+    "SynergyMonitor",
+    "SynergyWarning",
+    "TaskLossError",
     "TokenDrop",
     "TokenDropError",
     "TokenLayout",

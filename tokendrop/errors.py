@@ -49,5 +49,13 @@ class BatchError(TokenDropError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class TaskLossError(TokenDropError, ValueError):
+    """A task's loss or gradient of which nothing can be said."""
+
+
+class SynergyWarning(UserWarning):
+    """The tasks' gradients point away from each other, or cannot be compared."""
+
+
 class NoEffectWarning(UserWarning):
     """Something was asked for and nothing will happen."""

@@ -1,5 +1,6 @@
 """Lightning callbacks: thin, everything they do is a function elsewhere."""
 
+from tokendrop.callbacks.synergy_monitor import SynergyMonitor
 from tokendrop.callbacks.token_drop import TokenDrop
 
-__all__ = ["TokenDrop"]
+__all__ = ["SynergyMonitor", "TokenDrop"]

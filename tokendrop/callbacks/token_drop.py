@@ -70,6 +70,7 @@ class TokenDrop(L.Callback):
         self.image_ids, self.consume, self.layers, self.multiple = tuple(image_ids or ()), consume, layers, multiple
         self.labelled_logits = labelled_logits
         self.handle: Handle | None = None
+        self.current: TokenLayout | None = None  # of the last batch, for other callbacks
         self._entered, self._wrapped = ExitStack(), ExitStack()
 
     @override
@@ -154,6 +155,7 @@ class TokenDrop(L.Callback):
         layout = self.layout(batch) if self.layout else batch_layout(batch, pl_module, self.image_ids)
         if not isinstance(layout, TokenLayout):
             raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
+        self.current = layout
         step, first = (trainer.global_step, batch_idx), trainer.global_rank * len(layout.image)
         plan = self._entered.enter_context(self.handle.layout(layout, step, first))
         if self.consume and isinstance(batch, MutableMapping):

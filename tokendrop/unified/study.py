@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tokendrop.callbacks import TokenDrop
 from tokendrop.methods import HiMix, HMGen
-from tokendrop.roles import Method, Separate
+from tokendrop.roles import Method, Schedule, Separate
 from tokendrop.unified.data import TASKS, Scenes
 from tokendrop.unified.datamodule import UnifiedData, Update
 from tokendrop.unified.images import Source
@@ -102,9 +102,14 @@ class Study:
         """The untrained model, the same for every run of a seed."""
         return UnifiedVLM(self.scenes, self.hidden, self.layers, self.heads, self.learning_rate, seed)
 
-    def callback(self, run: Run) -> TokenDrop | None:
+    def schedule(self, name: str) -> Schedule | None:
+        """When a run's dropping sets in; None for at once."""
+        return None
+
+    def callback(self, name: str) -> TokenDrop | None:
         """What drops a run's tokens; None for a dense run."""
-        return TokenDrop(dict(run.methods)) if run.methods else None
+        run = self.runs()[name]
+        return TokenDrop(dict(run.methods), schedule=self.schedule(name)) if run.methods else None
 
 
 QUICK = Study(steps=50, val_scenes=64, test_scenes=64, curve_points=4, timing_rounds=7)

@@ -1,6 +1,6 @@
 """One run of the study: trained, tested, and its curve and pictures kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,13 @@ class Witness(L.Callback):
         self.pictures += [Picture(scenes.vocabulary.text(c), p) for c, p in zip(captions, pixels, strict=True)]
 
 
-def train(study: Study, name: str, seed: int, progress: Progress = lambda done, due: None) -> Outcome:
+def train(
+    study: Study,
+    name: str,
+    seed: int,
+    progress: Progress = lambda done, due: None,
+    callbacks: Sequence[L.Callback] = (),
+) -> Outcome:
     """Train and test one run.
 
     Args:
@@ -97,11 +103,12 @@ def train(study: Study, name: str, seed: int, progress: Progress = lambda done, 
         name: one of `study.runs()`.
         seed: of its weights and batches.
         progress: called with optimiser steps done and due.
+        callbacks: more of them.
     """
     run = study.runs()[name]
     data, model = study.data(run, seed), study.model(seed)
     witness = Witness(study.steps, progress)
-    drop = study.callback(run)
+    drop = study.callback(name)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -109,7 +116,7 @@ def train(study: Study, name: str, seed: int, progress: Progress = lambda done, 
         val_check_interval=max(1, len(data.train) // study.curve_points),
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
-        callbacks=[witness] if drop is None else [drop, witness],
+        callbacks=[*([] if drop is None else [drop]), witness, *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -1,0 +1,272 @@
+"""The callback that tells whether the tasks' gradients still agree.
+
+Shape letters: N tasks, S = 2 N samples, P parameters, G groups.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from tokendrop.callbacks.evaluation import Evaluation, model_loss
+from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks
+from tokendrop.callbacks.token_drop import TokenDrop
+from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError
+from tokendrop.synergy.estimates import Estimate, jackknife
+from tokendrop.synergy.evaluate import local, preserved, shared_parameters, summed
+from tokendrop.synergy.gradients import Compressed, products
+from tokendrop.synergy.groups import groups_of
+from tokendrop.synergy.history import append_history
+from tokendrop.synergy.metrics import TaskProducts
+
+OVERHEAD = 0.03
+
+
+class SynergyMonitor(L.Callback):
+    """How the gradients of several tasks lie to one another, measured while they train.
+
+    At an event, two recent batches of each task are evaluated at the same weights, each isolated from other tasks; what
+    they say is averaged over the last events. Logged, with /low and /high where an interval is known:
+    `synergy/alignment/<a>/<b>` (cosine), `synergy/conflict/<a>/<b>` (share of opposed coordinates),
+    `synergy/magnitude/<a>/<b>`, `synergy/fidelity/<task>` (cosine of the gradient with and without dropping) and
+    `synergy/affinity/<from>/<to>` (1 - loss of <to> after a step of <from> / its loss).
+    Training is the same to the bit with and without it.
+
+    Args:
+        tasks: names, as batches and layouts call them.
+        every_n_steps: optimiser steps between events; None keeps the monitor's share of the time under 3 %.
+        loss: (pl_module, batch) -> scalar, without side effects; by default `pl_module.model(**batch).loss`.
+        params: prefixes of the names of the parameters to look at; all trained ones by default.
+        fidelity: compare each task's gradient with that of the dense model, under `TokenDrop` only.
+        affinity: learning rate of the look-ahead; None leaves it out.
+        sketch: coordinates kept of each parameter's gradient, as a count sketch; None keeps all 2 N gradients.
+        window: events that an estimate is made of.
+        history: file of JSON lines; by default synergy.jsonl in the trainer's log directory.
+        seed: of dropout in the monitor's own forwards, and of sketches.
+
+    Raises:
+        MethodError: arguments that make no sense.
+
+    Example:
+        >>> SynergyMonitor(("understanding", "generation")).tasks
+        ('understanding', 'generation')
+
+    Source: ours.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        every_n_steps: int | None = None,
+        loss: Callable[[L.LightningModule, Any], Tensor] | None = None,
+        params: Sequence[str] | None = None,
+        fidelity: bool = True,
+        affinity: float | None = None,
+        sketch: int | None = None,
+        window: int = 20,
+        history: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise MethodError(f"tasks={tasks!r}: expected two or more different names")
+        for name, value in (("every_n_steps", every_n_steps), ("sketch", sketch), ("window", window)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise MethodError(f"{name}={value!r}: expected a number of 1 or more")
+        if affinity is not None and not affinity > 0:
+            raise MethodError(f"affinity={affinity!r}: expected a learning rate above 0")
+        self.tasks, self.every_n_steps, self.loss, self.params = names, every_n_steps, loss or model_loss, params
+        self.fidelity, self.affinity, self.sketch, self.history, self.seed = fidelity, affinity, sketch, history, seed
+        self.products, self.recent = TaskProducts(names, window), Recent(names)
+        self.direct: dict[str, list[float]] = {}
+        self.window, self.next_step, self.events = window, every_n_steps or 1, 0
+        self._drop: TokenDrop | None = None
+        self._seen: set[str | None] = set()
+        self._warned: set[str] = set()
+        self._clock: tuple[float, int] | None = None
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        strategy = type(trainer.strategy).__name__
+        if strategy in ("FSDPStrategy", "DeepSpeedStrategy"):
+            raise UnsupportedError(
+                f"SynergyMonitor cannot take gradients beside {strategy}, which owns the parameters; use DDP, or "
+                "FSDP2 by ModelParallelStrategy"
+            )
+        self._drop = next((one for one in trainer.callbacks if isinstance(one, TokenDrop)), None)  # ty: ignore
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        layout = None if self._drop is None else self._drop.current
+        tasks = batch_tasks(batch) if layout is None else layout.tasks
+        self._seen.update(tasks)
+        self.recent.add(batch, layout, tasks)
+        if trainer.global_step >= self.next_step:
+            self._event(trainer, pl_module)
+
+    def _event(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step, start = trainer.global_step, time.perf_counter()
+        batches = self.recent.gathered(trainer, pl_module.device)
+        if any(len(held) < 2 for held in batches.values()):
+            self.next_step = step + (self.every_n_steps or 1)
+            return
+        entry: dict[str, Any] = {"step": step, "tasks": self.tasks}
+        try:
+            entry |= self._measured(trainer, pl_module, batches)
+            self._log(pl_module, entry)
+        except TaskLossError as gap:
+            entry["gap"] = str(gap)
+            self._warn(f"the monitor left out step {step}: {gap}", "gap")
+        self._schedule(trainer, step, start)
+        entry["seconds"] = time.perf_counter() - start
+        if trainer.is_global_zero:
+            append_history(self._path(trainer), _plain(entry))
+
+    def _measured(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batches: dict[str, list[TaskBatch]]
+    ) -> dict[str, Any]:
+        handle = None if self._drop is None else self._drop.handle
+        parameters = shared_parameters(pl_module, self.params)
+        one = Evaluation(trainer, pl_module, self.loss, handle, parameters, self.sketch, self.seed)
+        samples: list[list[Compressed]] = []
+        ahead: dict[str, list[float]] = {}
+        losses: dict[str, float] = {}
+        fidelity: dict[str, tuple[float, float]] = {}
+        with preserved(pl_module):
+            for task, (first, second) in batches.items():
+                _, gradient = one.gradients(first, task)
+                samples.append(one.compressed(gradient))
+                if self.affinity is not None:
+                    ahead[task] = one.look_ahead(gradient, self.affinity, [pair[1] for pair in batches.values()])
+                losses[task], gradient = one.gradients(second, task)
+                samples.append(one.compressed(gradient))
+                if self.fidelity and handle is not None:
+                    fidelity[task] = one.compare(second, task, samples[-1])
+        tensors = list(parameters.values())
+        gram, opposed = products(samples)
+        sizes = torch.tensor([local(x).numel() for x in tensors], dtype=torch.float64)[:, None, None]
+        gram, opposed = summed(gram, tensors), summed(opposed * sizes, tensors)
+        self._update(list(parameters), [x.numel() for x in tensors], gram, opposed)
+        entry: dict[str, Any] = {"losses": losses, **self.products.compute(), "noise_floor": self.products.floor()}
+        entry["groups"] = {"names": list(groups_of(list(parameters))), "alignment": self.products.by_group()}
+        if fidelity:
+            entry["fidelity"] = {task: self._over_events(f"fidelity/{task}", x) for task, (x, _) in fidelity.items()}
+            entry["norm_ratio"] = {task: ratio for task, (_, ratio) in fidelity.items()}
+        return entry | (self._affinity(ahead, losses, gram.sum(0)) if ahead else {})
+
+    def _affinity(self, ahead: dict[str, list[float]], losses: dict[str, float], gram: Tensor) -> dict[str, Any]:
+        found, first_order = {}, {}
+        for i, source in enumerate(self.tasks):
+            for j, target in enumerate(self.tasks):
+                name = f"{source}/{target}"
+                found[name] = self._over_events(f"affinity/{name}", 1 - ahead[source][j] / losses[target])
+                # The first sample of the one and the second of the other, as in the look-ahead.
+                slope = gram[2 * i, 2 * j + 1].item()
+                first_order[name] = (self.affinity or 0.0) * slope / losses[target]
+        return {"affinity": found, "affinity_first_order": first_order}
+
+    def _update(self, names: list[str], sizes: list[int], gram: Tensor, opposed: Tensor) -> None:
+        if not gram.isfinite().all():
+            raise TaskLossError(f"a gradient of the tasks {self.tasks} is not finite; expected finite numbers")
+        # A parameter that one task does not touch is not shared, and would only lengthen the other's gradient.
+        shared = (gram.diagonal(dim1=1, dim2=2) > 0).all(1)
+        if not shared.any():
+            raise TaskLossError(
+                f"the tasks {self.tasks} share no parameter with a gradient; expected one that all touch"
+            )
+        weight = shared / (torch.tensor(sizes) * shared).sum()
+        gram, opposed = gram * shared[:, None, None], opposed * weight[:, None, None]
+        groups = list(groups_of(names).values())
+        self.products.update(
+            torch.stack([gram[index].sum(0) for index in groups]),
+            torch.stack([opposed[index].sum(0) for index in groups]),
+        )
+
+    def _over_events(self, name: str, value: float) -> Estimate:
+        held = self.direct.setdefault(name, [])
+        held.append(value)
+        del held[: -self.window]
+        mean, low, high = jackknife(lambda x: x, torch.tensor(held, dtype=torch.float64))
+        return Estimate(mean.item(), low.item(), high.item())
+
+    def _log(self, pl_module: L.LightningModule, entry: dict[str, Any]) -> None:
+        self.events += 1
+        for kind in ("alignment", "conflict", "magnitude", "fidelity", "affinity"):
+            for name, found in entry.get(kind, {}).items():
+                values = {"": found.value, "/low": found.low, "/high": found.high}
+                for end, value in values.items():
+                    if math.isfinite(value):
+                        pl_module.log(f"synergy/{kind}/{name}{end}", value, on_step=True, on_epoch=False)
+                if kind == "alignment" and found.high < 0:
+                    self._warn(f"the gradients of {name} point away from each other: cosine {found}", name)
+
+    def _warn(self, message: str, cause: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            warnings.warn(message, SynergyWarning, stacklevel=2)
+
+    def _schedule(self, trainer: L.Trainer, step: int, start: float) -> None:
+        if self.every_n_steps is not None:
+            self.next_step = step + self.every_n_steps
+            return
+        now = time.perf_counter()
+        before, self._clock = self._clock, (now, step)
+        if before is None:
+            # The first event also warms up; a second one shortly after tells its cost and the steps'.
+            self.next_step = step + 5
+            return
+        per_step = (start - before[0]) / max(1, step - before[1])
+        wait = trainer.strategy.broadcast(math.ceil((now - start) / (OVERHEAD * per_step)))
+        self.next_step = step + max(1, wait)
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        return (
+            Path(self.history) if self.history else Path(trainer.log_dir or trainer.default_root_dir) / "synergy.jsonl"
+        )
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        missing = [task for task in self.tasks if task not in self._seen]
+        if missing:
+            self._warn(
+                f"no batch of the tasks {missing} was seen, only of {sorted(map(str, self._seen))}; nothing was "
+                "measured. Name the tasks as the batches do",
+                "missing",
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        held = (
+            {"grams": torch.stack(self.products.grams), "shares": torch.stack(self.products.shares)}
+            if self.events
+            else {}
+        )
+        return {"next_step": self.next_step, "events": self.events, "direct": dict(self.direct), **held}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.next_step, self.events = state_dict["next_step"], state_dict["events"]
+        self.direct = {name: list(values) for name, values in state_dict["direct"].items()}
+        for gram, share in zip(state_dict.get("grams", ()), state_dict.get("shares", ()), strict=True):
+            self.products.update(gram, share)
+
+
+def _plain(value: Any) -> Any:
+    """A value of an entry as JSON: NaN is null, an estimate its three figures."""
+    if isinstance(value, Estimate):
+        return _plain({"value": value.value, "low": value.low, "high": value.high}) | {"resolved": value.resolved}
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

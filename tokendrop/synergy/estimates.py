@@ -1,0 +1,156 @@
+"""Figures of task gradients without the bias of their noise, and how sure they are.
+
+Each of N tasks has two independent samples of its gradient in each event, in the order a1, a2, b1, b2, ...: products of
+different samples are unbiased, also of one task with itself, which a sample with itself is not.
+Shape letters: E events, N tasks, S = 2 N samples.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    """A figure and its interval.
+
+    Args:
+        value: the figure.
+        low: lower end of the 95 % interval, NaN where there is none.
+        high: upper end, likewise.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the interval is known and does not hold zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        interval = f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+        return interval if self.resolved else f"{interval}, not resolved"
+
+
+def between(gram: Tensor) -> Tensor:
+    """Unbiased products of the N true gradients.
+
+    p[a, b] = mean over i, j of <a_i, b_j>, and p[a, a] = <a_1, a_2>
+
+    Args:
+        gram: (..., S, S).
+
+    Returns:
+        (..., N, N).
+    """
+    tasks = gram.shape[-1] // 2
+    pairs = gram.unflatten(-1, (tasks, 2)).unflatten(-3, (tasks, 2))
+    crossed, own = pairs.mean((-3, -1)), pairs[..., 0, :, 1].diagonal(dim1=-2, dim2=-1)
+    same = torch.eye(tasks, dtype=torch.bool, device=gram.device)
+    return torch.where(same, own[..., None], crossed)
+
+
+def alignment(gram: Tensor) -> Tensor:
+    """Cosines between the N true gradients, from sums over events; NaN where a norm is not resolved.
+
+    cos[a, b] = p[a, b] / sqrt(p[a, a] p[b, b]), with p of `between`
+
+    Args:
+        gram: (..., S, S).
+
+    Returns:
+        (..., N, N); it may lie outside [-1, 1] by noise.
+
+    Example:
+        >>> a, b = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+        >>> samples = torch.stack([a, a, b, b])
+        >>> alignment(samples @ samples.T)[0, 1].item()
+        0.7071067690849304
+
+    Source: ours; the norms' product as in facts of split-half reliability.
+    """
+    pairs = between(gram)
+    own = pairs.diagonal(dim1=-2, dim2=-1)
+    own = own.where(own > 0, torch.nan)
+    return pairs / (own[..., :, None] * own[..., None, :]).sqrt()
+
+
+def magnitude(gram: Tensor) -> Tensor:
+    """Similarity of the norms of the N true gradients, 1 where they are equal.
+
+    m[a, b] = 2 |a| |b| / (|a|^2 + |b|^2)
+
+    Args:
+        gram: (..., S, S).
+
+    Returns:
+        (..., N, N).
+
+    Source: Yu et al. 2020, arXiv 2001.06782, definition 3.
+    """
+    own = between(gram).diagonal(dim1=-2, dim2=-1)
+    own = own.where(own > 0, torch.nan)
+    return 2 * (own[..., :, None] * own[..., None, :]).sqrt() / (own[..., :, None] + own[..., None, :])
+
+
+def conflict(opposed: Tensor) -> Tensor:
+    """Share of coordinates in which two tasks are opposed; on the diagonal, a task's two samples, the noise floor.
+
+    Args:
+        opposed: (..., S, S) shares.
+
+    Returns:
+        (..., N, N).
+    """
+    return between(opposed)
+
+
+def conflicting_groups(gram: Tensor) -> Tensor:
+    """Share of groups of parameters in which two tasks' gradients point away from each other.
+
+    Args:
+        gram: (G, S, S), of each group.
+
+    Returns:
+        (N, N), of the groups whose alignment is known.
+    """
+    cosines = alignment(gram)
+    return (cosines < 0).double().where(~cosines.isnan(), torch.nan).nanmean(0)
+
+
+def jackknife(
+    statistic: Callable[[Tensor], Tensor], records: Tensor, confidence: float = 0.95
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A statistic of mean records, and its interval by leaving out an event at a time.
+
+    se^2 = (E - 1) / E sum over e of (x_e - mean x)^2, and the interval is value +- t se with E - 1 degrees of freedom
+
+    Args:
+        statistic: of the mean of some records.
+        records: (E, ...).
+        confidence: of the interval.
+
+    Returns:
+        value, low and high; low and high are NaN for fewer than 3 events.
+
+    Example:
+        >>> value, low, high = jackknife(lambda x: x, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        >>> value.item(), round(low.item(), 3), round(high.item(), 3)
+        (2.5, 0.446, 4.554)
+
+    Source: Efron and Stein 1981.
+    """
+    from scipy.stats import t
+
+    count, total = len(records), records.sum(0)
+    value = statistic(total / count)
+    if count < 3:
+        unknown = torch.full_like(value, torch.nan)
+        return value, unknown, unknown
+    without = torch.stack([statistic((total - one) / (count - 1)) for one in records])
+    spread = ((count - 1) / count * (without - without.mean(0)).square().sum(0)).sqrt()
+    reach = spread * float(t.ppf((1 + confidence) / 2, count - 1))
+    return value, value - reach, value + reach
