@@ -91,6 +91,16 @@ def static() -> str:
     return pivot(rows, lambda row: (row["case"], row["config"]["target"]), ["kernel", "target"], metrics)
 
 
+def monitor() -> str:
+    """The monitor at its default interval."""
+    return pivot(
+        rows_of("monitor"),
+        lambda row: (str(row["config"]["updates"]), str(row["n"])),
+        ["updates", "fits"],
+        ["time ratio", "events"],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-32000": lambda: step(32000),
@@ -99,6 +109,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "random-ltd": random_ltd,
     "attention": attention,
     "static": static,
+    "monitor": monitor,
 }
 
 

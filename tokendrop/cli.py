@@ -82,6 +82,42 @@ def inspect(
     Console(highlight=False).print(shown)
 
 
+@app.command()
+def synergy(
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes; too short to judge quality.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the runs of the paper's Table 3.")] = 5,
+    more_seeds: Annotated[int, typer.Option(min=0, help="Seeds of the other configurations.")] = 3,
+    out: Annotated[Path, typer.Option(help="Where rows and the report go; a broken study goes on there.")] = Path(
+        "synergy"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows instead of tables.")] = False,
+) -> None:
+    """Train the paper's Table 3 at our scale with the gradients watched, and say whether they foretell synergy."""
+    from tokendrop.synergy.history import read_history
+    from tokendrop.unified import synergy as study_of
+    from tokendrop.unified import synergy_summary as summary
+    from tokendrop.unified.runner import made_where
+
+    screen, notices = Console(markup=False, highlight=False), Console(stderr=True, markup=False, highlight=False)
+    study = study_of.QUICK if quick else study_of.SynergyStudy()
+    try:
+        for done, due, row in study_of.run_missing(study, seeds, more_seeds, out, made_where):
+            notices.print(f"{done} of {due}: {row['name']}, seed {row['seed']}, {row['seconds']:.0f} s")
+    except (TokenDropError, OSError) as error:
+        notices.print(f"{type(error).__name__}: {error}", style="red")
+        raise typer.Exit(1) from error
+    rows = read_history(out / "rows.jsonl")
+    flops = {name: summary.flops_ratio(study, name) for name in dict.fromkeys(row["name"] for row in rows)}
+    (out / "report.html").write_text(render("tokendrop synergy", summary.report(rows, study, flops, out)))
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        print_table(screen, summary.table(rows, flops), [summary.note(rows)])
+        print_table(screen, summary.configurations(rows, study), ["Means over seeds, 95 % intervals."])
+        print_table(screen, summary.correlations(rows, study), ["Spearman's correlation over configurations."])
+    notices.print(f"{out / 'rows.jsonl'} and {out / 'report.html'} written")
+
+
 class JobProgress(Progress):
     """A bar for each job that has begun.
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import tokendrop as td
 from tokendrop.synergy import heat_map, read_history
+from tokendrop.synergy.history import append_history
 
 pytestmark = pytest.mark.filterwarnings(LIGHTNING_WARNS)
 TASKS = ("u", "g")
@@ -379,6 +380,9 @@ def test_a_line_left_unfinished(tmp_path):
     path = tmp_path / "synergy.jsonl"
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "al')
     assert read_history(path) == [{"step": 1}]
+    append_history(path, {"step": 3})
+    append_history(path, {"step": 4})
+    assert [one["step"] for one in read_history(path)] == [1, 3, 4]
 
 
 def test_three_tasks(tmp_path):

@@ -1,5 +1,6 @@
 """The history of a monitor: JSON lines, and alignment by layer over steps as a picture."""
 
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,12 @@ if TYPE_CHECKING:
 def append_history(path: str | Path, event: dict[str, Any]) -> None:
     """Write an event at the end of a history."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("a") as file:
-        file.write(json.dumps(event) + "\n")
+    with Path(path).open("a+b") as file:
+        if file.tell():
+            file.seek(-1, io.SEEK_END)
+            # A run that was killed may have left its last line unfinished.
+            file.write(b"" if file.read() == b"\n" else b"\n")
+        file.write(json.dumps(event).encode() + b"\n")
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:

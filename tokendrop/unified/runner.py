@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from multiprocessing.queues import Queue
@@ -39,8 +40,7 @@ class Finished:
 
     def rows(self) -> list[dict[str, Any]]:
         """One mapping for each run and seed, of plain values."""
-        versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-        return [self._row(outcome) | {"versions": versions} for outcome in self.outcomes]
+        return [self._row(outcome) | made_where() for outcome in self.outcomes]
 
     def _row(self, outcome: Outcome) -> dict[str, Any]:
         run = self.study.runs()[outcome.name]
@@ -81,6 +81,12 @@ def run_study(study: Study, seeds: int = 1, workers: int = 2, watch: Watch = lam
             raise
     outcomes = tuple(jobs[seed, name].result() for seed in range(seeds) for name in names)
     return Finished(study, outcomes, timing.result())
+
+
+def made_where() -> dict[str, Any]:
+    """What a row says of where it was made: versions, and the date."""
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {"versions": versions, "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def job_name(name: str, seed: int) -> str:

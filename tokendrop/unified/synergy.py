@@ -1,6 +1,5 @@
 """The study of synergy: the paper's Table 3 at our scale, and configurations to predict synergy from gradients."""
 
-import json
 import logging
 import time
 import warnings
@@ -20,7 +19,7 @@ from tokendrop.callbacks import SynergyMonitor
 from tokendrop.layout import IGNORED
 from tokendrop.methods import Drop, HiMix, HMGen
 from tokendrop.roles import Schedule
-from tokendrop.synergy.history import read_history
+from tokendrop.synergy.history import append_history, read_history
 from tokendrop.unified.data import TASKS
 from tokendrop.unified.metrics import token_nll
 from tokendrop.unified.study import Run, Study
@@ -165,8 +164,7 @@ def run_missing(
         try:
             for done, job in enumerate(as_completed(jobs), start=1):
                 row = job.result() | shared()
-                with (out / "rows.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_history(out / "rows.jsonl", row)
                 yield done, len(todo), row
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -1,0 +1,206 @@
+"""What a study of synergy found: the paper's Table 3 beside ours, and what gradients say early about the end."""
+
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokendrop.analysis.noise import to_noise
+from tokendrop.analysis.report import Image, Section, Table, lines_png
+from tokendrop.synergy.history import heat_map, read_history
+from tokendrop.unified.costs import Steps
+from tokendrop.unified.data import TASKS
+from tokendrop.unified.summary import BASELINE, MISSING, QUALITY
+from tokendrop.unified.synergy import TABLE_3, TWICE, SynergyStudy
+
+Row = Mapping[str, Any]
+PAIR = "/".join(TASKS)
+# arXiv 2606.01503, Table 3: GQA, FID on MJHQ-30K (lower is better), FLOPs.
+PAPER = {
+    "U-only": ("52.86", "-", "1x"),
+    "G-only": ("-", "17.45", "1x"),
+    "unified": ("56.00", "15.78", "1x"),
+    "HiMix-U": ("49.92", "-", "0.24x"),
+    "HMGen-G": ("-", "12.16", "0.85x"),
+    "share-all": ("33.00", "12.53", "0.56x"),
+    "share-partial": ("47.05", "14.54", "0.55x"),
+}
+HEADER = (
+    "run", "paper GQA", "paper FID", "paper FLOPs", "FLOPs", "U exact", "U synergy", "G NLL", "G synergy", "CPU s"
+)  # fmt: skip
+PREDICTORS = ("alignment", "fidelity", "affinity U to G", "affinity G to U")
+NOTE = (
+    "Means over {seeds} seeds with 95 % intervals (Student's t). U: exact captions by greedy decoding of test digits; "
+    "G: NLL per image code. Synergy: quality minus that of the same task trained alone and dense, positive is better; "
+    "paired by seed. Equal samples for each task; '"
+    + TWICE
+    + "' has the updates of a run of two tasks. CPU s: of training and testing on one thread, the monitor left out."
+)
+
+
+def flops_ratio(study: SynergyStudy, name: str) -> float:
+    """Counted FLOPs of a run's steps over those of the same steps run dense."""
+    return Steps(study, name).flops() / Steps(study, name, dense=True).flops()
+
+
+def table(rows: Sequence[Row], flops: Mapping[str, float]) -> Table:
+    """The paper's Table 3 beside ours."""
+    names = [name for name in (*TABLE_3, "late", TWICE) if any(row["name"] == name for row in rows)]
+    return Table(HEADER, [_line(rows, name, flops[name]) for name in names])
+
+
+def _line(rows: Sequence[Row], name: str, flops: float) -> tuple[str, ...]:
+    own = _of(rows, name)
+    seconds = [row["seconds"] - row["monitor_seconds"] for row in own]
+    cells = [name, *PAPER.get(name, (MISSING,) * 3), f"{flops:.2f}x"]
+    for task in TASKS:
+        metric, _ = QUALITY[task]
+        cells.append(_interval([row[task][metric] for row in own]) if own[0][task] else MISSING)
+        gains = synergies(rows, name, task)
+        cells.append(_interval(gains, signed=True) if gains and name != BASELINE[task] else MISSING)
+    return (*cells, _interval(seconds))
+
+
+def synergies(rows: Sequence[Row], name: str, task: str) -> list[float]:
+    """The synergy of a task in a run, for each seed."""
+    metric, sign = QUALITY[task]
+    alone = {row["seed"]: row[task][metric] for row in _of(rows, BASELINE[task])}
+    own = [row for row in _of(rows, name) if row[task] and row["seed"] in alone]
+    return [sign * (row[task][metric] - alone[row["seed"]]) for row in own]
+
+
+def early(row: Row, predictor: str, share: float = 0.2) -> float:
+    """What a predictor says at the end of the first `share` of a run's training; NaN where it says nothing.
+
+    Fidelity is the mean of both tasks, and 1 for a dense run.
+    """
+    events = [
+        event for event in row["events"] if event["step"] <= share * 2 * row["config"]["steps"] and "gap" not in event
+    ]
+    if not events:
+        return math.nan
+    last, (u, g) = events[-1], TASKS
+    if predictor == "alignment":
+        found = last["alignment"][PAIR]["value"]
+    elif predictor == "fidelity":
+        values = [one["value"] for one in last.get("fidelity", {}).values()]
+        found = statistics.fmean(values) if values else 1.0
+    else:
+        found = last["affinity"][f"{u}/{g}" if predictor.endswith("U to G") else f"{g}/{u}"]["value"]
+    return math.nan if found is None else found
+
+
+def correlations(rows: Sequence[Row], study: SynergyStudy, draws: int = 2000) -> Table:
+    """Spearman's correlation of each early predictor with the final synergy of each task, over configurations.
+
+    Each configuration is one point, its seeds averaged; the interval resamples configurations.
+    """
+    names = [name for name in study.joint if any(row["name"] == name for row in rows)]
+    lines = []
+    for predictor in PREDICTORS:
+        said = [statistics.fmean([early(row, predictor) for row in _of(rows, name)]) for name in names]
+        cells = [predictor]
+        for task in TASKS:
+            came = [statistics.fmean(synergies(rows, name, task)) for name in names]
+            cells.append(_spearman(np.array(said), np.array(came), draws))
+        lines.append(tuple(cells))
+    return Table(("first fifth", f"U synergy, {len(names)} configurations", "G synergy"), lines)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray, draws: int) -> str:
+    from scipy.stats import rankdata
+
+    def rho(index: np.ndarray) -> float:
+        a, b = rankdata(x[index]), rankdata(y[index])
+        return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else math.nan
+
+    found = math.nan if np.isnan(x).any() or len(x) < 4 else rho(np.arange(len(x)))
+    if math.isnan(found):
+        return MISSING
+    generator = np.random.default_rng(0)
+    resampled = [rho(generator.integers(len(x), size=len(x))) for _ in range(draws)]
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
+    return f"{found:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def configurations(rows: Sequence[Row], study: SynergyStudy) -> Table:
+    """Every run of both tasks: what its gradients said in the first fifth, and what came of it."""
+    lines = []
+    for name in study.joint:
+        own = _of(rows, name)
+        if own:
+            said = [_interval([early(row, predictor) for row in own], signed=True) for predictor in PREDICTORS]
+            came = [_interval(synergies(rows, name, task), signed=True) for task in TASKS]
+            lines.append((name, str(len(own)), *said, *came))
+    return Table(("run", "seeds", *PREDICTORS, "U synergy", "G synergy"), lines)
+
+
+def curves(rows: Sequence[Row], names: Sequence[str], kind: str, key: str) -> bytes:
+    """A monitored figure over training, a line for each run, its seeds averaged."""
+    lines = {}
+    for name in names:
+        points: dict[int, list[float]] = {}
+        for row in _of(rows, name):
+            for event in row["events"]:
+                value = event.get(kind, {}).get(key, {}).get("value")
+                if value is not None:
+                    points.setdefault(event["step"], []).append(value)
+        if points:
+            lines[name] = [(step, statistics.fmean(values)) for step, values in sorted(points.items())]
+    return lines_png(lines, "optimiser step", kind)
+
+
+def report(rows: Sequence[Row], study: SynergyStudy, flops: Mapping[str, float], folder: Path) -> list[Section]:
+    """The sections of the study's report."""
+    joint = [name for name in ("unified", "share-all", "share-partial", "late") if _of(rows, name)]
+    dropped = [name for name in joint if name != "unified"]
+    u, g = TASKS
+    pictures = [Image(f"Alignment of {PAIR}", curves(rows, joint, "alignment", PAIR))] if joint else []
+    if dropped:
+        pictures += [Image(f"Fidelity of {task}", curves(rows, dropped, "fidelity", task)) for task in TASKS]
+        pictures += [
+            Image(f"Affinity of {a} to {b}", curves(rows, joint, "affinity", f"{a}/{b}")) for a, b in ((u, g), (g, u))
+        ]
+    return [
+        Section("The paper's Table 3, and ours", note(rows), table(rows, flops)),
+        Section("Gradients over training", images=pictures),
+        Section("Alignment by layer", images=_maps(joint, folder)),
+        Section("What the first fifth said, and what came of it", table=configurations(rows, study)),
+        Section("Does it predict? Spearman's correlation, 95 % interval", table=correlations(rows, study)),
+    ]
+
+
+def note(rows: Sequence[Row]) -> str:
+    """What the figures of the table mean."""
+    return NOTE.format(seeds=len({row["seed"] for row in _of(rows, "unified")}))
+
+
+def _maps(names: Sequence[str], folder: Path) -> list[Image]:
+    images = []
+    for name in names:
+        history = folder / f"{name}-0.jsonl"
+        if history.exists():
+            out = io.BytesIO()
+            heat_map(read_history(history), PAIR).savefig(out, format="png", dpi=110)
+            images.append(Image(f"{name}, seed 0", out.getvalue()))
+    return images
+
+
+def _of(rows: Sequence[Row], name: str) -> list[Row]:
+    return sorted((row for row in rows if row["name"] == name), key=lambda row: row["seed"])
+
+
+def _interval(values: Sequence[float], signed: bool = False) -> str:
+    from scipy.stats import t
+
+    known = [value for value in values if math.isfinite(value)]
+    if len(known) < len(values) or not known:
+        return MISSING
+    spread = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+    if spread == 0:
+        return f"{statistics.fmean(known):{'+' if signed else ''}.3f}"
+    return to_noise(statistics.fmean(known), spread * float(t.ppf(0.975, len(known) - 1)), signed)
