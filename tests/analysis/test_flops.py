@@ -104,7 +104,7 @@ def test_a_head_that_runs_on_labelled_rows(multiple):
 
 def test_costs_belong_to_their_tasks():
     """A mixed batch costs what its samples cost alone, where nothing is rounded up."""
-    samples, methods = ["tiittt", "tiittt", "ttiitt"], methods_with("none")
+    samples, methods = ["tiittt"] * 3, methods_with("none")
     mixed = counted(llama(), methods, batch(samples, "ugu"))[2]
     alone = {task: counted(llama(), methods, batch(["tiittt"], task))[2][task] for task in "ug"}
     assert mixed == {"u": alone["u"] + alone["u"], "g": alone["g"]}

@@ -82,14 +82,15 @@ class LayerCost:
             pair_backward=(8 if spec.backend(layer) == "eager" else 10) * widths["q"],
         )
 
-    def forward(self, rows: int, context: int = 0) -> int:
-        """FLOPs of the forward of K `rows` that see themselves and M `context` rows."""
-        return rows * self.row + context * self.context_row + rows * (rows + context) * self.pair
+    def forward(self, rows: int, context: int = 0, pairs: int | None = None) -> int:
+        """FLOPs of the forward of K `rows` that see themselves and M `context` rows, or `pairs` in all."""
+        pairs = rows * (rows + context) if pairs is None else pairs
+        return rows * self.row + context * self.context_row + pairs * self.pair
 
-    def backward(self, rows: int, context: int = 0) -> int:
+    def backward(self, rows: int, context: int = 0, pairs: int | None = None) -> int:
         """FLOPs of the backward of the same, all weights trained."""
-        linear = rows * self.row + context * self.context_row
-        return 2 * linear + rows * (rows + context) * self.pair_backward
+        pairs = rows * (rows + context) if pairs is None else pairs
+        return 2 * (rows * self.row + context * self.context_row) + pairs * self.pair_backward
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
     """
     tokens, depth = plan.shape[1], len(plan.span_of)
     layer, head = _costs(handle)
+    eager = handle.spec.backend(handle.decoder_layers[0]) == "eager" or None  # its attention is never split
     dense = tokens * 3 * head + depth * (layer.forward(tokens) + layer.backward(tokens))
     # Labelled rows of all samples run together, rounded up once.
     headed = tokens if not handle.labelled_logits else labelled_rows(plan, handle.multiple) / plan.shape[0]
@@ -144,8 +146,8 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
     for span in plan.spans:
         for group in span.groups:
             rows, context = group.size, group.context_size
-            layers = span.stop - span.start
-            one = layers * (layer.forward(rows, context) + layer.backward(rows, context))
+            layers, pairs = span.stop - span.start, group.pairs if eager is None else None
+            one = layers * (layer.forward(rows, context, pairs) + layer.backward(rows, context, pairs))
             for member in group.members:
                 costs[tasks[member]] += TaskCost(rows * layers, 0, one, 0)
     return costs

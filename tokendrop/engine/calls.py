@@ -62,6 +62,7 @@ def group_calls(
     calls = []
     for group, context in zip(span.groups, contexts or (None,) * len(span.groups), strict=True):
         merged = cache is not None and group.context is not None
+        late = group.late if named.get(spec.mask or "") is None and float_mask is None and not merged else None
 
         def active(one: dict[str, Any], group: Group = group, merged: bool = merged) -> dict[str, Any]:
             return compact(one, group, Form(tokens_shape, spec.mask, float_mask, merged))
@@ -79,7 +80,7 @@ def group_calls(
         maskless = {name: value for name, value in named.items() if name != spec.mask}
         context_arguments = _once(made, group, "context", maskless, chosen)
         order = _order(group.active, group.context, tokens_shape[1]) if merged else None
-        calls.append(Call(shape, arguments, group.split, context, context_arguments, group.context_split, order))
+        calls.append(Call(shape, arguments, group.split, context, context_arguments, group.context_split, order, late))
     return tuple(calls)
 
 

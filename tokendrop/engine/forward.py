@@ -13,6 +13,7 @@ from tokendrop.engine.context import ContextKeys, keys_values
 from tokendrop.engine.decoder import LayerSpec
 from tokendrop.engine.projections import touch, using
 from tokendrop.engine.rows import Split
+from tokendrop.engine.split_attention import split_attention
 
 
 class Call(NamedTuple):
@@ -26,6 +27,7 @@ class Call(NamedTuple):
         context_arguments: the layer's arguments for the context rows.
         context_split: which projections these use.
         order: (B, T), puts the keys of computing rows and of context rows into token order for a cache; or None.
+        late: what the rows behind the image see, where attention is split there; or None.
     """
 
     shape: tuple[int, int]
@@ -35,6 +37,7 @@ class Call(NamedTuple):
     context_arguments: dict[str, Any]
     context_split: Split | None
     order: Tensor | None
+    late: Tensor | None = None
 
 
 class Work(NamedTuple):
@@ -79,7 +82,7 @@ def run(
             rows = call.shape[0] * call.shape[1]
             x, at = hidden[0, at : at + rows].view(*call.shape, -1), at + rows
         arguments = _arguments(layer, forward, call, work)
-        with using(call.split, work.sets):
+        with using(call.split, work.sets), split_attention(call.late):
             out, rest = split_output(forward(layer, x, **arguments))
         outs.append(out)
     out = outs[0] if len(outs) == 1 else torch.cat([out.reshape(1, -1, out.shape[-1]) for out in outs], 1)

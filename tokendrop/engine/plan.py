@@ -47,6 +47,8 @@ class Group:
         split: how the computing rows use projections; None where all use the layer's own.
         context_split: likewise, for context rows.
         choice: which image tokens stay ACTIVE all the same.
+        late: (K - P, K + M) bool, what the computing rows behind the image see, where all P rows before it see no image
+            at all: one image at one place in every sample, without padding. None elsewhere.
     """
 
     role: Role
@@ -60,11 +62,19 @@ class Group:
     split: Split | None = None
     context_split: Split | None = None
     choice: Choice | None = None
+    late: Tensor | None = None
 
     @property
     def context_size(self) -> int:
         """M, the context rows of each sample."""
         return 0 if self.context is None else self.context.index.shape[1]
+
+    @property
+    def pairs(self) -> int:
+        """Queries times keys of each sample's attention."""
+        if self.late is None:
+            return self.size * (self.size + self.context_size)
+        return (self.size - len(self.late)) ** 2 + self.late.numel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +151,8 @@ class Planner:
         unneeded_image = layout.image & self.needed
         # The one transfer from the device: everything the shapes of this forward depend on.
         masks = (self.computing, layout.image, unneeded_image, self.needed)
-        self.text, self.images, self.needed_images, needed = torch.stack([mask.sum(1) for mask in masks]).tolist()
+        sums = [*(mask.sum(1) for mask in masks), _before_one_image(layout, self.computing)]
+        self.text, self.images, self.needed_images, needed, self.before = torch.stack(sums).tolist()
         self.needed_rows = sum(needed)
         dense: Route = (LayerRoute(),) * len(routes[0])
         self.routed = any(route != dense for route in routes)
@@ -219,7 +230,18 @@ class Planner:
         context = choose_rows(image, torch.tensor(images, device=chosen.device), context_size)
         every_row = torch.ones_like(context.index, dtype=torch.bool)
         split = self._split(every_row, samples, owns)
-        return Group(role, number, samples, chosen, whole, size, active, context, None, split)
+        late = self._late(samples, size, context_size)
+        return Group(role, number, samples, chosen, whole, size, active, context, None, split, late=late)
+
+    def _late(self, samples: tuple[int, ...], size: int, context_size: int) -> Tensor | None:
+        before = {self.before[sample] for sample in samples}
+        if len(before) > 1 or -1 in before or any(self.images[sample] != context_size for sample in samples):
+            return None
+        (first,) = before
+        seen = torch.ones(size - first, size + context_size, dtype=torch.bool, device=self.layout.image.device)
+        # Causal among computing rows; every image row is behind them in the columns, and before them in the sequence.
+        seen[:, :size] = seen[:, :size].tril(first)
+        return seen
 
     def _split(self, rows: Tensor, samples: tuple[int, ...], owns: tuple[frozenset[str], ...]) -> Split | None:
         names = tuple(self.names[sample] if own else None for sample, own in zip(samples, owns, strict=True))
@@ -244,6 +266,16 @@ def _needed(layout: TokenLayout) -> Tensor:
     if layout.labels is not None:
         needed[:, :-1] = layout.labels[:, 1:] != IGNORED
     return needed
+
+
+def _before_one_image(layout: TokenLayout, computing: Tensor) -> Tensor:
+    # (B,) computing rows before the image; -1 where there is not one image in one piece, or padding.
+    tokens = torch.arange(layout.image.shape[1], device=layout.image.device)
+    first = layout.image.to(torch.uint8).argmax(1)
+    last = len(tokens) - 1 - layout.image.flip(1).to(torch.uint8).argmax(1)
+    one = layout.image.sum(1) == last - first + 1
+    one &= True if layout.padding is None else layout.padding.all(1)
+    return (computing & (tokens < first[:, None])).sum(1).where(one, -1)
 
 
 def _real(layout: TokenLayout) -> Tensor:
