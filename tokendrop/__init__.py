@@ -23,7 +23,7 @@ from tokendrop.errors import (
 )
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
-from tokendrop.methods import Drop, HiMix, HMGen, RandomLTD
+from tokendrop.methods import Drop, DuetVLM, FastV, HiDrop, HiMix, HMGen, PyramidDrop, RandomLTD
 from tokendrop.roles import Role, Schedule
 
 __version__ = "0.1.0"
@@ -34,8 +34,11 @@ __all__ = [
     "DecoderError",
     "Drop",
     "DropLayers",
+    "DuetVLM",
+    "FastV",
     "HMGen",
     "Handle",
+    "HiDrop",
     "HiMix",
     "Inspection",
     "LayerRangeError",
@@ -45,6 +48,7 @@ __all__ = [
     "MissingLayoutError",
     "NeededRowError",
     "NoEffectWarning",
+    "PyramidDrop",
     "RandomLTD",
     "Role",
     "Schedule",

@@ -1,6 +1,6 @@
 """Roles of image tokens per decoder layer: which layers, which role, since when.
 
-Shape letters: L layers.
+Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and values, D hidden, L layers.
 """
 
 import re
@@ -26,6 +26,20 @@ class Role(IntEnum):
     GONE = 3  # has left for good
 
 
+class Attention(NamedTuple):
+    """What the scoring rows of a layer look at.
+
+    Args:
+        probabilities: (B, H, R, T) float32, of each scoring row over the tokens still there.
+        valid: (B, R) bool, False for rows that only fill up.
+        values: (B, G, T, D / H), the value vectors of the layer.
+    """
+
+    probabilities: Tensor
+    valid: Tensor
+    values: Tensor
+
+
 class Scoring(NamedTuple):
     """What a score may look at, at the entry of a span.
 
@@ -36,6 +50,7 @@ class Scoring(NamedTuple):
         layer: the layer being entered.
         seed: of the method.
         step: (2,) int64, of training: the optimiser step and the micro-batch.
+        attention: of the selection's `queries`; None where it has none.
     """
 
     states: Tensor
@@ -44,6 +59,21 @@ class Scoring(NamedTuple):
     layer: int
     seed: int
     step: Tensor
+    attention: Attention | None = None
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The rows whose attention a score looks at.
+
+    Args:
+        rows: "answer" for the row before each answer begins, which is the last of the prompt where there are no
+            labels; "prompt" for all text without labels behind the last image.
+        layer: whose attention: the layer being entered, or the one before it.
+    """
+
+    rows: Literal["answer", "prompt"]
+    layer: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +86,11 @@ class Select:
         layer: the layer at whose entry the selection is made.
         seed: for scores that draw.
         strength: 1 for the whole method; below, more are kept.
+        queries: the rows whose attention `score` looks at; None where it looks at none.
+        floor: whether a share is rounded down.
+
+    Raises:
+        MethodError: queries of a layer that is neither entered nor the one before.
     """
 
     keep: int | float
@@ -63,15 +98,26 @@ class Select:
     layer: int
     seed: int = 0
     strength: float = 1.0
+    queries: Queries | None = None
+    floor: bool = False
+
+    def __post_init__(self) -> None:
+        if self.queries is not None and self.queries.layer not in (self.layer, max(0, self.layer - 1)):
+            raise MethodError(
+                f"a selection at layer {self.layer} looks at the attention of layer {self.queries.layer}; it can look "
+                "at that layer, or at the one before"
+            )
 
     def count(self, images: int) -> int:
-        """How many of a sample's image tokens are kept: the share rounded to nearest and at least 1, or the count.
+        """How many of a sample's image tokens are kept: the share rounded and at least 1, or the count.
 
         Example:
             >>> Select(0.5, lambda scoring: scoring.states, layer=2).count(5)
             2
         """
-        least = min(images, max(1, round(self.keep * images)) if isinstance(self.keep, float) else self.keep)
+        share = self.keep * images
+        rounded = int(share + 1e-9) if self.floor else round(share)
+        least = min(images, max(1, rounded) if isinstance(self.keep, float) else self.keep)
         return images - int(self.strength * (images - least) + 1e-9)
 
 

@@ -13,7 +13,7 @@ import tokendrop as td
 from tokendrop.cli import app
 from tokendrop.engine.decoder import model_from_config
 
-CASES = ["HiMix", "HMGen", "Drop, rejoin", "Drop, gone", "image-only projections"]
+CASES = ["HiMix", "HMGen", "Drop, rejoin", "Drop, gone", "Drop by attention", "image-only projections"]
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -21,7 +21,8 @@ def test_what_it_says_is_what_apply_does(name):
     built = model(name, "sdpa")
     found = td.inspect(built)
     assert list(found.support) == CASES
-    methods = dict(zip(CASES[:2], (td.HiMix(), td.HMGen("0:1")), strict=True))
+    by_attention = td.Drop(":", 0.5, "attention")
+    methods = {"HiMix": td.HiMix(), "HMGen": td.HMGen("0:1"), "Drop by attention": by_attention}
     for case, method in methods.items():
         try:
             td.apply(built, method).remove()

@@ -37,6 +37,7 @@ class Case:
         recompute: with activation checkpointing.
         frozen: with an embedding that is not trained, so that CONTEXT states need no gradient.
         twins: "u" is HMGen as well, so that both tasks add the same shapes.
+        scored: the method of "u", if it is another one.
     """
 
     wrap: str
@@ -45,13 +46,14 @@ class Case:
     recompute: bool = False
     frozen: bool = False
     twins: bool = False
+    scored: Any = None
 
     @property
     def methods(self) -> dict[str, Any]:
         """By task."""
         middle = td.HMGen("1:3", separate=self.separate)
         u = middle if self.twins else td.HiMix("1:", separate=self.separate)
-        return {"u": u, "g": middle, "dense": None}
+        return {"u": self.scored or u, "g": middle, "dense": None}
 
 
 def llama() -> LlamaForCausalLM:

@@ -8,6 +8,8 @@ from gradients import Case, backward, differences, make
 from lightning_ranks import everything
 from ranks import RankError, on_ranks
 
+import tokendrop as td
+
 SAME = (("u", "u"), ("u",))
 DIFFERENT = (("u", "u"), ("g",))
 MIXED = (("u", "g"), ("g", "u", "dense"))
@@ -31,6 +33,12 @@ CASES += [
         ("fsdp", NO_IMAGE, False),
     )
 ]
+# Scored by attention, which runs layers outside their calls; on one rank only where the tasks differ.
+CASES += [
+    Case("fsdp", tasks, recompute=recompute, scored=method)
+    for method in (td.FastV(2, 0.5), td.PyramidDrop((1, 3), (0.6, 0.3)))
+    for tasks, recompute in ((SAME, False), (DIFFERENT, False), (DIFFERENT, True), (MIXED, False), (NO_IMAGE, False))
+]
 # Each rank alone, without any averaging: the test must see that.
 APART = Case("nothing", DIFFERENT, "per-task")
 TRAINED = [Case("ddp", ((), ()), "per-task"), Case("fsdp", ((), ()), "none"), Case("fsdp", ((), ()), "per-task")]
@@ -42,6 +50,7 @@ FROM_LIGHTNING = ("`isinstance(treespec, LeafSpec)`", "It is recommended to use 
 def name(case):
     switches = [switch for switch in ("recompute", "frozen") if getattr(case, switch)]
     tasks = "-".join("+".join(of_rank) for of_rank in case.tasks)
+    switches += [type(case.scored).__name__] if case.scored else []
     return "/".join([case.wrap, tasks, case.separate, *switches])
 
 

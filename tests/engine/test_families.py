@@ -29,6 +29,15 @@ METHODS: dict[str, Callable[[int, str], dict[str, Any]]] = {
     "rejoin": lambda n, _: {"g": td.Drop(f"{n}:{n + 2}", 0.5)},
     "random_ltd": lambda n, _: {"g": td.RandomLTD(f"{n}:{n + 2}", 0.5)},
     "gone": lambda n, _: {"u": td.Drop(f"{max(n, 1)}:", 0.5, then="gone")},
+    "fastv": lambda n, _: {"u": td.FastV(n + 1, 0.5)},
+    "pyramid_drop": lambda n, _: {"u": td.PyramidDrop((n, n + 1, 4), (0.8, 0.5, 0.3))},
+    "hidrop": lambda n, _: {"u": td.HiDrop(1, (max(n, 1), 3), (0.6, 2), 4)},
+    "duet_vlm": lambda n, _: {"u": td.DuetVLM((max(n, 1), 4), (0.5, 0))},
+    "fastv_mixed": lambda n, _: {"u": td.FastV(max(n, 1) + 1, 0.5), "g": td.HMGen("1:4:2")},
+    "pyramid_mixed": lambda n, _: {
+        "u": td.PyramidDrop((n, n + 2), (0.7, 0.3)),
+        "g": td.Drop(f"{n + 1}:{n + 3}", 0.5, "attention"),
+    },
     "mixed": lambda n, own: {"u": td.HiMix(f"{max(n, 1)}:", own), "g": td.HMGen("1:4:2", own)},
 }
 SHOWN = {
@@ -38,6 +47,12 @@ SHOWN = {
     "rejoin": ["drop, rejoin"],
     "random_ltd": ["drop, rejoin"],
     "gone": ["drop, gone"],
+    "fastv": [],
+    "pyramid_drop": [],
+    "hidrop": [],
+    "duet_vlm": [],
+    "fastv_mixed": [],
+    "pyramid_mixed": [],
     "mixed": ["HiMix", "HMGen"],
 }
 
@@ -144,6 +159,19 @@ def test_the_engine_equals_the_reference(
     assert dense.gradient_error(expected) > 1000 * TOLERANCE
     for column in SHOWN[method]:
         cell(name, column)
+
+
+@pytest.mark.parametrize("score", ["attention", "value_norm", "similarity", "leverage"])
+@pytest.mark.parametrize("then", ["rejoin", "gone"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen2_5_vl"])
+def test_scores_of_the_engine_equal_those_of_the_reference(name: str, then: Any, score: str) -> None:
+    case = Case(name, "gone", padding="left")
+    first = FAMILIES[name].first
+    case.methods = {"u": td.Drop(f"{first + 1}:{first + 3}", 0.5, score, then)}
+    dense, expected, (found, _) = case.run(case.base), case.expected(), case.dropped()
+    assert found.error(expected) < TOLERANCE
+    assert found.gradient_error(expected) < TOLERANCE
+    assert dense.error(expected) > 1000 * TOLERANCE
 
 
 @pytest.mark.parametrize(("attention", "padding"), [("sdpa", "left"), ("eager", "right")])

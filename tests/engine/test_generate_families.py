@@ -19,6 +19,7 @@ METHODS: dict[str, Any] = {
     "himix": lambda n: td.HiMix(f"{n}:"),
     "hmgen": lambda _: td.HMGen("1:4:2"),
     "gone": lambda n: td.Drop(f"{max(n, 1)}:", 0.5, then="gone"),
+    "hidrop": lambda n: td.HiDrop(1, (max(n, 1) + 1,), (0.5,), 4),
 }
 
 

@@ -123,13 +123,14 @@ def test_context_from_the_evolving_state(monkeypatch):
 
 
 def test_rows_that_fill_overwrite_theirs(monkeypatch):
-    leave = span._leave
+    full = span._full
 
-    def careless(forward, at, states):
-        rows = at.rows and Rows(at.rows.index, torch.ones_like(at.rows.valid))
-        return leave(forward, replace(at, rows=rows), states)
+    def careless(forward, states):
+        rows = forward.span.rows
+        rows = rows and Rows(rows.index, torch.ones_like(rows.valid))
+        return full(replace(forward, span=replace(forward.span, rows=rows)), states)
 
-    monkeypatch.setattr(span, "_leave", careless)
+    monkeypatch.setattr(span, "_full", careless)
     assert not all(agrees(tasks="gggg", **case) for case in CASES)
 
 

@@ -60,6 +60,7 @@ def inspect(model: nn.Module, layers: str | None = None) -> Inspection:
         "HMGen": HMGen("0:1"),
         "Drop, rejoin": Drop(":", keep=0.5),
         "Drop, gone": Drop(":", keep=0.5, then="gone"),
+        "Drop by attention": Drop(":", keep=0.5, score="attention"),
         "image-only projections": HMGen("0:1", separate="shared"),
     }
     support = {}

@@ -139,6 +139,11 @@ def check_support(
         context = any(layer.image is Role.CONTEXT for layer in route)
         if context and (refusal := spec.context_refusal(layers[0])):
             raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
+        looks = any(layer.select is not None and layer.select.queries is not None for layer in route)
+        if looks and (refusal := spec.context_refusal(layers[0])):
+            raise UnsupportedError(
+                f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
+            )
         if method.separate != "none":
             if refusal := spec.separate_refusal():
                 raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")

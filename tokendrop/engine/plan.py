@@ -3,13 +3,14 @@
 Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all groups, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from tokendrop.engine.queries import kinds_of, scoring_mask
 from tokendrop.engine.rows import Rows, Split, choose_rows, round_up, split_rows
 from tokendrop.errors import NeededRowError
 from tokendrop.layout import IGNORED, TokenLayout
@@ -113,6 +114,7 @@ class Plan:
         routed: whether image tokens of these tasks, where there are any, do not.
         has_context: whether any token is CONTEXT anywhere.
         needed: rows whose output is trained, one for each label.
+        scoring: (B, R) rows whose attention scores image tokens, by kind.
     """
 
     shape: tuple[int, int]
@@ -124,6 +126,7 @@ class Plan:
     routed: bool
     has_context: bool
     needed: int
+    scoring: Mapping[str, Rows]
 
 
 class Planner:
@@ -150,9 +153,14 @@ class Planner:
         self.computing = ~layout.image & (_real(layout) | self.needed)
         unneeded_image = layout.image & self.needed
         # The one transfer from the device: everything the shapes of this forward depend on.
-        masks = (self.computing, layout.image, unneeded_image, self.needed)
-        sums = [*(mask.sum(1) for mask in masks), _before_one_image(layout, self.computing)]
-        self.text, self.images, self.needed_images, needed, self.before = torch.stack(sums).tolist()
+        asked = {kind: scoring_mask(layout, kind) for kind in kinds_of(routes)}
+        masks = (self.computing, layout.image, unneeded_image, self.needed, *asked.values())
+        sums = torch.stack([_before_one_image(layout, self.computing), *(mask.sum(1) for mask in masks)])
+        self.before, self.text, self.images, self.needed_images, needed, *counts = sums.tolist()
+        # Powers of two, so that shapes stay few.
+        sizes = [min(self.tokens, 1 << (max(count) - 1).bit_length()) for count in counts]
+        pairs = zip(asked.items(), sums[5:], sizes, strict=True)
+        self.scoring = {kind: choose_rows(mask, count, size) for (kind, mask), count, size in pairs}
         self.needed_rows = sum(needed)
         dense: Route = (LayerRoute(),) * len(routes[0])
         self.routed = any(route != dense for route in routes)
@@ -176,7 +184,7 @@ class Planner:
         dense = not any(span.rows or span.selects or any(one.split for one in span.groups) for span in spans)
         has_context = any(group.context is not None for span in spans for group in span.groups)
         batch, tokens = self.layout.image.shape
-        more = dense, self.routed, has_context, self.needed_rows
+        more = dense, self.routed, has_context, self.needed_rows, self.scoring
         return Plan((batch, tokens), self.layout, self.computing, tuple(spans), span_of, *more)
 
     def _check_needed(self) -> None:

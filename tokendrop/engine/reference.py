@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokendrop.engine.attention import caught_logits, probabilities
+from tokendrop.engine.context import keys_values
 from tokendrop.engine.decoder import LayerSpec, find_layers, head_width, layer_spec
-from tokendrop.layout import TokenLayout
-from tokendrop.roles import LayerRoute, Method, Role, Route, Scoring, Select
+from tokendrop.layout import IGNORED, TokenLayout
+from tokendrop.roles import Attention, LayerRoute, Method, Queries, Role, Route, Scoring, Select
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def reference(
     roles = _Roles(routes, layout, step)
     with ExitStack() as stack:
         for index, layer in enumerate(found):
-            for hook in _hooks(layer, spec, partial(roles.of, index)):
+            for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec)):
                 stack.callback(hook.remove)
             rows = [
                 (i, names[task]) for i, task in enumerate(layout.tasks) if routes[i][index].separate and task in names
@@ -70,9 +72,11 @@ class _Roles:
         self.routes, self.layout, self.step = routes, layout, torch.tensor(step)
         self.alive: list[list[int]] = []
         self.kept: list[list[int]] = []
+        self.inputs: list[tuple[nn.Module, LayerSpec, Tensor, dict[str, Any]]] = []
 
-    def of(self, index: int, states: Tensor) -> Tensor:
-        """(B, T) roles in layer `index`, whose input is `states` (B, T, D)."""
+    def of(self, index: int, layer: nn.Module, spec: LayerSpec, states: Tensor, named: dict[str, Any]) -> Tensor:
+        """(B, T) roles in layer `index`, whose input is `states` (B, T, D) and `named`."""
+        self.inputs[index:] = [(layer, spec, states, named)]
         if index == 0:
             self.alive = [row.nonzero().flatten().tolist() for row in self.layout.image]
             self.kept = [[] for _ in self.routes]
@@ -91,22 +95,48 @@ class _Roles:
     def _select(self, sample: int, select: Select, states: Tensor) -> None:
         candidates = torch.zeros_like(self.layout.image[sample : sample + 1])
         candidates[0, self.alive[sample]] = True
-        scoring = Scoring(
-            states[sample : sample + 1], candidates, torch.tensor([sample]), select.layer, select.seed, self.step
-        )
+        one, seen = torch.tensor([sample]), self._attention(sample, select.queries)
+        scoring = Scoring(states[one], candidates, one, select.layer, select.seed, self.step, seen)
         scores = select.score(scoring)[0].tolist()
         count = select.count(int(self.layout.image[sample].sum()))
         self.kept[sample] = sorted(self.alive[sample], key=lambda token: (-scores[token], token))[:count]
 
+    @torch.no_grad()
+    def _attention(self, sample: int, queries: Queries | None) -> Attention | None:
+        if queries is None:
+            return None
+        layer, spec, states, named = self.inputs[queries.layer]
+        live = ~self.layout.image
+        for row, tokens in zip(live, self.alive, strict=True):
+            row[tokens] = True
+        mask = _mask(named.get("attention_mask"), live, ~live, states, spec.backend(layer))
+        named = named | {"attention_mask": mask, spec.cache or "": None}
+        rows = torch.tensor(self._rows(sample, queries.rows))
+        seen = probabilities(caught_logits(lambda: type(layer).forward(layer, states, **named)), live)
+        values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
+        valid = torch.ones(1, len(rows), dtype=torch.bool)
+        return Attention(seen[sample : sample + 1, :, rows], valid, values[sample : sample + 1])
 
-def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[[Tensor], Tensor]) -> Iterator[Any]:
+    def _rows(self, sample: int, which: str) -> list[int]:
+        layout, tokens = self.layout, range(self.layout.image.shape[1])
+        real = [t for t in tokens if layout.padding is None or layout.padding[sample, t]]
+        labelled = [layout.labels is not None and int(layout.labels[sample, t]) != IGNORED for t in tokens]
+        images = [t for t in tokens if layout.image[sample, t]]
+        if which == "answer":
+            rows = [t for t in tokens[:-1] if labelled[t + 1] and not labelled[t]]
+        else:
+            rows = [t for t in real if t > max(images, default=-1) and not labelled[t]]
+        return rows or real[-1:]
+
+
+def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Tensor]) -> Iterator[Any]:
     entered: list[Tensor] = []
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         states, named = spec.bind(args, kwargs)
-        roles = roles_of(states)
+        roles = roles_of(states, named)
         active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
         entered[:] = [states, active]
         named["attention_mask"] = _mask(named.get("attention_mask"), active, hidden, states, spec.backend(module))

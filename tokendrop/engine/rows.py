@@ -21,6 +21,10 @@ class Rows:
     index: Tensor
     valid: Tensor
 
+    def of(self, samples: Tensor) -> "Rows":
+        """The rows of some samples, (N,) int64."""
+        return Rows(self.index[samples], self.valid[samples])
+
 
 @dataclass(frozen=True, eq=False)
 class Split:

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tokendrop.engine import generate
 from tokendrop.engine.arguments import check_packing
+from tokendrop.engine.attention import attention_rows
 from tokendrop.engine.calls import Made, group_calls
 from tokendrop.engine.decoder import LayerSpec, reentrant
 from tokendrop.engine.forward import Call, Work, joined_output, split_output
@@ -101,7 +103,7 @@ class Frame:
     def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
         """Begin a forward."""
         times = plan.shape[0] // len(self.layout.image)
-        return Forward(plan, Selections(plan, self.step, self.first, times), cache, step)
+        return Forward(plan, Selections(plan, self.plan.scoring, self.step, self.first, times), cache, step)
 
     @property
     def generates(self) -> bool:
@@ -227,19 +229,24 @@ def _run(
     hidden: Tensor,
     named: dict[str, Any],
 ) -> Any:
-    span = forward.span
-    if span is None or binding.index == span.stop:
-        span = forward.span = forward.selections.enter(forward.plan.span_of[binding.index], hidden)
-        hidden = _enter(forward, span, hidden)
     spec, index, cache = binding.spec, binding.index, forward.cache
+    look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
+    span = forward.span
+    if span is None or index == span.stop:
+        span = forward.span = forward.selections.enter(forward.plan.span_of[index], hidden, look)
+        hidden = _enter(forward, span, hidden)
+    if index + 1 == span.stop < len(forward.plan.span_of):
+        forward.selections.before(forward.plan.span_of[span.stop], look)
     shape, made = forward.plan.shape, forward.made
     calls = group_calls(layer, spec, index, span, shape, forward.context, cache, made, named, hidden)
     out = proceed(hidden, **{WORK: Work(spec, calls, binding.handle.sets(index))})
     states, rest = split_output(out)
     frame.returns_tuple = rest is not None
-    if binding.index < span.stop - 1:
+    if index < span.stop - 1:
         return out
-    return joined_output(_leave(forward, span, states), rest)
+    states = _full(forward, states)
+    forward.full, forward.context = None, ()
+    return joined_output(states, rest)
 
 
 def _decode(
@@ -273,13 +280,12 @@ def _enter(forward: Forward, span: Span, full: Tensor) -> Tensor:
     return gather_tokens(_folded(full, span), span.rows.index)
 
 
-def _leave(forward: Forward, span: Span, states: Tensor) -> Tensor:
-    if span.rows is None or forward.full is None:
+def _full(forward: Forward, states: Tensor) -> Tensor:
+    span = forward.span
+    if span is None or span.rows is None or forward.full is None:
         return states
-    full, rows = forward.full, span.rows
-    forward.full, forward.context = None, ()
-    folded = _folded(full, span)
-    return scatter_tokens(folded, states.to(folded.dtype), rows.index, rows.valid).view(full.shape)
+    rows, folded = span.rows, _folded(forward.full, span)
+    return scatter_tokens(folded, states.to(folded.dtype), rows.index, rows.valid).view(forward.full.shape)
 
 
 def _folded(full: Tensor, span: Span) -> Tensor:

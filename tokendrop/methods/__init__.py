@@ -1,8 +1,12 @@
 """One file per published method: a frozen dataclass that returns roles and knows no model."""
 
 from tokendrop.methods.drop import Drop
+from tokendrop.methods.duet_vlm import DuetVLM
+from tokendrop.methods.fastv import FastV
+from tokendrop.methods.hidrop import HiDrop
 from tokendrop.methods.himix import HiMix
 from tokendrop.methods.hmgen import HMGen
+from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
 
-__all__ = ["Drop", "HMGen", "HiMix", "RandomLTD"]
+__all__ = ["Drop", "DuetVLM", "FastV", "HMGen", "HiDrop", "HiMix", "PyramidDrop", "RandomLTD"]

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 from torch import Tensor
 
 from tokendrop import scores
 from tokendrop.errors import MethodError
 from tokendrop.roles import (
+    Attention,
     LayerRoute,
     Layers,
+    Queries,
     Role,
     Route,
     Scoring,
@@ -24,7 +26,16 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "random": lambda s: scores.random(s.image, s.samples, s.layer, s.seed, s.step),
     "uniform": lambda s: scores.uniform(s.image),
     "norm": lambda s: scores.norm(s.states),
+    "similarity": lambda s: scores.similarity(s.states, s.image),
+    "leverage": lambda s: scores.leverage(s.states, s.image),
+    "attention": lambda s: scores.attention(*_attention(s)[:2]),
+    "value_norm": lambda s: scores.value_norm(_attention(s).values),
 }
+LOOKING = ("attention", "value_norm")
+
+
+def _attention(scoring: Scoring) -> Attention:
+    return cast(Attention, scoring.attention)  # such a selection has queries
 
 
 def check_keep(keep: int | float) -> None:
@@ -48,7 +59,8 @@ class Drop:
     Args:
         layers: the range; with then="gone" only its first layer counts.
         keep: share of the sample's image tokens, or a count.
-        score: "random", "uniform" or "norm"; higher is kept.
+        score: "random", "uniform", "norm", "similarity", "leverage", "attention" or "value_norm", or a function from
+            `Scoring` to (B, T) float; higher is kept.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE).
         seed: of random scores.
 
@@ -65,7 +77,7 @@ class Drop:
 
     layers: Layers
     keep: int | float
-    score: str = "random"
+    score: str | Callable[[Scoring], Tensor] = "random"
     then: Literal["rejoin", "gone"] = "rejoin"
     seed: int = 0
 
@@ -74,8 +86,10 @@ class Drop:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_keep(self.keep)
-        if self.score not in SCORES:
-            raise MethodError(f"score={self.score!r} is unknown; use one of {', '.join(map(repr, SCORES))}")
+        if not callable(self.score) and self.score not in SCORES:
+            raise MethodError(
+                f"score={self.score!r} is unknown; use one of {', '.join(map(repr, SCORES))}, or a function"
+            )
         if self.then not in ("rejoin", "gone"):
             raise MethodError(f"then={self.then!r} is unknown; use 'rejoin' or 'gone'")
 
@@ -85,11 +99,12 @@ class Drop:
         gone = self.then == "gone"
         inside = range(chosen[0], num_layers) if gone else chosen
         routes = []
-        entry = chosen[0]
+        entry, score = chosen[0], SCORES[self.score] if isinstance(self.score, str) else self.score
         for index in range(num_layers):
             if index in inside:
                 entry = entry if index - 1 in inside else index
-                select = Select(self.keep, SCORES[self.score], entry, self.seed, strength)
+                queries = Queries("answer", entry) if self.score in LOOKING else None
+                select = Select(self.keep, score, entry, self.seed, strength, queries)
                 routes.append(LayerRoute(Role.GONE if gone else Role.BYPASS, select=select))
             else:
                 routes.append(LayerRoute())

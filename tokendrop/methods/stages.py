@@ -1,0 +1,93 @@
+"""Stages: image tokens leave for good at some layers, scored by attention.
+
+Shape letters: L layers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from tokendrop.errors import LayerRangeError, MethodError
+from tokendrop.methods.drop import SCORES, check_keep
+from tokendrop.roles import LayerRoute, Queries, Role, Route, Select
+
+
+class Stage(NamedTuple):
+    """A layer at whose entry image tokens leave.
+
+    Args:
+        layer: the first without them.
+        keep: share of the sample's original image tokens, or a count.
+    """
+
+    layer: int
+    keep: int | float
+
+
+def check_stage_layers(layers: Sequence[int], name: str) -> None:
+    """Refuse what are no ascending layer indices.
+
+    Raises:
+        LayerRangeError: with the value.
+    """
+    indices = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in layers)
+    if not indices or list(layers) != sorted(set(layers)):
+        raise LayerRangeError(f"{name}={layers!r}: expected layer indices, 0 or more, ascending")
+
+
+def check_stages(method: Any, layers: str, keep: str) -> None:
+    """Make two fields of a method tuples, and refuse stages that do not fit together.
+
+    Args:
+        method: a frozen dataclass.
+        layers: name of the field with the first layer of each stage.
+        keep: name of the field with what each stage keeps.
+
+    Raises:
+        LayerRangeError: layers that do not ascend.
+        MethodError: another number of values than of layers, or one that makes no sense.
+    """
+    for name in (layers, keep):
+        value = getattr(method, name)
+        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+            raise MethodError(f"{name}={value!r}: expected a list with one value for each stage")
+        object.__setattr__(method, name, tuple(value))
+    found, kept = getattr(method, layers), getattr(method, keep)
+    check_stage_layers(found, layers)
+    if len(found) != len(kept):
+        raise MethodError(f"{keep}={kept!r}: expected one value for each of {layers}={found!r}")
+    for one in kept:
+        check_keep(one)
+
+
+def staged(
+    stages: Sequence[Stage],
+    num_layers: int,
+    strength: float,
+    rows: Literal["answer", "prompt"],
+    back: int = 0,
+    floor: bool = False,
+) -> Route:
+    """The L routes of image tokens that are ACTIVE until the first stage, then GONE but for those each stage keeps.
+
+    Args:
+        stages: ascending.
+        num_layers: L.
+        strength: of the schedule.
+        rows: which rows score, see `Queries`.
+        back: 1 to score with the attention of the layer before the stage.
+        floor: whether shares are rounded down.
+
+    Raises:
+        LayerRangeError: a stage outside the model.
+    """
+    if stages[-1].layer >= num_layers:
+        raise LayerRangeError(
+            f"a stage at layer {stages[-1].layer}, but the decoder has {num_layers} layers; use 0 to {num_layers - 1}"
+        )
+    routes = [LayerRoute()] * num_layers
+    for layer, keep in stages:
+        select = Select(keep, SCORES["attention"], layer, 0, strength, Queries(rows, layer - back), floor)
+        # Where all leave, nothing is to be scored.
+        whole = LayerRoute(Role.GONE, select=None if keep == 0 and strength == 1 else select)
+        routes[layer:] = [whole] * (num_layers - layer)
+    return tuple(routes)

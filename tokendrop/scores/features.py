@@ -1,0 +1,64 @@
+"""Scores of image tokens among each other, from their features alone.
+
+Shape letters: B batch, T tokens, M image tokens, D hidden.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def similarity(states: Tensor, image: Tensor) -> Tensor:
+    """How unlike the other image tokens of its sample a token is.
+
+    s[b, t] = -mean over the other image tokens u of cos(x[b, t], x[b, u])
+
+    Args:
+        states: (B, T, D).
+        image: (B, T) bool, the tokens to score.
+
+    Returns:
+        (B, T) float32; 0 for other tokens, and for one alone.
+
+    Source: ours.
+    """
+    unit = F.normalize(states.detach().float(), dim=-1) * image[:, :, None]
+    own = unit.square().sum(-1)
+    others = (unit @ unit.sum(1)[:, :, None])[:, :, 0] - own
+    return -others / (image.sum(1, keepdim=True) - 1).clamp(min=1)
+
+
+def leverage(states: Tensor, image: Tensor, rank: int | None = None, energy: float = 0.9) -> Tensor:
+    """How much a token spans of the directions in which the image tokens of its sample differ most.
+
+    s[b, t] = sum over i <= r of U[t, i]^2, with U S V^T the thin SVD of the (M, D) image states, and r the given rank
+    or the least with sum over i <= r of S[i]^2 >= energy sum of all S^2; no more than the matrix has
+
+    Args:
+        states: (B, T, D).
+        image: (B, T) bool, the tokens to score.
+        rank: r; None to choose it by `energy`.
+        energy: share of the squared singular values, in (0, 1].
+
+    Returns:
+        (B, T) float32 in [0, 1]; 0 for other tokens.
+
+    Example:
+        >>> leverage(torch.tensor([[[2.0, 0.0], [0.0, 1.0], [9.0, 9.0]]]), torch.tensor([[True, True, False]]), rank=1)
+        tensor([[1., 0., 0.]])
+
+    Source: statistical leverage scores; as a choice of image tokens after arXiv 2604.11530, whose code is not released.
+    """
+    # Rows of zeros for other tokens change no other row of U.
+    matrix = states.detach().float() * image[:, :, None]
+    left, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
+    squares = singular.square()
+    total = squares.sum(1, keepdim=True)
+    if rank is None:
+        before = squares.cumsum(1) - squares
+        used = before < energy * total * (1 - 1e-6)
+    else:
+        used = torch.arange(singular.shape[1], device=singular.device) < rank
+    largest = singular[:, :1] * max(matrix.shape[1:]) * torch.finfo(singular.dtype).eps
+    used = used & (singular > largest)
+    return (left.square() * used[:, None]).sum(-1).clamp(max=1) * image
