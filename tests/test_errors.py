@@ -24,6 +24,7 @@ BUILTINS = {
     "AppliedError": RuntimeError,
     "UnsupportedError": NotImplementedError,
     "BatchError": KeyError,
+    "TaskLossError": ValueError,
 }
 
 

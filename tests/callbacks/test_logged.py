@@ -32,7 +32,9 @@ HEAD = 3 * 2 * WIDTH * VOCABULARY * TOKENS
 PAIR = (4 + 10) * WIDTH  # q k and p v forward; scores again and four products backward
 DENSE = 3 * TOKENS * ROW + TOKENS * TOKENS * PAIR
 TEXT_ONLY = 3 * TEXT * ROW + TEXT * TEXT * PAIR
-TEXT_AND_CONTEXT = 3 * TEXT * ROW + 3 * IMAGES * CONTEXT_ROW + TEXT * TOKENS * PAIR
+BEFORE = 3  # text before the image, whose attention is computed apart
+SEEN = BEFORE * BEFORE + (TEXT - BEFORE) * TOKENS
+TEXT_AND_CONTEXT = 3 * TEXT * ROW + 3 * IMAGES * CONTEXT_ROW + SEEN * PAIR
 
 KEPT = {"u": (TOKENS + 3 * TEXT) / (4 * TOKENS), "g": (2 * TOKENS + 2 * TEXT) / (4 * TOKENS)}
 FLOPS = {
