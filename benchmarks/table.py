@@ -12,6 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokendrop.analysis.report import Table
+from tokendrop.unified import synergy_summary
+from tokendrop.unified.synergy import SynergyStudy
+
 RESULTS = Path(__file__).parent / "results"
 PAGES = (Path(__file__).parents[1] / "README.md", *sorted((Path(__file__).parents[1] / "docs").rglob("*.md")))
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -101,6 +105,13 @@ def monitor() -> str:
     )
 
 
+def _synergy(make: Callable[[list[Row], dict[str, float]], Table]) -> str:
+    found = json.loads((RESULTS / "synergy-study.json").read_text())
+    made = make(found["rows"], found["flops"])
+    lines = [made.header, ["---"] * len(made.header), *made.rows]
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-32000": lambda: step(32000),
@@ -110,6 +121,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "static": static,
     "monitor": monitor,
+    "synergy-table3": lambda: _synergy(synergy_summary.table),
+    "synergy-configurations": lambda: _synergy(lambda rows, _: synergy_summary.configurations(rows, SynergyStudy())),
+    "synergy-correlations": lambda: _synergy(lambda rows, _: synergy_summary.correlations(rows, SynergyStudy())),
 }
 
 
