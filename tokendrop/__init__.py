@@ -23,7 +23,7 @@ from tokendrop.errors import (
 )
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
-from tokendrop.methods import Drop, DuetVLM, FastV, HiDrop, HiMix, HMGen, PyramidDrop, RandomLTD
+from tokendrop.methods import Drop, DuetVLM, FastV, HiDrop, HiMix, HMGen, MixtureOfDepths, PyramidDrop, RandomLTD
 from tokendrop.roles import Role, Schedule
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "LayoutTypeError",
     "MethodError",
     "MissingLayoutError",
+    "MixtureOfDepths",
     "NeededRowError",
     "NoEffectWarning",
     "PyramidDrop",

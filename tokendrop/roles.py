@@ -51,6 +51,7 @@ class Scoring(NamedTuple):
         seed: of the method.
         step: (2,) int64, of training: the optimiser step and the micro-batch.
         attention: of the selection's `queries`; None where it has none.
+        router: (B, T) float32, what the layer's router gives each token; None where the selection is not learned.
     """
 
     states: Tensor
@@ -60,6 +61,7 @@ class Scoring(NamedTuple):
     seed: int
     step: Tensor
     attention: Attention | None = None
+    router: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Select:
         strength: 1 for the whole method; below, more are kept.
         queries: the rows whose attention `score` looks at; None where it looks at none.
         floor: whether a share is rounded down.
+        learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
 
     Raises:
         MethodError: queries of a layer that is neither entered nor the one before.
@@ -100,6 +103,7 @@ class Select:
     strength: float = 1.0
     queries: Queries | None = None
     floor: bool = False
+    learned: bool = False
 
     def __post_init__(self) -> None:
         if self.queries is not None and self.queries.layer not in (self.layer, max(0, self.layer - 1)):

@@ -44,7 +44,7 @@ class Sizes:
 def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
     """What is measured: name -> method, and options of `apply`."""
     last = sizes.layers - 1
-    return {
+    found = {
         "HiMix": (td.HiMix(), {}),
         "HiMix 2:": (td.HiMix("2:"), {}),
         "HiMix separate": (td.HiMix(separate="shared"), {}),
@@ -54,11 +54,16 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         "HMGen first half": (td.HMGen(f":{sizes.layers // 2}"), {}),
         "Drop rejoin 25%": (td.Drop(f"1:{last}", keep=0.25), {}),
         "Drop gone 25%": (td.Drop("2:", keep=0.25, then="gone"), {}),
+        "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
+        "MixtureOfDepths": (td.MixtureOfDepths(), {}),
+    }
+    if sizes.layers < 8:  # too few for stages
+        return found
+    return found | {
         "FastV 50%": (td.FastV(), {}),
         "PyramidDrop": (td.PyramidDrop(tuple(sizes.layers * quarter // 4 for quarter in (1, 2, 3))), {}),
         "HiDrop": (td.HiDrop(sizes.layers // 4, (sizes.layers // 3, sizes.layers // 2), (0.4, 0.02), last), {}),
         "DuetVLM": (td.DuetVLM((sizes.layers // 2, sizes.layers * 3 // 4)), {}),
-        "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
     }
 
 

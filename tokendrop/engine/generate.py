@@ -118,6 +118,20 @@ def holed_layer(cache: Any, index: int, batch: int, device: torch.device) -> Hol
     return holed
 
 
+def refuse_routers(routes: Sequence[Route]) -> None:
+    """Refuse to generate where a layer has a router.
+
+    Raises:
+        UnsupportedError: with the reason.
+    """
+    if any(layer.select is not None and layer.select.learned for route in routes for layer in route):
+        raise UnsupportedError(
+            "a router keeps the highest of all image tokens, which a token that is being generated cannot know: how "
+            "many compute would then depend on the data. Generate inside drop.disabled(), or pass use_cache=False for "
+            "one forward"
+        )
+
+
 def grown(layout: TokenLayout, shape: tuple[int, int], ids: Tensor | None, routes: Sequence[Route]) -> TokenLayout:
     """The layout of a prompt, for rows repeated by a search and for tokens that followed it.
 

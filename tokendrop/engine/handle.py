@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from tokendrop.engine import head, projections
 from tokendrop.engine.decoder import LayerSpec, find_layers, is_sharded
 from tokendrop.engine.plan import Plan, Planner
-from tokendrop.engine.span import Frame, frames
-from tokendrop.errors import AppliedError, LayoutError, LayoutTypeError, NoEffectWarning, UnsupportedError
+from tokendrop.engine.state import Frame, frames
+from tokendrop.errors import (
+    AppliedError,
+    LayoutError,
+    LayoutTypeError,
+    MissingLayoutError,
+    NoEffectWarning,
+    UnsupportedError,
+)
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import LayerRoute, Method, Route
 
@@ -98,6 +105,25 @@ class Handle(nn.Module):
         """Run dense on purpose inside."""
         with self._entered(None):
             yield
+
+    def auxiliary_loss(self) -> Tensor:
+        """The loss of the routers in the last forward of the entered layout, to be added to the model's own.
+
+        mean over routed layers of mean over image tokens of BCE(router, kept)
+
+        Returns:
+            () float32; 0 where no router ran.
+
+        Raises:
+            MissingLayoutError: no layout is entered.
+
+        Source: arXiv 2404.02258 section 3.5.
+        """
+        entered = frames(self.key)
+        if not entered:
+            raise MissingLayoutError("the auxiliary loss is that of an entered layout; take it inside drop.layout(...)")
+        losses = [] if entered[-1] is None else entered[-1].losses
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=next(self.owner.parameters()).device)
 
     def check_sharding(self) -> None:
         """Refuse image-only projections that a sharded decoder leaves out; nothing would average their gradients.

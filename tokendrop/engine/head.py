@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokendrop.engine.plan import Plan
 from tokendrop.engine.rows import choose_rows, round_up
-from tokendrop.engine.span import Frame, frames
+from tokendrop.engine.state import Frame, frames
 from tokendrop.engine.swap import Swapped, swapped_class
 from tokendrop.errors import LayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens

@@ -12,7 +12,8 @@ from tokendrop.engine import head, projections
 from tokendrop.engine.decoder import LayerSpec, deepstack_layers, find_layers, is_sharded, layer_spec
 from tokendrop.engine.forward import run
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.span import WORK, Binding, call
+from tokendrop.engine.span import WORK, call
+from tokendrop.engine.state import Binding
 from tokendrop.engine.swap import Swapped, swapped_class
 from tokendrop.errors import AppliedError, MethodError, UnsupportedError
 from tokendrop.roles import Method, Role
@@ -144,14 +145,13 @@ def check_support(
             raise UnsupportedError(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
-        if method.separate != "none":
-            if refusal := spec.separate_refusal():
-                raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
-            if is_sharded(model):
-                raise UnsupportedError(
-                    f"{method} adds parameters, and {type(model).__name__} is sharded already; apply it before "
-                    "fully_shard"
-                )
+        if method.separate != "none" and (refusal := spec.separate_refusal()):
+            raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
+        learned = any(layer.select is not None and layer.select.learned for layer in route)
+        if (learned or method.separate != "none") and is_sharded(model):
+            raise UnsupportedError(
+                f"{method} adds parameters, and {type(model).__name__} is sharded already; apply it before fully_shard"
+            )
         for index in range(min(deepstack, len(layers) - 1)):
             if route[index].image is not Role.ACTIVE and route[index + 1].image is not Role.ACTIVE:
                 raise UnsupportedError(

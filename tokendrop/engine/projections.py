@@ -12,10 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.decoder import LayerSpec, head_width
+from tokendrop.engine.decoder import LayerSpec, head_width, is_linear, linear_shape
 from tokendrop.engine.rows import Split
 from tokendrop.engine.swap import Swapped, swapped_class
 from tokendrop.roles import Method
+
+ROUTER = "router"
 
 
 class _Using(threading.local):
@@ -135,7 +137,7 @@ def set_names(methods: Mapping[str | None, Method]) -> dict[str | None, str]:
 def make_sets(
     layers: nn.ModuleList, spec: LayerSpec, methods: Mapping[str | None, Method], names: Mapping[str | None, str]
 ) -> nn.ModuleList:
-    """The image-only projections of each layer, by set and letter, as copies of the text's.
+    """The image-only projections of each layer, by set and letter, as copies of the text's, and its router.
 
     Args:
         layers: the decoder's L layers.
@@ -153,8 +155,26 @@ def make_sets(
             for name, letters in sorted(wanted.items())
             if letters
         }
-        sets.append(nn.ModuleDict(made))
+        selects = (method.route(len(layers))[index].select for method in methods.values())
+        routed = any(select is not None and select.learned for select in selects)
+        sets.append(nn.ModuleDict({**made, ROUTER: Router.of(layer)} if routed else made))
     return sets
+
+
+class Router(nn.Linear):
+    """One number for each token, in float32 at least, whatever the precision around it."""
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Router":
+        """A router of a decoder layer's input, at random."""
+        first = next(module for module in layer.modules() if is_linear(module))
+        weight = cast(Tensor, first.weight)
+        return cls(linear_shape(first)[1], 1, bias=False, device=weight.device, dtype=weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input.to(dtype), self.weight.to(dtype)).squeeze(-1)
 
 
 def _copy(layer: nn.Module, spec: LayerSpec, letter: str) -> nn.Linear:
@@ -197,7 +217,7 @@ def touch(sets: nn.ModuleDict, out: Tensor) -> Tensor:
 def fill_missing(
     sets: nn.ModuleList, prefix: str, path: str, layers: nn.ModuleList, spec: LayerSpec, state: dict[str, Tensor]
 ) -> None:
-    """Give a dense checkpoint the image-only weights it lacks, as copies of its text weights.
+    """Give a dense checkpoint what it lacks: image-only weights as copies of its text weights, and present routers.
 
     Args:
         sets: the image-only projections of each layer.
@@ -209,7 +229,10 @@ def fill_missing(
     """
     if any(key.startswith(prefix) for key in state):
         return
-    for key in sets.state_dict():
+    for key, present in sets.state_dict().items():
+        if f".{ROUTER}." in key:
+            state[prefix + key] = present
+            continue
         index, _, letter, kind = key.split(".")
         name, letters = next((name, letters) for name, letters in spec.linears if letter in letters)
         source = f"{path}.{index}.{spec.attention}.{name}.{kind}"

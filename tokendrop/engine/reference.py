@@ -50,10 +50,10 @@ def reference(
     dense = (LayerRoute(),) * len(found)
     by_task = {task: method.route(len(found)) for task, method in methods.items()}
     routes = [by_task.get(task, dense) for task in layout.tasks]
-    roles = _Roles(routes, layout, step)
+    roles = _Roles(routes, layout, step, sets)
     with ExitStack() as stack:
         for index, layer in enumerate(found):
-            for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec)):
+            for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec), roles):
                 stack.callback(hook.remove)
             rows = [
                 (i, names[task]) for i, task in enumerate(layout.tasks) if routes[i][index].separate and task in names
@@ -68,8 +68,9 @@ def reference(
 class _Roles:
     """The role of each token in each layer of a forward."""
 
-    def __init__(self, routes: list[Route], layout: TokenLayout, step: tuple[int, int]) -> None:
-        self.routes, self.layout, self.step = routes, layout, torch.tensor(step)
+    def __init__(self, routes: list[Route], layout: TokenLayout, step: tuple[int, int], sets: Sequence[Any]) -> None:
+        self.routes, self.layout, self.step, self.sets = routes, layout, torch.tensor(step), sets
+        self.scale = torch.ones(layout.image.shape)
         self.alive: list[list[int]] = []
         self.kept: list[list[int]] = []
         self.inputs: list[tuple[nn.Module, LayerSpec, Tensor, dict[str, Any]]] = []
@@ -81,6 +82,7 @@ class _Roles:
             self.alive = [row.nonzero().flatten().tolist() for row in self.layout.image]
             self.kept = [[] for _ in self.routes]
         roles = torch.zeros(self.layout.image.shape, dtype=torch.int64)
+        self.scale = torch.ones(self.layout.image.shape)
         for sample, route in enumerate(self.routes):
             select = route[index].select
             if select is not None and (index == 0 or route[index - 1].select != select):
@@ -96,10 +98,14 @@ class _Roles:
         candidates = torch.zeros_like(self.layout.image[sample : sample + 1])
         candidates[0, self.alive[sample]] = True
         one, seen = torch.tensor([sample]), self._attention(sample, select.queries)
-        scoring = Scoring(states[one], candidates, one, select.layer, select.seed, self.step, seen)
+        router = self.sets[select.layer]["router"](states[one]) if select.learned else None
+        scoring = Scoring(states[one], candidates, one, select.layer, select.seed, self.step, seen, router)
         scores = select.score(scoring)[0].tolist()
         count = select.count(int(self.layout.image[sample].sum()))
         self.kept[sample] = sorted(self.alive[sample], key=lambda token: (-scores[token], token))[:count]
+        if router is not None:
+            at = torch.tensor([sample]), torch.tensor(self.kept[sample], dtype=torch.int64)
+            self.scale = self.scale.to(router.dtype).index_put(at, router[0, self.kept[sample]])
 
     @torch.no_grad()
     def _attention(self, sample: int, queries: Queries | None) -> Attention | None:
@@ -129,7 +135,7 @@ class _Roles:
         return rows or real[-1:]
 
 
-def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Tensor]) -> Iterator[Any]:
+def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Tensor], state: _Roles) -> Iterator[Any]:
     entered: list[Tensor] = []
 
     def before(
@@ -145,6 +151,8 @@ def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Tensor]) -
     def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         before, active = entered
         states = torch.where(active[:, :, None], out[0] if isinstance(out, tuple) else out, before)
+        if bool((state.scale != 1).any()):
+            states = before + state.scale[:, :, None] * (states - before)
         return (states, *out[1:]) if isinstance(out, tuple) else states
 
     yield layer.register_forward_pre_hook(before, with_kwargs=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from tokendrop.engine.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.rows import Rows, choose_rows
@@ -27,26 +28,35 @@ class Selections:
         step: (2,) int64, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
         times: rows of each sample, which a search repeats.
+
+    Attributes:
+        losses: of the routers so far.
+        scale: (B, T) float32, what scales the update of each token in the span entered last; None where nothing does.
     """
 
     def __init__(self, plan: Plan, scoring: Mapping[str, Rows], step: Tensor, first: int, times: int) -> None:
         self.plan, self.scoring, self.step, self.first, self.times = plan, scoring, step, first, times
+        self.losses: list[Tensor] = []
+        self.scale: Tensor | None = None
         self.alive = plan.layout.image
         self.seen: dict[tuple[Select, tuple[int, ...]], Attention] = {}
         self.made: dict[tuple[Select, tuple[int, ...]], Tensor] = {}
 
-    def enter(self, span: Span, states: Tensor, look: Look) -> Span:
+    def enter(self, span: Span, states: Tensor, look: Look, router: nn.Module | None) -> Span:
         """The span with its rows chosen.
 
         Args:
             span: about to be entered.
             states: (B, T, D) hidden states.
             look: gives the attention of scoring rows in the layer that is entered.
+            router: of that layer, if it has one.
         """
+        self.scale = None
         if not span.selects:
             return span
+        scores = None if router is None else router(states)
         groups = tuple(
-            one if one.choice is None else self._chosen(one, one.choice, states, look) for one in span.groups
+            one if one.choice is None else self._chosen(one, one.choice, states, look, scores) for one in span.groups
         )
         return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1]))
 
@@ -64,21 +74,22 @@ class Selections:
             if select.queries.layer < span.start:
                 self.seen[select, group.members] = self._look(group, select.queries, look)
 
-    def _chosen(self, group: Group, choice: Choice, states: Tensor, look: Look) -> Group:
+    def _chosen(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Group:
         key = (choice.select, group.members)
         if key not in self.made:  # a span cut by another task's goes on with the same tokens
-            self.made[key] = self._select(group, choice, states, look)
+            self.made[key] = self._select(group, choice, states, look, router)
         chosen = self.plan.computing[group.samples] | self.made[key]
         return replace(group, active=choose_rows(chosen, choice.counts, group.size))
 
-    def _select(self, group: Group, choice: Choice, states: Tensor, look: Look) -> Tensor:
+    def _select(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Tensor:
         select, candidates = choice.select, self.alive[group.samples]
+        router = router[group.samples] if select.learned and router is not None else None
         states = states if group.whole else states[group.samples]
         samples = group.samples // self.times + self.first
         attention = self.seen.pop((select, group.members), None)
         if select.queries is not None and attention is None:
             attention = self._look(group, select.queries, look)
-        scoring = Scoring(states, candidates, samples, select.layer, select.seed, self.step, attention)
+        scoring = Scoring(states, candidates, samples, select.layer, select.seed, self.step, attention, router)
         scores = select.score(scoring)
         if not isinstance(scores, Tensor) or scores.shape != candidates.shape:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -86,9 +97,16 @@ class Selections:
                 f"a score returned {found}; expected one number for each token, {tuple(candidates.shape)}"
             )
         kept = highest(scores, candidates, choice.kept)
+        if router is not None:
+            self._learn(group, router, candidates, kept)
         if group.role is Role.GONE:
             self.alive = self.alive.index_copy(0, group.samples, kept)
         return kept
+
+    def _learn(self, group: Group, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
+        ones = router.new_ones(self.plan.shape) if self.scale is None else self.scale
+        self.scale = ones.index_copy(0, group.samples, router.where(kept, 1.0))
+        self.losses.append(binary_cross_entropy_with_logits(router[candidates], kept[candidates].to(router.dtype)))
 
     def _look(self, group: Group, queries: Queries, look: Look) -> Attention:
         rows = self.scoring[queries.rows].of(group.samples // self.times)

@@ -3,12 +3,9 @@
 Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all groups, D hidden, L layers.
 """
 
-import threading
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,125 +13,17 @@ from torch import Tensor, nn
 from tokendrop.engine import generate
 from tokendrop.engine.arguments import check_packing
 from tokendrop.engine.attention import attention_rows
-from tokendrop.engine.calls import Made, group_calls
-from tokendrop.engine.decoder import LayerSpec, reentrant
+from tokendrop.engine.calls import group_calls
+from tokendrop.engine.decoder import reentrant
 from tokendrop.engine.forward import Call, Work, joined_output, split_output
-from tokendrop.engine.plan import Group, Plan, Span
-from tokendrop.engine.selection import Selections
-from tokendrop.errors import LayoutError, MissingLayoutError, UnsupportedError
+from tokendrop.engine.plan import Group, Span
+from tokendrop.engine.projections import ROUTER
+from tokendrop.engine.state import Binding, Forward, Frame, frames
+from tokendrop.errors import MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
-from tokendrop.layout import TokenLayout
 from tokendrop.roles import Role
 
-if TYPE_CHECKING:
-    from tokendrop.engine.handle import Handle
-    from tokendrop.engine.head import LabelledRows
-
 WORK = "tokendrop_work"
-
-
-@dataclass(eq=False)
-class Binding:
-    """What ties a decoder layer to its handle."""
-
-    handle: "Handle"
-    index: int
-    spec: LayerSpec
-
-
-@dataclass(eq=False)
-class Forward:
-    """The state of one forward.
-
-    Args:
-        plan: what each layer computes.
-        selections: those made so far.
-        cache: the cache that it fills or reads, if any.
-        step: the new tokens, where the cache is not empty.
-        next_layer: the layer that runs next.
-        span: the one that runs, its selections made.
-        full: (B, T, D), the hidden states as they entered it.
-        context: for each group, (B, M, D) states of its context rows in it.
-        made: compact arguments made so far.
-    """
-
-    plan: Plan
-    selections: Selections
-    cache: Any = None
-    step: generate.Step | None = None
-    next_layer: int = 0
-    span: Span | None = None
-    full: Tensor | None = None
-    context: tuple[Tensor | None, ...] = ()
-    made: Made = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Frame:
-    """An entered `drop.layout(...)`.
-
-    Args:
-        layout: what the tokens are.
-        plan: what each layer computes on them.
-        step: (2,) int64, of training, the optimiser step and the micro-batch.
-        first: the index of the first sample in the global batch.
-        forward: the forward under way.
-        caches: those that generations inside have filled.
-        ids: vocabulary ids that the model embedded last, where the layout has image ids.
-        returns_tuple: whether the layers return one.
-        labelled: the rows that the output head runs on; None for all.
-    """
-
-    layout: TokenLayout
-    plan: Plan
-    step: Tensor
-    first: int
-    forward: Forward | None = None
-    caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
-    ids: Tensor | None = None
-    returns_tuple: bool = False
-    labelled: "LabelledRows | None" = None
-
-    def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A pre-hook of the input embeddings, which remembers the ids."""
-        if args and isinstance(args[0], Tensor):
-            self.ids = args[0]
-
-    def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
-        """Begin a forward."""
-        times = plan.shape[0] // len(self.layout.image)
-        return Forward(plan, Selections(plan, self.plan.scoring, self.step, self.first, times), cache, step)
-
-    @property
-    def generates(self) -> bool:
-        """Whether a forward may fill or read a cache, and go on behind the layout's tokens."""
-        return self.layout.labels is None and not torch.is_grad_enabled()
-
-    @property
-    def dense(self) -> bool:
-        """Whether layers run as they are called."""
-        return not self.plan.routed if self.generates else self.plan.dense
-
-    def check(self, hidden: Tensor) -> None:
-        """Refuse hidden states of another batch.
-
-        Raises:
-            LayoutError: they are not (B, T, D).
-        """
-        if not self.generates and tuple(hidden.shape[:2]) != self.plan.shape:
-            raise LayoutError(
-                f"the hidden states are {tuple(hidden.shape)}, but the layout is for (B, T) = {self.plan.shape}; enter "
-                "the layout of this very batch"
-            )
-
-
-_local = threading.local()
-
-
-def frames(key: str) -> list[Frame | None]:
-    """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
-    by_key: dict[str, list[Frame | None]] = _local.__dict__.setdefault("frames", {})
-    return by_key.setdefault(key, [])
 
 
 def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -172,7 +61,7 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
     else:
         out = _decode(binding, frame, forward.cache.layers[binding.index], forward.step, proceed, hidden, named)
     if forward.next_layer == len(forward.plan.span_of):
-        frame.forward = None
+        frame.losses, frame.forward = forward.selections.losses, None
     return out
 
 
@@ -205,6 +94,8 @@ def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]
         if stored:
             raise UnsupportedError(f"a cache with {stored} tokens reached a training forward; pass use_cache=False")
         return frame.start(plan)
+    if cache is not None or (batch, tokens) != plan.shape:
+        generate.refuse_routers(handle.served(layout)[0])
     if not stored:
         if cache is not None:
             frame.caches.add(cache)
@@ -233,7 +124,8 @@ def _run(
     look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
     span = forward.span
     if span is None or index == span.stop:
-        span = forward.span = forward.selections.enter(forward.plan.span_of[index], hidden, look)
+        router = dict(binding.handle.sets(index)).get(ROUTER)
+        span = forward.span = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
         hidden = _enter(forward, span, hidden)
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)
@@ -244,7 +136,7 @@ def _run(
     frame.returns_tuple = rest is not None
     if index < span.stop - 1:
         return out
-    states = _full(forward, states)
+    states = _scaled(forward, _full(forward, states))
     forward.full, forward.context = None, ()
     return joined_output(states, rest)
 
@@ -286,6 +178,13 @@ def _full(forward: Forward, states: Tensor) -> Tensor:
         return states
     rows, folded = span.rows, _folded(forward.full, span)
     return scatter_tokens(folded, states.to(folded.dtype), rows.index, rows.valid).view(forward.full.shape)
+
+
+def _scaled(forward: Forward, states: Tensor) -> Tensor:
+    scale = forward.selections.scale
+    if scale is None or forward.full is None:
+        return states
+    return torch.lerp(forward.full, states, scale[:, :, None].to(states.dtype))  # exact where the scale is 1
 
 
 def _folded(full: Tensor, span: Span) -> Tensor:

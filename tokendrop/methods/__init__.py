@@ -6,7 +6,8 @@ from tokendrop.methods.fastv import FastV
 from tokendrop.methods.hidrop import HiDrop
 from tokendrop.methods.himix import HiMix
 from tokendrop.methods.hmgen import HMGen
+from tokendrop.methods.mixture_of_depths import MixtureOfDepths
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
 
-__all__ = ["Drop", "DuetVLM", "FastV", "HMGen", "HiDrop", "HiMix", "PyramidDrop", "RandomLTD"]
+__all__ = ["Drop", "DuetVLM", "FastV", "HMGen", "HiDrop", "HiMix", "MixtureOfDepths", "PyramidDrop", "RandomLTD"]

@@ -1,0 +1,130 @@
+"""The state of one forward, by thread and handle.
+
+Shape letters: B batch, T tokens, M context rows, D hidden.
+"""
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokendrop.engine import generate
+from tokendrop.engine.calls import Made
+from tokendrop.engine.decoder import LayerSpec
+from tokendrop.engine.plan import Plan, Span
+from tokendrop.engine.selection import Selections
+from tokendrop.errors import LayoutError
+from tokendrop.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from tokendrop.engine.handle import Handle
+    from tokendrop.engine.head import LabelledRows
+
+
+@dataclass(eq=False)
+class Binding:
+    """What ties a decoder layer to its handle."""
+
+    handle: "Handle"
+    index: int
+    spec: LayerSpec
+
+
+@dataclass(eq=False)
+class Forward:
+    """The state of one forward.
+
+    Args:
+        plan: what each layer computes.
+        selections: those made so far.
+        cache: the cache that it fills or reads, if any.
+        step: the new tokens, where the cache is not empty.
+        next_layer: the layer that runs next.
+        span: the one that runs, its selections made.
+        full: (B, T, D), the hidden states as they entered it.
+        context: for each group, (B, M, D) states of its context rows in it.
+        made: compact arguments made so far.
+    """
+
+    plan: Plan
+    selections: Selections
+    cache: Any = None
+    step: generate.Step | None = None
+    next_layer: int = 0
+    span: Span | None = None
+    full: Tensor | None = None
+    context: tuple[Tensor | None, ...] = ()
+    made: Made = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Frame:
+    """An entered `drop.layout(...)`.
+
+    Args:
+        layout: what the tokens are.
+        plan: what each layer computes on them.
+        step: (2,) int64, of training, the optimiser step and the micro-batch.
+        first: the index of the first sample in the global batch.
+        forward: the forward under way.
+        caches: those that generations inside have filled.
+        ids: vocabulary ids that the model embedded last, where the layout has image ids.
+        returns_tuple: whether the layers return one.
+        labelled: the rows that the output head runs on; None for all.
+        losses: of the routers in the last forward.
+    """
+
+    layout: TokenLayout
+    plan: Plan
+    step: Tensor
+    first: int
+    forward: Forward | None = None
+    caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
+    ids: Tensor | None = None
+    returns_tuple: bool = False
+    labelled: "LabelledRows | None" = None
+    losses: list[Tensor] = field(default_factory=list)
+
+    def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A pre-hook of the input embeddings, which remembers the ids."""
+        if args and isinstance(args[0], Tensor):
+            self.ids = args[0]
+
+    def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
+        """Begin a forward."""
+        times = plan.shape[0] // len(self.layout.image)
+        return Forward(plan, Selections(plan, self.plan.scoring, self.step, self.first, times), cache, step)
+
+    @property
+    def generates(self) -> bool:
+        """Whether a forward may fill or read a cache, and go on behind the layout's tokens."""
+        return self.layout.labels is None and not torch.is_grad_enabled()
+
+    @property
+    def dense(self) -> bool:
+        """Whether layers run as they are called."""
+        return not self.plan.routed if self.generates else self.plan.dense
+
+    def check(self, hidden: Tensor) -> None:
+        """Refuse hidden states of another batch.
+
+        Raises:
+            LayoutError: they are not (B, T, D).
+        """
+        if not self.generates and tuple(hidden.shape[:2]) != self.plan.shape:
+            raise LayoutError(
+                f"the hidden states are {tuple(hidden.shape)}, but the layout is for (B, T) = {self.plan.shape}; enter "
+                "the layout of this very batch"
+            )
+
+
+_local = threading.local()
+
+
+def frames(key: str) -> list[Frame | None]:
+    """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
+    by_key: dict[str, list[Frame | None]] = _local.__dict__.setdefault("frames", {})
+    return by_key.setdefault(key, [])
