@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def _stepper(steps: Steps) -> Callable[[], None]:
-    return lambda: [steps.step(batch) for batch in steps.batches][0]
+    return lambda: steps.step(steps.batches[0])
 
 
 if __name__ == "__main__":
