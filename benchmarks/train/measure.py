@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def seconds(steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -38,23 +37,6 @@ def _timed(step: Callable[[], Any]) -> float:
     step()
     torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """Bytes that a forward keeps for its backward, parameters not counted, each storage once."""
-    own, storages = {one.untyped_storage().data_ptr() for one in parameters}, {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    total = sum(storage.nbytes() for storage in storages.values())
-    del loss
-    return total
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:

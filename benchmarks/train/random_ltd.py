@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import tokendrop as td
 from benchmarks.results import append, environment, row
 from benchmarks.train.cases import Sizes, Step, decoder, inputs
-from benchmarks.train.measure import saved_bytes, seconds
+from benchmarks.train.measure import seconds
 from benchmarks.train.step import costs
+from tokendrop.analysis.memory import saved_bytes
 
 
 class _Gather(torch.autograd.Function):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tokendrop.analysis.flops import counter
+from tokendrop.analysis.memory import saved_bytes
 from tokendrop.engine.inject import apply
 from tokendrop.unified.data import Batch, layout_of
 from tokendrop.unified.study import Study
@@ -77,21 +77,8 @@ class Steps:
         return max(self._saved_bytes(batch) for batch in self.batches)
 
     def _saved_bytes(self, batch: Batch) -> int:
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        # The loss keeps every saved tensor alive until the sum is taken, so that no address is used twice.
-        with self.layout(batch), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.model.training_step(batch)
-        total = sum(saved.values())
-        del loss
-        return total
+        with self.layout(batch):
+            return saved_bytes(lambda: self.model.training_step(batch), self.model.parameters())
 
 
 def costs(study: Study, progress: Progress = lambda done, due: None) -> dict[str, Cost]:

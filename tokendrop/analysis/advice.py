@@ -1,0 +1,105 @@
+"""What the advisor proposes, and how it is said.
+
+Shape letters: L layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import yaml
+
+from tokendrop.analysis.report import Table
+from tokendrop.roles import Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method for a task, and what it does to the batches it was tried on.
+
+    Args:
+        method: what to give to `TokenDrop`.
+        flops_ratio: FLOPs over dense ones, by formula.
+        loss_gap: loss under the method minus the dense loss, mean over batches.
+        fidelity: cosine of the loss's gradient under the method and the dense one, mean over batches.
+    """
+
+    method: Method
+    flops_ratio: float
+    loss_gap: float
+    fidelity: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is proposed for each task, and why.
+
+    Args:
+        budget: FLOPs ratio asked for.
+        plans: task -> plans that meet it, the proposed one first.
+        redundancy: task -> for each of L layers, the mean cosine of an image token's state before and behind it.
+        seconds_ratio: task -> seconds of a step of the proposed plan over those of a dense one, side by side.
+        memory_ratio: task -> bytes that its forward keeps for the backward, over the dense one's.
+    """
+
+    budget: float
+    plans: Mapping[str, tuple[Plan, ...]]
+    redundancy: Mapping[str, tuple[float, ...]]
+    seconds_ratio: Mapping[str, float]
+    memory_ratio: Mapping[str, float]
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The proposed method of each task."""
+        return {task: plans[0].method for task, plans in self.plans.items()}
+
+    def code(self) -> str:
+        """Python to paste."""
+        lines = [f"    {task!r}: td.{method!r}," for task, method in self.methods.items()]
+        return "\n".join(["import tokendrop as td", "", "callback = td.TokenDrop({", *lines, "})", ""])
+
+    def yaml(self) -> str:
+        """The same for a LightningCLI configuration."""
+        methods = {
+            task: {"class_path": f"tokendrop.{type(method).__name__}", "init_args": _plain(asdict(method))}  # ty: ignore
+            for task, method in self.methods.items()
+        }
+        callback = {"class_path": "tokendrop.TokenDrop", "init_args": {"methods": methods}}
+        return yaml.safe_dump({"trainer": {"callbacks": [callback]}}, sort_keys=False)
+
+    def table(self) -> Table:
+        """Every plan with its figures, the proposed one of each task first."""
+        rows = [
+            (task, repr(one.method), f"{one.flops_ratio:.2f}", f"{one.loss_gap:+.3f}", f"{one.fidelity:+.2f}")
+            for task, plans in self.plans.items()
+            for one in plans
+        ]
+        return Table(("task", "plan", "FLOPs", "loss gap", "fidelity"), rows)
+
+    def evidence(self) -> str:
+        """Why, a line for each task."""
+        return "\n".join(self._why(task, *plans) for task, plans in self.plans.items())
+
+    def _why(self, task: str, best: Plan, *others: Plan) -> str:
+        cosines = self.redundancy[task]
+        calm = max(range(len(cosines)), key=lambda index: cosines[index])
+        next_best = f"; next is {others[0].method} with {others[0].loss_gap:+.3f}" if others else ""
+        return (
+            f"{task}: {best.method} costs {best.flops_ratio:.2f} of the FLOPs, {self.seconds_ratio[task]:.2f} of the "
+            f"seconds and {self.memory_ratio[task]:.2f} of the memory. Before any training under it the loss moves by "
+            f"{best.loss_gap:+.3f} and its gradient keeps a cosine of {best.fidelity:+.2f}{next_best}. Image tokens "
+            f"change least in layer {calm} (cosine {cosines[calm]:.2f})."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        plans = {
+            task: [{**asdict(one), "method": repr(one.method)} for one in found] for task, found in self.plans.items()
+        }
+        return _plain({**vars(self), "plans": plans})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value
