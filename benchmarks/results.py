@@ -76,5 +76,10 @@ def append(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True)  # noqa: S607
-    return run.stdout.decode().strip() or "unknown"
+    # New results do not make the code another one.
+    code = ["--", ".", ":!benchmarks/results"]
+    head, changed = (
+        subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: S603, S607
+        for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no", *code])
+    )
+    return f"{head or 'unknown'}{'-dirty' if changed else ''}"
