@@ -17,6 +17,7 @@ BELOW = {
     "kernels": {"kernels", "errors"},
     "scores": {"scores", "errors"},
     "roles": {"errors"},
+    "schedule": {"errors"},
     "layout": {"errors"},
     "methods": {"methods", "roles", "scores", "layout", "errors"},
     "engine": {"engine", "roles", "layout", "kernels", "errors"},

@@ -12,10 +12,12 @@ from torch import Tensor
 from tokendrop.engine.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
-from tokendrop.roles import Attention, Queries, Role, Scoring, Select
+from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select
 
 # From a group, its scoring rows and its live tokens (B, T), to what these rows look at in the layer about to be called.
 Look = Callable[[Group, Rows, Tensor], Attention]
+# From layers of the vision encoder and the image tokens (B, T), what it says of them.
+Encode = Callable[[tuple[int, ...], Tensor], Encoded]
 
 
 class Selections:
@@ -27,16 +29,20 @@ class Selections:
         step: (2,) int64, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
         times: rows of each sample, which a search repeats.
+        encode: gives what the vision encoder says; None where no selection looks at it.
     """
 
-    def __init__(self, plan: Plan, scoring: Mapping[str, Rows], step: Tensor, first: int, times: int) -> None:
+    def __init__(
+        self, plan: Plan, scoring: Mapping[str, Rows], step: Tensor, first: int, times: int, encode: Encode | None
+    ) -> None:
         self.plan, self.scoring, self.step, self.first, self.times = plan, scoring, step, first, times
+        self.encode, self.merges = encode, list[tuple[Tensor, Merge]]()
         self.alive = plan.layout.image
         self.seen: dict[tuple[Select, tuple[int, ...]], Attention] = {}
         self.made: dict[tuple[Select, tuple[int, ...]], Tensor] = {}
 
-    def enter(self, span: Span, states: Tensor, look: Look) -> Span:
-        """The span with its rows chosen.
+    def enter(self, span: Span, states: Tensor, look: Look) -> tuple[Span, Tensor]:
+        """The span with its rows chosen, and the hidden states with tokens that leave merged into others.
 
         Args:
             span: about to be entered.
@@ -44,11 +50,14 @@ class Selections:
             look: gives the attention of scoring rows in the layer that is entered.
         """
         if not span.selects:
-            return span
+            return span, states
         groups = tuple(
             one if one.choice is None else self._chosen(one, one.choice, states, look) for one in span.groups
         )
-        return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1]))
+        for samples, merge in self.merges:
+            states = states.index_copy(0, samples, merged(states[samples], merge))
+        self.merges.clear()
+        return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1])), states
 
     def before(self, span: Span, look: Look) -> None:
         """Remember what selections at the entry of `span` look at in the layer before it.
@@ -78,7 +87,13 @@ class Selections:
         attention = self.seen.pop((select, group.members), None)
         if select.queries is not None and attention is None:
             attention = self._look(group, select.queries, look)
-        scoring = Scoring(states, candidates, samples, select.layer, select.seed, self.step, attention)
+        encoded = None
+        if select.encoder and self.encode is not None:
+            if not self.alive.any():
+                return candidates
+            encoded = self.encode(select.encoder, self.plan.layout.image).of(group.samples)
+        looks = choice.kept, attention, encoded
+        scoring = Scoring(states, candidates, samples, select.layer, select.seed, self.step, *looks)
         scores = select.score(scoring)
         if not isinstance(scores, Tensor) or scores.shape != candidates.shape:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -86,6 +101,8 @@ class Selections:
                 f"a score returned {found}; expected one number for each token, {tuple(candidates.shape)}"
             )
         kept = highest(scores, candidates, choice.kept)
+        if select.merge is not None:
+            self.merges.append((group.samples, select.merge(scoring, kept)))
         if group.role is Role.GONE:
             self.alive = self.alive.index_copy(0, group.samples, kept)
         return kept
@@ -93,6 +110,22 @@ class Selections:
     def _look(self, group: Group, queries: Queries, look: Look) -> Attention:
         rows = self.scoring[queries.rows].of(group.samples // self.times)
         return look(group, rows, self.plan.computing[group.samples] | self.alive[group.samples])
+
+
+def merged(states: Tensor, merge: Merge) -> Tensor:
+    """Hidden states (B, T, D) with tokens merged, see `Merge`; sums in float32 at least.
+
+    Example:
+        >>> merge = Merge(torch.tensor([[0, 1, 0]]), torch.tensor([[0.5, 1.0, 0.5]]))
+        >>> merged(torch.tensor([[[2.0], [3.0], [4.0]]]), merge).flatten().tolist()
+        [3.0, 3.0, 4.0]
+    """
+    batch, tokens = merge.into.shape
+    parts = states.to(torch.promote_types(states.dtype, torch.float32)) * merge.weight[:, :, None]
+    rows = torch.arange(batch, device=states.device)[:, None], merge.into
+    sums = torch.zeros_like(parts).index_put(rows, parts, accumulate=True)
+    stays = merge.into == torch.arange(tokens, device=states.device)
+    return sums.to(states.dtype).where(stays[:, :, None], states)
 
 
 def highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:

@@ -17,29 +17,20 @@ from tokendrop.engine import generate
 from tokendrop.engine.arguments import check_packing
 from tokendrop.engine.attention import attention_rows
 from tokendrop.engine.calls import Made, group_calls
-from tokendrop.engine.decoder import LayerSpec, reentrant
+from tokendrop.engine.decoder import Binding, reentrant
 from tokendrop.engine.forward import Call, Work, joined_output, split_output
 from tokendrop.engine.plan import Group, Plan, Span
 from tokendrop.engine.selection import Selections
+from tokendrop.engine.vision import Seen
 from tokendrop.errors import LayoutError, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import Role
+from tokendrop.roles import Encoded, Role
 
 if TYPE_CHECKING:
-    from tokendrop.engine.handle import Handle
     from tokendrop.engine.head import LabelledRows
 
 WORK = "tokendrop_work"
-
-
-@dataclass(eq=False)
-class Binding:
-    """What ties a decoder layer to its handle."""
-
-    handle: "Handle"
-    index: int
-    spec: LayerSpec
 
 
 @dataclass(eq=False)
@@ -83,6 +74,8 @@ class Frame:
         ids: vocabulary ids that the model embedded last, where the layout has image ids.
         returns_tuple: whether the layers return one.
         labelled: the rows that the output head runs on; None for all.
+        seen: what was seen of the vision encoder since the last forward.
+        encode: what it says of the image tokens, from what was seen; None where no method looks at it.
     """
 
     layout: TokenLayout
@@ -94,6 +87,8 @@ class Frame:
     ids: Tensor | None = None
     returns_tuple: bool = False
     labelled: "LabelledRows | None" = None
+    seen: Seen = field(default_factory=dict)
+    encode: Callable[..., Encoded] | None = None
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A pre-hook of the input embeddings, which remembers the ids."""
@@ -103,7 +98,9 @@ class Frame:
     def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
         """Begin a forward."""
         times = plan.shape[0] // len(self.layout.image)
-        return Forward(plan, Selections(plan, self.plan.scoring, self.step, self.first, times), cache, step)
+        encode = None if self.encode is None else partial(self.encode, dict(self.seen))
+        self.seen.clear()
+        return Forward(plan, Selections(plan, self.plan.scoring, self.step, self.first, times, encode), cache, step)
 
     @property
     def generates(self) -> bool:
@@ -233,7 +230,8 @@ def _run(
     look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
     span = forward.span
     if span is None or index == span.stop:
-        span = forward.span = forward.selections.enter(forward.plan.span_of[index], hidden, look)
+        span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look)
+        forward.span = span
         hidden = _enter(forward, span, hidden)
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)

@@ -8,5 +8,7 @@ from tokendrop.methods.himix import HiMix
 from tokendrop.methods.hmgen import HMGen
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
+from tokendrop.methods.svd_prune import SVDPrune
+from tokendrop.methods.vscan import VScan
 
-__all__ = ["Drop", "DuetVLM", "FastV", "HMGen", "HiDrop", "HiMix", "PyramidDrop", "RandomLTD"]
+__all__ = ["Drop", "DuetVLM", "FastV", "HMGen", "HiDrop", "HiMix", "PyramidDrop", "RandomLTD", "SVDPrune", "VScan"]
