@@ -5,7 +5,7 @@ the vision encoder.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -182,6 +182,11 @@ class LayerRoute:
 
 
 Route = tuple[LayerRoute, ...]
+
+
+def selections(routes: Iterable[Route]) -> list[Select]:
+    """Every selection of some routes."""
+    return [layer.select for route in routes for layer in route if layer.select is not None]
 
 
 @runtime_checkable

@@ -15,9 +15,9 @@ from tokendrop.engine.forward import run
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.span import WORK, call, frames
 from tokendrop.engine.swap import Swapped, swapped_class
-from tokendrop.engine.vision import Encoder, Seen, looked_at
+from tokendrop.engine.vision import Encoder, Seen
 from tokendrop.errors import AppliedError, MethodError, UnsupportedError
-from tokendrop.roles import Method, Role
+from tokendrop.roles import Method, Role, selections
 
 Methods = Method | Mapping[str, Method | None]
 
@@ -36,11 +36,7 @@ class _RoutedLayer(Swapped):
 
 
 def apply(
-    model: nn.Module,
-    methods: Methods,
-    layers: str | None = None,
-    multiple: int = 64,
-    labelled_logits: bool = False,
+    model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64, labelled_logits: bool = False
 ) -> Handle:
     """Make the image tokens of a model skip work; call it before `fully_shard`, `torch.compile` or DDP.
 
@@ -92,7 +88,8 @@ def apply(
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, spec, given)
     headed = head.find_head(model) if labelled_logits else None
-    looked = looked_at(method.route(len(found)) for method in given.values())
+    selects = selections(method.route(len(found)) for method in given.values())
+    looked = {index for select in selects for index in select.encoder}
     encoder = Encoder(model, looked) if looked else None
     sets = projections.make_sets(found, spec, given, projections.set_names(given))
     handle = Handle(model, path, spec, checked, multiple, sets, labelled_logits, encoder)

@@ -15,9 +15,9 @@ from tokendrop.engine.attention import caught_logits, probabilities
 from tokendrop.engine.context import keys_values
 from tokendrop.engine.decoder import LayerSpec, find_layers, head_width, layer_spec
 from tokendrop.engine.swap import restore
-from tokendrop.engine.vision import Encoder, Seen, looked_at
+from tokendrop.engine.vision import Encoder, Seen
 from tokendrop.layout import IGNORED, TokenLayout
-from tokendrop.roles import Attention, LayerRoute, Merge, Method, Queries, Role, Route, Scoring, Select
+from tokendrop.roles import Attention, LayerRoute, Merge, Method, Queries, Role, Route, Scoring, Select, selections
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def reference(
     routes = [by_task.get(task, dense) for task in layout.tasks]
     roles = _Roles(routes, layout, step)
     with ExitStack() as stack:
-        if looked := looked_at(routes):
+        if looked := {index for select in selections(routes) for index in select.encoder}:
             roles.encoder = Encoder(model, looked)
             roles.encoder.watch(lambda: roles.seen)
             stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched.values())
@@ -108,14 +108,13 @@ class _Roles:
         if select.encoder and self.encoder is not None:
             encoded = self.encoder.encoded(self.seen, select.encoder, self.layout.image).of(one)
         count = select.count(int(self.layout.image[sample].sum()))
-        more = self.step, torch.tensor([count]), looks, encoded
-        scoring = Scoring(states[one], candidates, one, select.layer, select.seed, *more)
+        looks = torch.tensor([count]), looks, encoded
+        scoring = Scoring(states[one], candidates, one, select.layer, select.seed, self.step, *looks)
         scores = select.score(scoring)[0].tolist()
         self.kept[sample] = sorted(self.alive[sample], key=lambda token: (-scores[token], token))[:count]
         if select.merge is None:
             return states[sample]
-        kept = torch.zeros_like(candidates)
-        kept[0, self.kept[sample]] = True
+        kept = torch.isin(torch.arange(len(states[sample])), torch.tensor(self.kept[sample], dtype=torch.int64))[None]
         return _merging(select.merge(scoring, kept)).to(states.dtype) @ states[sample]
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokendrop.engine.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
+from tokendrop.kernels import merge_tokens
 from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select
 
 # From a group, its scoring rows and its live tokens (B, T), to what these rows look at in the layer about to be called.
@@ -55,7 +56,7 @@ class Selections:
             one if one.choice is None else self._chosen(one, one.choice, states, look) for one in span.groups
         )
         for samples, merge in self.merges:
-            states = states.index_copy(0, samples, merged(states[samples], merge))
+            states = states.index_copy(0, samples, merge_tokens(states[samples], *merge))
         self.merges.clear()
         return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1])), states
 
@@ -110,22 +111,6 @@ class Selections:
     def _look(self, group: Group, queries: Queries, look: Look) -> Attention:
         rows = self.scoring[queries.rows].of(group.samples // self.times)
         return look(group, rows, self.plan.computing[group.samples] | self.alive[group.samples])
-
-
-def merged(states: Tensor, merge: Merge) -> Tensor:
-    """Hidden states (B, T, D) with tokens merged, see `Merge`; sums in float32 at least.
-
-    Example:
-        >>> merge = Merge(torch.tensor([[0, 1, 0]]), torch.tensor([[0.5, 1.0, 0.5]]))
-        >>> merged(torch.tensor([[[2.0], [3.0], [4.0]]]), merge).flatten().tolist()
-        [3.0, 3.0, 4.0]
-    """
-    batch, tokens = merge.into.shape
-    parts = states.to(torch.promote_types(states.dtype, torch.float32)) * merge.weight[:, :, None]
-    rows = torch.arange(batch, device=states.device)[:, None], merge.into
-    sums = torch.zeros_like(parts).index_put(rows, parts, accumulate=True)
-    stays = merge.into == torch.arange(tokens, device=states.device)
-    return sums.to(states.dtype).where(stays[:, :, None], states)
 
 
 def highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tokendrop.engine.decoder import attention_of, decoders
 from tokendrop.engine.swap import Swapped, swapped_class
 from tokendrop.errors import LayerRangeError, UnsupportedError
 from tokendrop.layout import places, window_by_window
-from tokendrop.roles import Encoded, Route
+from tokendrop.roles import Encoded
 
 _ROWS = 256  # attention rows at once
 _INSTEAD = "use SVDPrune or Drop(score='leverage'), which need no vision encoder"
@@ -137,11 +137,6 @@ class Encoder:
         pairs = [[torch.cat(parts) for parts in zip(*one, strict=True)] for one in found]
         looked, keys = (torch.stack([tokens(x) for x in both]) for both in zip(*pairs, strict=True))
         return Encoded(looked, keys, place.new_zeros(*image.shape, 3).index_put((image,), place))
-
-
-def looked_at(routes: Iterable[Route]) -> set[int]:
-    """The encoder layers that selections of these routes look at."""
-    return {index for route in routes for layer in route if layer.select for index in layer.select.encoder}
 
 
 def _tower(model: nn.Module, path: str) -> nn.Module | None:
