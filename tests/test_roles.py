@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from tokendrop.errors import LayerRangeError, MethodError
 from tokendrop.methods import HiMix, HMGen
-from tokendrop.roles import LayerRoute, Method, Role, Schedule, check_layers, check_separate, deepest, layer_indices
+from tokendrop.roles import LayerRoute, Method, Role, check_layers, check_separate, deepest, layer_indices
+from tokendrop.schedule import Schedule
 
 BOUND = st.none() | st.integers(-12, 12)
 

@@ -23,8 +23,21 @@ from tokendrop.errors import (
 )
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
-from tokendrop.methods import Drop, DuetVLM, FastV, HiDrop, HiMix, HMGen, MixtureOfDepths, PyramidDrop, RandomLTD
-from tokendrop.roles import Role, Schedule
+from tokendrop.methods import (
+    Drop,
+    DuetVLM,
+    FastV,
+    HiDrop,
+    HiMix,
+    HMGen,
+    MixtureOfDepths,
+    PyramidDrop,
+    RandomLTD,
+    SVDPrune,
+    VScan,
+)
+from tokendrop.roles import Role
+from tokendrop.schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -52,6 +65,7 @@ __all__ = [
     "PyramidDrop",
     "RandomLTD",
     "Role",
+    "SVDPrune",
     "Schedule",
     "Segment",
     "SynergyMonitor",
@@ -61,6 +75,7 @@ __all__ = [
     "TokenDropError",
     "TokenLayout",
     "UnsupportedError",
+    "VScan",
     "apply",
     "gather_tokens",
     "handle",

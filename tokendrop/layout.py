@@ -137,6 +137,70 @@ class TokenLayout:
         return cls(torch.isin(input_ids, values), task, None, padding, labels, values)
 
 
+def places(sizes: Iterable[Sequence[int]], device: torch.device) -> Tensor:
+    """Where the V tokens of some images lie, image by image and row by row.
+
+    Args:
+        sizes: frames, rows and columns of each, in tokens.
+        device: of the result.
+
+    Returns:
+        (V, 3) int64: the number of its image or frame, row and column.
+
+    Example:
+        >>> places([(1, 1, 2), (1, 2, 1)], torch.device("cpu")).tolist()
+        [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0]]
+    """
+    found = [torch.zeros(0, 3, dtype=torch.int64)]
+    for frames, rows, columns in sizes:
+        found += [
+            torch.cartesian_prod(torch.tensor([len(found) - 1 + frame]), torch.arange(rows), torch.arange(columns))
+            for frame in range(frames)
+        ]
+    return torch.cat(found).to(device)
+
+
+def window_by_window(place: Tensor, side: int) -> Tensor:
+    """The order of tokens at `place` (..., V, 3) int64 by windows of `side` rows and columns; (..., V) int64.
+
+    Example:
+        >>> window_by_window(places([(1, 2, 4)], torch.device("cpu")), 2).tolist()
+        [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    cells = place // place.new_tensor([1, side, side])
+    return ((cells[..., 0] << 40) + (cells[..., 1] << 20) + cells[..., 2]).argsort(dim=-1, stable=True)
+
+
+def scoring_mask(layout: TokenLayout, kind: str) -> Tensor:
+    """The rows whose attention scores image tokens; the last real one in samples that have no other.
+
+    Args:
+        layout: of (B, T) tokens.
+        kind: "answer" or "prompt", see `Queries`.
+
+    Returns:
+        (B, T) bool.
+
+    Example:
+        >>> labels = torch.tensor([[-100, -100, -100, 5, 6, -100, -100, 7]])
+        >>> layout = TokenLayout(torch.arange(8)[None] == 1, labels=labels)
+        >>> [scoring_mask(layout, kind).nonzero()[:, 1].tolist() for kind in ("answer", "prompt")]
+        [[2, 6], [2, 5, 6]]
+    """
+    tokens = torch.arange(layout.image.shape[1], device=layout.image.device)
+    real = torch.ones_like(layout.image) if layout.padding is None else layout.padding
+    last = tokens == torch.where(real, tokens, -1).amax(1, keepdim=True)
+    labelled = torch.zeros_like(real) if layout.labels is None else layout.labels != IGNORED
+    if kind == "answer":
+        # The row before the first label of a run of labels.
+        chosen = torch.zeros_like(real)
+        chosen[:, :-1] = labelled[:, 1:] & ~labelled[:, :-1]
+    else:
+        behind = layout.image.flip(1).cumsum(1).flip(1) == 0
+        chosen = behind & real & ~labelled
+    return chosen | (last & ~chosen.any(1, keepdim=True))
+
+
 def _id_tensor(image_ids: object) -> Tensor:
     ids = image_ids
     if not isinstance(ids, Tensor):

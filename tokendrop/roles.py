@@ -1,10 +1,11 @@
 """Roles of image tokens per decoder layer: which layers, which role, since when.
 
-Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and values, D hidden, L layers.
+Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and values, D hidden, L layers, E layers of
+the vision encoder.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -40,6 +41,39 @@ class Attention(NamedTuple):
     values: Tensor
 
 
+class Encoded(NamedTuple):
+    """What the vision encoder says of image tokens, in the layers that a selection looks at; 0 for other tokens.
+
+    Args:
+        attention: (E, B, T) float32, mean over heads of the attention that a token gets from [CLS], or, where there is
+            none, from the mean row of its image.
+        keys: (E, B, T, D / H) float32, mean over heads of its key vectors.
+        place: (B, T, 3) int64, its image (or frame) in the batch, row and column.
+    """
+
+    attention: Tensor
+    keys: Tensor
+    place: Tensor
+
+    def of(self, samples: Tensor) -> "Encoded":
+        """The same of some samples, (N,) int64."""
+        return Encoded(self.attention[:, samples], self.keys[:, samples], self.place[samples])
+
+
+class Merge(NamedTuple):
+    """Image tokens that leave, added to those that stay.
+
+    x'[b, t] = sum over u with into[b, u] = t of weight[b, u] x[b, u] where into[b, t] = t, else x[b, t]
+
+    Args:
+        into: (B, T) int64, the token that each is added to; itself where it stays.
+        weight: (B, T) float.
+    """
+
+    into: Tensor
+    weight: Tensor
+
+
 class Scoring(NamedTuple):
     """What a score may look at, at the entry of a span.
 
@@ -50,7 +84,9 @@ class Scoring(NamedTuple):
         layer: the layer being entered.
         seed: of the method.
         step: (2,) int64, of training: the optimiser step and the micro-batch.
+        counts: (B,) int64, how many image tokens stay.
         attention: of the selection's `queries`; None where it has none.
+        encoded: of the selection's `encoder` layers; None where it has none.
         router: (B, T) float32, what the layer's router gives each token; None where the selection is not learned.
     """
 
@@ -60,7 +96,9 @@ class Scoring(NamedTuple):
     layer: int
     seed: int
     step: Tensor
+    counts: Tensor
     attention: Attention | None = None
+    encoded: Encoded | None = None
     router: Tensor | None = None
 
 
@@ -90,6 +128,9 @@ class Select:
         strength: 1 for the whole method; below, more are kept.
         queries: the rows whose attention `score` looks at; None where it looks at none.
         floor: whether a share is rounded down.
+        of: an earlier selection; shares are of what it kept.
+        encoder: layers of the vision encoder that `score` and `merge` look at.
+        merge: from `Scoring` and the kept (B, T), how those that leave are merged into them.
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
 
     Raises:
@@ -103,6 +144,9 @@ class Select:
     strength: float = 1.0
     queries: Queries | None = None
     floor: bool = False
+    of: "Select | None" = None
+    encoder: tuple[int, ...] = ()
+    merge: Callable[[Scoring, Tensor], Merge] | None = None
     learned: bool = False
 
     def __post_init__(self) -> None:
@@ -119,6 +163,7 @@ class Select:
             >>> Select(0.5, lambda scoring: scoring.states, layer=2).count(5)
             2
         """
+        images = images if self.of is None else self.of.count(images)
         share = self.keep * images
         rounded = int(share + 1e-9) if self.floor else round(share)
         least = min(images, max(1, rounded) if isinstance(self.keep, float) else self.keep)
@@ -141,6 +186,11 @@ class LayerRoute:
 
 
 Route = tuple[LayerRoute, ...]
+
+
+def selections(routes: Iterable[Route]) -> list[Select]:
+    """Every selection of some routes."""
+    return [layer.select for route in routes for layer in route if layer.select is not None]
 
 
 @runtime_checkable
@@ -240,55 +290,3 @@ def deepest(layers: tuple[int, ...], strength: float) -> frozenset[int]:
     """
     count = int(strength * len(layers) + 1e-9)
     return frozenset(layers[len(layers) - count :])
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When dropping sets in: dense before `start`, growing for `steps`, dense again for the last `dense_tail` steps.
-
-    strength(t) = clip((t - start) / steps, 0, 1), and 0 for t >= total - dense_tail
-
-    Args:
-        start: first optimiser step of the growth.
-        steps: optimiser steps until the method is whole; 0 switches it on at once.
-        dense_tail: optimiser steps at the end of training that run dense.
-
-    Raises:
-        MethodError: a negative number.
-
-    Example:
-        >>> Schedule(start=100, steps=200).strength(150)
-        0.25
-    """
-
-    start: int = 0
-    steps: int = 0
-    dense_tail: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise MethodError(f"Schedule({name}={value!r}): expected a number of steps, 0 or more")
-
-    @property
-    def final(self) -> float:
-        """The strength that training ends with, and that a model is therefore evaluated with."""
-        return 0.0 if self.dense_tail else 1.0
-
-    def strength(self, step: int, total_steps: int | None = None) -> float:
-        """The share of the method that is on at optimiser step `step` of `total_steps`.
-
-        Raises:
-            MethodError: a dense tail, and no known end to count it from.
-        """
-        if self.dense_tail:
-            if total_steps is None:
-                raise MethodError(
-                    f"Schedule(dense_tail={self.dense_tail}) needs the number of training steps, which is unbounded "
-                    "here; give the Trainer max_steps or max_epochs"
-                )
-            if step >= total_steps - self.dense_tail:
-                return 0.0
-        if step < self.start:
-            return 0.0
-        return min(1.0, (step - self.start) / self.steps) if self.steps else 1.0

@@ -43,6 +43,8 @@ METHODS = [
     td.Drop("1:", keep=0.25),
     td.RandomLTD(keep=7),
     td.MixtureOfDepths("2:", 0.25),
+    td.SVDPrune(),
+    td.VScan(),
     td.FastV(3, keep=0.25),
     td.PyramidDrop((2, 4), keep=(0.5, 7)),
     td.HiDrop(1, (2, 3), (0.5, 4), 5),

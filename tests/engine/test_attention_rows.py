@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 import tokendrop as td
-from tokendrop.engine import arguments, attention, plan, queries, selection
+from tokendrop import layout as layouts
+from tokendrop.engine import arguments, attention, plan, selection
 from tokendrop.engine.attention import caught_logits
-from tokendrop.engine.queries import scoring_mask
 from tokendrop.engine.selection import highest
-from tokendrop.layout import TokenLayout
+from tokendrop.layout import TokenLayout, scoring_mask
 from tokendrop.roles import LayerRoute, Queries, Role, Scoring, Select
 
 NAMES = ("llama", "qwen3", "gemma3", "gpt_neox", "gpt2", "phi3", "llava", "qwen2_5_vl", "chameleon")
@@ -293,7 +293,7 @@ def agrees() -> bool:
 
 def test_mutations_of_the_scores_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert agrees()
-    mask, rows, merged = queries.scoring_mask, attention.probabilities, arguments._merged_mask
+    mask, rows, merged = layouts.scoring_mask, attention.probabilities, arguments._merged_mask
     mutations = [
         (plan, "scoring_mask", lambda layout, kind: mask(layout, kind).roll(1, 1)),
         (attention, "probabilities", lambda logits, live: rows(-logits, live)),

@@ -19,7 +19,8 @@ from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, check_methods
 from tokendrop.errors import AppliedError, DecoderError, LayoutTypeError, MethodError
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import Method, Schedule
+from tokendrop.roles import Method
+from tokendrop.schedule import Schedule
 
 
 class TokenDrop(L.Callback):

@@ -21,7 +21,7 @@ from tokendrop.engine.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Attention
 
-_SOFTMAX: tuple[Any, ...] = (F.softmax, torch.softmax, Tensor.softmax)
+SOFTMAX: tuple[Any, ...] = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 class _CaughtError(Exception):
@@ -37,9 +37,9 @@ class _Logits(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.logits = _products(*args, **(kwargs or {}))
+            self.logits = products(*args, **(kwargs or {}))
             raise _CaughtError
-        if func in _SOFTMAX:  # of eager attention
+        if func in SOFTMAX:  # of eager attention
             self.logits = args[0]
             raise _CaughtError
         return func(*args, **(kwargs or {}))
@@ -142,9 +142,10 @@ def probabilities(logits: Tensor, live: Tensor) -> Tensor:
     return logits.masked_fill(~live[:, None, None], -torch.inf).softmax(-1)
 
 
-def _products(
+def products(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **more: Any
 ) -> Tensor:
+    """The logits (B, H, R, T) of a call of `scaled_dot_product_attention`."""
     scale = more.get("scale") or query.shape[-1] ** -0.5
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):

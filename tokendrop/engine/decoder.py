@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from tokendrop.errors import DecoderError, UnsupportedError
+
+if TYPE_CHECKING:
+    from tokendrop.engine.handle import Handle
 
 # Names that the field's decoders share; whatever else differs is found by inspection.
 _ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
@@ -90,6 +93,15 @@ class LayerSpec:
         fused = linear_shape(self.linear(layer, "q"))[0]
         queries = next(linear_shape(getattr(attention, name))[1] for name in _OUTPUTS if hasattr(attention, name))
         return {"q": queries, "k": (fused - queries) // 2, "v": (fused - queries) // 2}
+
+
+@dataclass(eq=False)
+class Binding:
+    """What ties a decoder layer to its handle."""
+
+    handle: "Handle"
+    index: int
+    spec: LayerSpec
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -171,16 +183,22 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     return found[0]
 
 
-def decoders(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Every list of layers with causal self-attention in a model, by dotted path."""
-    return [(name, module) for name, module in model.named_modules() if _is_decoder(module)]
+def decoders(model: nn.Module, causal: bool = True) -> list[tuple[str, nn.ModuleList]]:
+    """Every list of layers with causal self-attention in a model, or with another one, by dotted path."""
+    lists = ((name, one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList))
+    return [(name, one) for name, one in lists if _attends(one, causal)]
 
 
-def _is_decoder(module: nn.Module) -> bool:
-    if not isinstance(module, nn.ModuleList) or len(module) == 0 or len({type(layer) for layer in module}) > 1:
+def _attends(layers: nn.ModuleList, causal: bool) -> bool:
+    if len(layers) == 0 or len({type(layer) for layer in layers}) > 1:
         return False
-    attention = next((getattr(module[0], name) for name in _ATTENTIONS if hasattr(module[0], name)), None)
-    return isinstance(attention, nn.Module) and getattr(attention, "is_causal", False) is True
+    return getattr(attention_of(layers[0]), "is_causal", None) is causal
+
+
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The attention of a layer, if it has one."""
+    found = next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def deepstack_layers(model: nn.Module) -> int:

@@ -16,6 +16,8 @@ from tokendrop.engine import head, projections
 from tokendrop.engine.decoder import LayerSpec, find_layers, is_sharded
 from tokendrop.engine.plan import Plan, Planner
 from tokendrop.engine.state import Frame, frames
+from tokendrop.engine.swap import restore
+from tokendrop.engine.vision import Encoder
 from tokendrop.errors import (
     AppliedError,
     LayoutError,
@@ -39,6 +41,7 @@ class Handle(nn.Module):
         multiple: row counts are rounded up to it.
         sets: image-only projections of each layer.
         labelled_logits: whether the output head runs on rows with a label only.
+        encoder: the vision encoder, where a method looks at it.
     """
 
     def __init__(
@@ -50,12 +53,13 @@ class Handle(nn.Module):
         multiple: int,
         sets: nn.ModuleList,
         labelled_logits: bool = False,
+        encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
         self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
         self.names = projections.set_names({task: m for task, m in methods.items() if m is not None})
         self.strength, self.entered, self._sharded = 1.0, 0, False
-        self.layers, self.labelled_logits = sets, labelled_logits
+        self.layers, self.labelled_logits, self.encoder = sets, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
         self._unknown: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in sets.parameters()) else None
@@ -89,7 +93,7 @@ class Handle(nn.Module):
         self.check_sharding()
         plan = self.plan(layout)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
-        frame = Frame(layout, plan, at, first)
+        frame = Frame(layout, plan, at, first, encode=None if self.encoder is None else self.encoder.encoded)
         if self.labelled_logits:
             frame.labelled = head.LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
@@ -153,6 +157,7 @@ class Handle(nn.Module):
             entered.pop()
             if frame is not None:
                 frame.forward = None
+                frame.seen.clear()
 
     def sets(self, index: int) -> nn.ModuleDict:
         """The image-only projections of layer `index`."""
@@ -213,13 +218,13 @@ class Handle(nn.Module):
         model, layers = self.owner, self.decoder_layers
         if model._modules.get("tokendrop") is not self:
             raise AppliedError(f"this handle is not on {type(model).__name__} any more; it was removed before")
-        if any("_tokendrop_base" not in vars(type(layer)) for layer in layers):
+        swapped = [*layers, *(self.encoder.watched.values() if self.encoder else ())]
+        if any("_tokendrop_base" not in vars(type(module)) for module in swapped):
             raise AppliedError(
                 f"{type(layers[0]).__name__} was wrapped after apply (fully_shard does that); remove before sharding"
             )
-        for layer in layers:
-            del layer.__dict__["_tokendrop"]
-            layer.__class__ = vars(type(layer))["_tokendrop_base"]
+        for module in swapped:
+            restore(module)
         projections.restore(layers)
         head.restore(model)
         if self._hook is not None:

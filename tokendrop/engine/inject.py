@@ -4,19 +4,21 @@ Shape letters: T tokens, L layers.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from tokendrop.engine import head, projections
-from tokendrop.engine.decoder import LayerSpec, deepstack_layers, find_layers, is_sharded, layer_spec
+from tokendrop.engine.decoder import Binding, LayerSpec, deepstack_layers, find_layers, is_sharded, layer_spec
 from tokendrop.engine.forward import run
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.span import WORK, call
-from tokendrop.engine.state import Binding
+from tokendrop.engine.state import frames
 from tokendrop.engine.swap import Swapped, swapped_class
+from tokendrop.engine.vision import Encoder, Seen
 from tokendrop.errors import AppliedError, MethodError, UnsupportedError
-from tokendrop.roles import Method, Role
+from tokendrop.roles import Method, Role, selections
 
 Methods = Method | Mapping[str, Method | None]
 
@@ -35,11 +37,7 @@ class _RoutedLayer(Swapped):
 
 
 def apply(
-    model: nn.Module,
-    methods: Methods,
-    layers: str | None = None,
-    multiple: int = 64,
-    labelled_logits: bool = False,
+    model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64, labelled_logits: bool = False
 ) -> Handle:
     """Make the image tokens of a model skip work; call it before `fully_shard`, `torch.compile` or DDP.
 
@@ -57,9 +55,9 @@ def apply(
     Raises:
         AppliedError: the model, or a part of it, is dropped already.
         DecoderError: no decoder, or several.
-        LayerRangeError: a method's range does not fit the decoder.
+        LayerRangeError: a method's range does not fit the decoder, or the vision encoder that it looks at.
         MethodError: no methods, or something that is no method.
-        UnsupportedError: a role or projections that such layers cannot have.
+        UnsupportedError: a role or projections that such layers cannot have; no vision encoder, and a method needs one.
 
     Example:
         >>> import tokendrop as td
@@ -91,8 +89,13 @@ def apply(
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, spec, given)
     headed = head.find_head(model) if labelled_logits else None
+    selects = selections(method.route(len(found)) for method in given.values())
+    looked = {index for select in selects for index in select.encoder}
+    encoder = Encoder(model, looked) if looked else None
     sets = projections.make_sets(found, spec, given, projections.set_names(given))
-    handle = Handle(model, path, spec, checked, multiple, sets, labelled_logits)
+    handle = Handle(model, path, spec, checked, multiple, sets, labelled_logits, encoder)
+    if encoder is not None:
+        encoder.watch(partial(_seen, handle.key))
     for index, layer in enumerate(found):
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
         layer.__class__ = swapped_class(_RoutedLayer, type(layer))
@@ -104,6 +107,11 @@ def apply(
         head.inject(*headed, handle.key)
     model.tokendrop = handle
     return handle
+
+
+def _seen(key: str) -> Seen | None:
+    frame = (frames(key) or [None])[-1]
+    return None if frame is None else frame.seen
 
 
 def check_methods(methods: Methods) -> dict[str | None, Method | None]:

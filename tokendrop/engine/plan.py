@@ -10,11 +10,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from tokendrop.engine.queries import kinds_of, scoring_mask
 from tokendrop.engine.rows import Rows, Split, choose_rows, round_up, split_rows
 from tokendrop.errors import NeededRowError
-from tokendrop.layout import IGNORED, TokenLayout
-from tokendrop.roles import LayerRoute, Role, Route, Select
+from tokendrop.layout import IGNORED, TokenLayout, scoring_mask
+from tokendrop.roles import LayerRoute, Role, Route, Select, selections
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +152,8 @@ class Planner:
         self.computing = ~layout.image & (_real(layout) | self.needed)
         unneeded_image = layout.image & self.needed
         # The one transfer from the device: everything the shapes of this forward depend on.
-        asked = {kind: scoring_mask(layout, kind) for kind in kinds_of(routes)}
+        kinds: list[str] = sorted({select.queries.rows for select in selections(routes) if select.queries is not None})
+        asked = {kind: scoring_mask(layout, kind) for kind in kinds}
         masks = (self.computing, layout.image, unneeded_image, self.needed, *asked.values())
         sums = torch.stack([_before_one_image(layout, self.computing), *(mask.sum(1) for mask in masks)])
         self.before, self.text, self.images, self.needed_images, needed, *counts = sums.tolist()

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tokendrop.engine.attention import caught_logits, probabilities
 from tokendrop.engine.context import keys_values
 from tokendrop.engine.decoder import LayerSpec, find_layers, head_width, layer_spec
+from tokendrop.engine.swap import restore
+from tokendrop.engine.vision import Encoder, Seen
 from tokendrop.layout import IGNORED, TokenLayout
-from tokendrop.roles import Attention, LayerRoute, Method, Queries, Role, Route, Scoring, Select
+from tokendrop.roles import Attention, LayerRoute, Merge, Method, Queries, Role, Route, Scoring, Select, selections
 
 
 @contextmanager
@@ -52,6 +54,10 @@ def reference(
     routes = [by_task.get(task, dense) for task in layout.tasks]
     roles = _Roles(routes, layout, step, sets)
     with ExitStack() as stack:
+        if looked := {index for select in selections(routes) for index in select.encoder}:
+            roles.encoder = Encoder(model, looked)
+            roles.encoder.watch(lambda: roles.seen)
+            stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched.values())
         for index, layer in enumerate(found):
             for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec), roles):
                 stack.callback(hook.remove)
@@ -74,38 +80,48 @@ class _Roles:
         self.alive: list[list[int]] = []
         self.kept: list[list[int]] = []
         self.inputs: list[tuple[nn.Module, LayerSpec, Tensor, dict[str, Any]]] = []
+        self.encoder: Encoder | None = None
+        self.seen: Seen = {}
 
-    def of(self, index: int, layer: nn.Module, spec: LayerSpec, states: Tensor, named: dict[str, Any]) -> Tensor:
-        """(B, T) roles in layer `index`, whose input is `states` (B, T, D) and `named`."""
+    def of(self, index: int, layer: nn.Module, spec: LayerSpec, states: Tensor, named: dict[str, Any]) -> Any:
+        """(B, T) roles in layer `index`, whose input is `states` (B, T, D) and `named`; and these states, merged."""
         self.inputs[index:] = [(layer, spec, states, named)]
         if index == 0:
             self.alive = [row.nonzero().flatten().tolist() for row in self.layout.image]
             self.kept = [[] for _ in self.routes]
-        roles = torch.zeros(self.layout.image.shape, dtype=torch.int64)
+        roles, rows = torch.zeros(self.layout.image.shape, dtype=torch.int64), list(states)
         self.scale = torch.ones(self.layout.image.shape)
         for sample, route in enumerate(self.routes):
             select = route[index].select
             if select is not None and (index == 0 or route[index - 1].select != select):
-                self._select(sample, select, states)
+                rows[sample] = self._select(sample, select, states)
                 if route[index].image is Role.GONE:
                     self.alive[sample] = self.kept[sample]
             roles[sample, self.layout.image[sample]] = int(route[index].image)
             if select is not None:
                 roles[sample, self.kept[sample]] = int(Role.ACTIVE)
-        return roles
+        return roles, torch.stack(rows)
 
-    def _select(self, sample: int, select: Select, states: Tensor) -> None:
+    def _select(self, sample: int, select: Select, states: Tensor) -> Tensor:
         candidates = torch.zeros_like(self.layout.image[sample : sample + 1])
         candidates[0, self.alive[sample]] = True
-        one, seen = torch.tensor([sample]), self._attention(sample, select.queries)
+        one, looks = torch.tensor([sample]), self._attention(sample, select.queries)
+        encoded = None
+        if select.encoder and self.encoder is not None:
+            encoded = self.encoder.encoded(self.seen, select.encoder, self.layout.image).of(one)
         router = self.sets[select.layer]["router"](states[one]) if select.learned else None
-        scoring = Scoring(states[one], candidates, one, select.layer, select.seed, self.step, seen, router)
-        scores = select.score(scoring)[0].tolist()
         count = select.count(int(self.layout.image[sample].sum()))
+        looks = torch.tensor([count]), looks, encoded, router
+        scoring = Scoring(states[one], candidates, one, select.layer, select.seed, self.step, *looks)
+        scores = select.score(scoring)[0].tolist()
         self.kept[sample] = sorted(self.alive[sample], key=lambda token: (-scores[token], token))[:count]
         if router is not None:
             at = torch.tensor([sample]), torch.tensor(self.kept[sample], dtype=torch.int64)
             self.scale = self.scale.to(router.dtype).index_put(at, router[0, self.kept[sample]])
+        if select.merge is None:
+            return states[sample]
+        kept = torch.isin(torch.arange(len(states[sample])), torch.tensor(self.kept[sample], dtype=torch.int64))[None]
+        return _merging(select.merge(scoring, kept)).to(states.dtype) @ states[sample]
 
     @torch.no_grad()
     def _attention(self, sample: int, queries: Queries | None) -> Attention | None:
@@ -135,14 +151,21 @@ class _Roles:
         return rows or real[-1:]
 
 
-def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Tensor], state: _Roles) -> Iterator[Any]:
+def _merging(merge: Merge) -> Tensor:
+    # (T, T): row t says what becomes of token t.
+    each = torch.eye(merge.into.shape[1])
+    leaves = merge.into[0] != torch.arange(len(each))
+    return each.where(leaves[:, None], each[merge.into[0]].T * merge.weight[0])
+
+
+def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], state: _Roles) -> Iterator[Any]:
     entered: list[Tensor] = []
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         states, named = spec.bind(args, kwargs)
-        roles = roles_of(states, named)
+        roles, states = roles_of(states, named)
         active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
         entered[:] = [states, active]
         named["attention_mask"] = _mask(named.get("attention_mask"), active, hidden, states, spec.backend(module))

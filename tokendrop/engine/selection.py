@@ -13,10 +13,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tokendrop.engine.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
-from tokendrop.roles import Attention, Queries, Role, Scoring, Select
+from tokendrop.kernels import merge_tokens
+from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select
 
 # From a group, its scoring rows and its live tokens (B, T), to what these rows look at in the layer about to be called.
 Look = Callable[[Group, Rows, Tensor], Attention]
+# From layers of the vision encoder and the image tokens (B, T), what it says of them.
+Encode = Callable[[tuple[int, ...], Tensor], Encoded]
 
 
 class Selections:
@@ -28,22 +31,26 @@ class Selections:
         step: (2,) int64, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
         times: rows of each sample, which a search repeats.
+        encode: gives what the vision encoder says; None where no selection looks at it.
 
     Attributes:
         losses: of the routers so far.
         scale: (B, T) float32, what scales the update of each token in the span entered last; None where nothing does.
     """
 
-    def __init__(self, plan: Plan, scoring: Mapping[str, Rows], step: Tensor, first: int, times: int) -> None:
+    def __init__(
+        self, plan: Plan, scoring: Mapping[str, Rows], step: Tensor, first: int, times: int, encode: Encode | None
+    ) -> None:
         self.plan, self.scoring, self.step, self.first, self.times = plan, scoring, step, first, times
         self.losses: list[Tensor] = []
         self.scale: Tensor | None = None
+        self.encode, self.merges = encode, list[tuple[Tensor, Merge]]()
         self.alive = plan.layout.image
         self.seen: dict[tuple[Select, tuple[int, ...]], Attention] = {}
         self.made: dict[tuple[Select, tuple[int, ...]], Tensor] = {}
 
-    def enter(self, span: Span, states: Tensor, look: Look, router: nn.Module | None) -> Span:
-        """The span with its rows chosen.
+    def enter(self, span: Span, states: Tensor, look: Look, router: nn.Module | None) -> tuple[Span, Tensor]:
+        """The span with its rows chosen, and the hidden states with tokens that leave merged into others.
 
         Args:
             span: about to be entered.
@@ -53,12 +60,15 @@ class Selections:
         """
         self.scale = None
         if not span.selects:
-            return span
+            return span, states
         scores = None if router is None else router(states)
         groups = tuple(
             one if one.choice is None else self._chosen(one, one.choice, states, look, scores) for one in span.groups
         )
-        return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1]))
+        for samples, merge in self.merges:
+            states = states.index_copy(0, samples, merge_tokens(states[samples], *merge))
+        self.merges.clear()
+        return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1])), states
 
     def before(self, span: Span, look: Look) -> None:
         """Remember what selections at the entry of `span` look at in the layer before it.
@@ -89,7 +99,13 @@ class Selections:
         attention = self.seen.pop((select, group.members), None)
         if select.queries is not None and attention is None:
             attention = self._look(group, select.queries, look)
-        scoring = Scoring(states, candidates, samples, select.layer, select.seed, self.step, attention, router)
+        encoded = None
+        if select.encoder and self.encode is not None:
+            if not self.alive.any():
+                return candidates
+            encoded = self.encode(select.encoder, self.plan.layout.image).of(group.samples)
+        looks = choice.kept, attention, encoded, router
+        scoring = Scoring(states, candidates, samples, select.layer, select.seed, self.step, *looks)
         scores = select.score(scoring)
         if not isinstance(scores, Tensor) or scores.shape != candidates.shape:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -99,6 +115,8 @@ class Selections:
         kept = highest(scores, candidates, choice.kept)
         if router is not None:
             self._learn(group, router, candidates, kept)
+        if select.merge is not None:
+            self.merges.append((group.samples, select.merge(scoring, kept)))
         if group.role is Role.GONE:
             self.alive = self.alive.index_copy(0, group.samples, kept)
         return kept

@@ -14,11 +14,11 @@ from tokendrop.engine import generate
 from tokendrop.engine.arguments import check_packing
 from tokendrop.engine.attention import attention_rows
 from tokendrop.engine.calls import group_calls
-from tokendrop.engine.decoder import reentrant
+from tokendrop.engine.decoder import Binding, reentrant
 from tokendrop.engine.forward import Call, Work, joined_output, split_output
 from tokendrop.engine.plan import Group, Span
 from tokendrop.engine.projections import ROUTER
-from tokendrop.engine.state import Binding, Forward, Frame, frames
+from tokendrop.engine.state import Forward, Frame, frames
 from tokendrop.errors import MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.roles import Role
@@ -125,7 +125,8 @@ def _run(
     span = forward.span
     if span is None or index == span.stop:
         router = dict(binding.handle.sets(index)).get(ROUTER)
-        span = forward.span = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
+        span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
+        forward.span = span
         hidden = _enter(forward, span, hidden)
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)

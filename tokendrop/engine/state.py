@@ -5,7 +5,9 @@ Shape letters: B batch, T tokens, M context rows, D hidden.
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,24 +15,15 @@ from torch import Tensor, nn
 
 from tokendrop.engine import generate
 from tokendrop.engine.calls import Made
-from tokendrop.engine.decoder import LayerSpec
 from tokendrop.engine.plan import Plan, Span
 from tokendrop.engine.selection import Selections
+from tokendrop.engine.vision import Seen
 from tokendrop.errors import LayoutError
 from tokendrop.layout import TokenLayout
+from tokendrop.roles import Encoded
 
 if TYPE_CHECKING:
-    from tokendrop.engine.handle import Handle
     from tokendrop.engine.head import LabelledRows
-
-
-@dataclass(eq=False)
-class Binding:
-    """What ties a decoder layer to its handle."""
-
-    handle: "Handle"
-    index: int
-    spec: LayerSpec
 
 
 @dataclass(eq=False)
@@ -75,6 +68,8 @@ class Frame:
         returns_tuple: whether the layers return one.
         labelled: the rows that the output head runs on; None for all.
         losses: of the routers in the last forward.
+        seen: what was seen of the vision encoder since the last forward.
+        encode: what it says of the image tokens, from what was seen; None where no method looks at it.
     """
 
     layout: TokenLayout
@@ -87,6 +82,8 @@ class Frame:
     returns_tuple: bool = False
     labelled: "LabelledRows | None" = None
     losses: list[Tensor] = field(default_factory=list)
+    seen: Seen = field(default_factory=dict)
+    encode: Callable[..., Encoded] | None = None
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A pre-hook of the input embeddings, which remembers the ids."""
@@ -96,7 +93,9 @@ class Frame:
     def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
         """Begin a forward."""
         times = plan.shape[0] // len(self.layout.image)
-        return Forward(plan, Selections(plan, self.plan.scoring, self.step, self.first, times), cache, step)
+        encode = None if self.encode is None else partial(self.encode, dict(self.seen))
+        self.seen.clear()
+        return Forward(plan, Selections(plan, self.plan.scoring, self.step, self.first, times, encode), cache, step)
 
     @property
     def generates(self) -> bool:

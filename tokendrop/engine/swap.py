@@ -23,6 +23,12 @@ def swapped_class(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Modu
     return type(base.__name__, (mixin, base), names | {"_tokendrop_mixin": mixin, "_tokendrop_base": base})
 
 
+def restore(module: nn.Module) -> None:
+    """Give a module its own class back, and take what we hung on it."""
+    del module.__dict__["_tokendrop"]
+    module.__class__ = vars(type(module))["_tokendrop_base"]
+
+
 def _rebuild(mixin: type[nn.Module], base: type[nn.Module]) -> nn.Module:
     swapped = swapped_class(mixin, base)
     return swapped.__new__(swapped)

@@ -110,6 +110,39 @@ def scatter_add_tokens(full: Tensor, update: Tensor, idx: Tensor, scale: Tensor 
     return run(full, update, idx, scale)
 
 
+def merge_tokens(x: Tensor, into: Tensor, weight: Tensor) -> Tensor:
+    """Tokens that leave, added to those that stay.
+
+    y[b, t] = sum over u with into[b, u] = t of weight[b, u] x[b, u] where into[b, t] = t, and y = x elsewhere
+
+    Args:
+        x: (B, T, D); sums are in fp32, or fp64 for fp64.
+        into: (B, T) int64, in [0, T), the token that each is added to; itself where it stays.
+        weight: (B, T) float.
+
+    Returns:
+        (B, T, D).
+
+    Raises:
+        LayoutTypeError: `into` is not int64.
+        LayoutError: shapes that do not fit, or an index outside [0, T), looked at on the CPU only.
+
+    Example:
+        >>> into, weight = torch.tensor([[0, 1, 0]]), torch.tensor([[0.5, 1.0, 0.5]])
+        >>> merge_tokens(torch.tensor([[[2.0], [3.0], [4.0]]]), into, weight).flatten().tolist()
+        [3.0, 3.0, 4.0]
+
+    Source: ours.
+    """
+    _check(x, into)
+    _check_shape("weight", weight, x.shape[:2])
+    parts = (x.to(torch.promote_types(x.dtype, torch.float32)) * weight[:, :, None]).flatten(0, 1)
+    at = torch.arange(into.numel(), device=x.device).view(into.shape)
+    target = at - at[:1] + into
+    sums = torch.zeros_like(parts).index_put((target.flatten(),), parts, accumulate=True).view(x.shape)
+    return sums.to(x.dtype).where((target == at)[:, :, None], x)
+
+
 def gather_rms_norm(x: Tensor, idx: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Rows `idx` of each sample, and their RMSNorm: the entry of a pre-norm layer, which needs both.
 

@@ -9,5 +9,19 @@ from tokendrop.methods.hmgen import HMGen
 from tokendrop.methods.mixture_of_depths import MixtureOfDepths
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
+from tokendrop.methods.svd_prune import SVDPrune
+from tokendrop.methods.vscan import VScan
 
-__all__ = ["Drop", "DuetVLM", "FastV", "HMGen", "HiDrop", "HiMix", "MixtureOfDepths", "PyramidDrop", "RandomLTD"]
+__all__ = [
+    "Drop",
+    "DuetVLM",
+    "FastV",
+    "HMGen",
+    "HiDrop",
+    "HiMix",
+    "MixtureOfDepths",
+    "PyramidDrop",
+    "RandomLTD",
+    "SVDPrune",
+    "VScan",
+]

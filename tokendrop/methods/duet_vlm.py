@@ -1,46 +1,97 @@
-"""DUET-VLM: image tokens leave in two stages, scored by all of the prompt's text."""
+"""DUET-VLM: image tokens leave by the vision encoder's attention, then in stages scored by the prompt's text."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar, cast
 
-from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import Route, Separate
+import torch
+from torch import Tensor
+
+from tokendrop import scores
+from tokendrop.errors import MethodError
+from tokendrop.methods.drop import check_keep
+from tokendrop.methods.stages import Stage, check_count, check_stages, staged
+from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, Separate
 
 
 @dataclass(frozen=True)
 class DuetVLM:
-    """The text-guided stage: image tokens that the prompt's text hardly looks at are GONE.
+    """Image tokens that the vision encoder, then the prompt's text hardly look at are GONE.
 
-    s[t] = mean over heads and scoring rows of the attention to t in the layer that is entered
-    kept = int(keep M) of the M image tokens a sample began with, at least 1, or `keep` of them if it is a count
+    Vision stage, from layer 0 on: the tokens with the highest attention in the encoder (`dominant`) stay, and of the
+    next `cluster_width` times `contextual` every `cluster_width`-th (an anchor), which becomes x'[t] = x[t] + mean of
+    those x of them whose keys in the encoder are most like its own. The others leave.
+    Text stages: s[t] = mean over heads and scoring rows of the attention to t in the layer that is entered, and
+    kept = int(keep M) of the M image tokens that the vision stage left, at least 1, or `keep` of them if it is a count.
 
     The scoring rows are all text without labels behind the last image.
 
     Args:
         text_layers: the first layer of each text-guided stage, ascending.
-        text_keep: for each, a share of the sample's original image tokens, or a count; 0 for none.
+        text_keep: for each, a share of M, or a count; 0 for none.
+        dominant: a count, or a share of the sample's image tokens; 0 for no vision stage.
+        contextual: likewise; ignored without a vision stage.
+        cluster_width: pool tokens for each contextual one.
+        vision_layer: the layer of the encoder; one that sees the whole image.
 
     Raises:
         LayerRangeError: layers that do not ascend.
         MethodError: a value that makes no sense.
 
     Example:
-        >>> [layer.select and layer.select.count(307) for layer in DuetVLM((1,), (0.5,)).route(3)]
-        [None, 153, 153]
+        >>> [layer.select.count(576) for layer in DuetVLM((1,), (0.5,), dominant=300).route(3)]
+        [307, 153, 153]
 
-    Source: DUET-VLM, github.com/AMD-AGI/DUET-VLM, for 32 layers. Its vision stage, its choice of salient words and its
-    new positions are left out.
+    Source: DUET-VLM, github.com/AMD-AGI/DUET-VLM, for 32 layers: DuetVLM(dominant=300). Its choice of salient words and
+    its new positions are left out.
     """
 
     text_layers: tuple[int, ...] = (16, 24)
     text_keep: tuple[int | float, ...] = (0.5, 0)
+    dominant: int | float = 0
+    contextual: int | float = 7
+    cluster_width: int = 4
+    vision_layer: int = -2
 
     separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
-        check_stages(self, "text_layers", "text_keep")
+        check_stages(self, "text_layers", "text_keep", first=1 if self.dominant else 0)
+        check_count(self.cluster_width, "cluster_width")
+        if self.dominant:
+            check_keep(self.dominant)
+            if type(self.dominant) is not type(self.contextual):
+                raise MethodError(
+                    f"dominant={self.dominant!r}, contextual={self.contextual!r}: expected two counts or two shares"
+                )
+            check_keep(self.contextual)
+            check_keep(self.dominant + self.contextual)
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept counts."""
+        first, keep = None, self.dominant + self.contextual
+        if self.dominant:
+            score, merge = _vision(self.contextual / keep, self.cluster_width)
+            first = Select(keep, score, 0, 0, strength, encoder=(self.vision_layer,), merge=merge)
         stages = [Stage(*one) for one in zip(self.text_layers, self.text_keep, strict=True)]
-        return staged(stages, num_layers, strength, "prompt", floor=True)
+        return staged(stages, num_layers, strength, "prompt", floor=True, first=first)
+
+
+@lru_cache
+def _vision(share: float, width: int) -> tuple[Any, Any]:
+    def parts(scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+        looked = cast(Encoded, scoring.encoded).attention[0]
+        contextual = (scoring.counts * share).round().long()
+        return scores.dominant(looked, scoring.image, scoring.counts, contextual, width)
+
+    def score(scoring: Scoring) -> Tensor:
+        dominant, anchors, _ = parts(scoring)
+        return (dominant | anchors).float()
+
+    def merge(scoring: Scoring, kept: Tensor) -> Merge:
+        _, anchors, pool = parts(scoring)
+        members = pool & ~anchors
+        into, sizes = scores.nearest(cast(Encoded, scoring.encoded).keys[0], members, anchors)
+        return Merge(into, torch.where(members, 1 / (sizes - 1).clamp(min=1), 1.0))
+
+    return score, merge

@@ -34,13 +34,24 @@ def check_stage_layers(layers: Sequence[int], name: str) -> None:
         raise LayerRangeError(f"{name}={layers!r}: expected layer indices, 0 or more, ascending")
 
 
-def check_stages(method: Any, layers: str, keep: str) -> None:
+def check_count(value: Any, name: str) -> None:
+    """Refuse what is no number of 1 or more.
+
+    Raises:
+        MethodError: with the value.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise MethodError(f"{name}={value!r}: expected 1 or more")
+
+
+def check_stages(method: Any, layers: str, keep: str, first: int = 0) -> None:
     """Make two fields of a method tuples, and refuse stages that do not fit together.
 
     Args:
         method: a frozen dataclass.
         layers: name of the field with the first layer of each stage.
         keep: name of the field with what each stage keeps.
+        first: the first layer that may be one; 1 where tokens leave before layer 0, and there may be no stage then.
 
     Raises:
         LayerRangeError: layers that do not ascend.
@@ -48,11 +59,13 @@ def check_stages(method: Any, layers: str, keep: str) -> None:
     """
     for name in (layers, keep):
         value = getattr(method, name)
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        if not isinstance(value, Sequence) or isinstance(value, str) or not (value or first):
             raise MethodError(f"{name}={value!r}: expected a list with one value for each stage")
         object.__setattr__(method, name, tuple(value))
     found, kept = getattr(method, layers), getattr(method, keep)
     check_stage_layers(found, layers)
+    if found and found[0] < first:
+        raise LayerRangeError(f"{layers}={found!r}: tokens leave before layer 0 already; begin at {first} or later")
     if len(found) != len(kept):
         raise MethodError(f"{keep}={kept!r}: expected one value for each of {layers}={found!r}")
     for one in kept:
@@ -66,6 +79,7 @@ def staged(
     rows: Literal["answer", "prompt"],
     back: int = 0,
     floor: bool = False,
+    first: Select | None = None,
 ) -> Route:
     """The L routes of image tokens that are ACTIVE until the first stage, then GONE but for those each stage keeps.
 
@@ -76,17 +90,18 @@ def staged(
         rows: which rows score, see `Queries`.
         back: 1 to score with the attention of the layer before the stage.
         floor: whether shares are rounded down.
+        first: the selection at layer 0 before the stages, whose shares are of what it keeps.
 
     Raises:
         LayerRangeError: a stage outside the model.
     """
-    if stages[-1].layer >= num_layers:
+    if stages and stages[-1].layer >= num_layers:
         raise LayerRangeError(
             f"a stage at layer {stages[-1].layer}, but the decoder has {num_layers} layers; use 0 to {num_layers - 1}"
         )
-    routes = [LayerRoute()] * num_layers
+    routes = [LayerRoute() if first is None else LayerRoute(Role.GONE, select=first)] * num_layers
     for layer, keep in stages:
-        select = Select(keep, SCORES["attention"], layer, 0, strength, Queries(rows, layer - back), floor)
+        select = Select(keep, SCORES["attention"], layer, 0, strength, Queries(rows, layer - back), floor, first)
         # Where all leave, nothing is to be scored.
         whole = LayerRoute(Role.GONE, select=None if keep == 0 and strength == 1 else select)
         routes[layer:] = [whole] * (num_layers - layer)

@@ -3,5 +3,17 @@
 from tokendrop.scores.attention import attention, value_norm
 from tokendrop.scores.features import leverage, similarity
 from tokendrop.scores.simple import norm, random, uniform
+from tokendrop.scores.vision import dominant, nearest, scan
 
-__all__ = ["attention", "leverage", "norm", "random", "similarity", "uniform", "value_norm"]
+__all__ = [
+    "attention",
+    "dominant",
+    "leverage",
+    "nearest",
+    "norm",
+    "random",
+    "scan",
+    "similarity",
+    "uniform",
+    "value_norm",
+]

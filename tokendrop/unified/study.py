@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from tokendrop.callbacks import TokenDrop
 from tokendrop.methods import HiMix, HMGen
-from tokendrop.roles import Method, Schedule, Separate
+from tokendrop.roles import Method, Separate
+from tokendrop.schedule import Schedule
 from tokendrop.unified.data import TASKS, Scenes
 from tokendrop.unified.datamodule import UnifiedData, Update
 from tokendrop.unified.images import Source

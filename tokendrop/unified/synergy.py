@@ -18,7 +18,7 @@ from typing_extensions import override
 from tokendrop.callbacks import SynergyMonitor
 from tokendrop.layout import IGNORED
 from tokendrop.methods import Drop, HiMix, HMGen
-from tokendrop.roles import Schedule
+from tokendrop.schedule import Schedule
 from tokendrop.synergy.history import append_history, read_history
 from tokendrop.unified.data import TASKS
 from tokendrop.unified.metrics import token_nll

@@ -1,0 +1,79 @@
+"""VScan: image tokens chosen by two scans of the vision encoder, the others merged into them; then by attention."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, cast
+
+from torch import Tensor
+
+from tokendrop import scores
+from tokendrop.methods.drop import check_keep
+from tokendrop.methods.stages import Stage, check_count, check_stages, staged
+from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, Separate
+
+
+@dataclass(frozen=True)
+class VScan:
+    """Image tokens that the vision encoder hardly looks at are GONE from layer 0 on, merged into those that stay.
+
+    kept = floor(n / 2) tokens that get most attention in their window in a shallow layer of the encoder, and the n -
+    floor(n / 2) others that get most in the whole image in a deep one; x'[t] = mean of x[t] and of all x that are most
+    like it among the kept. Then, at each layer of `text_layers`, the ones that the last prompt row looks at most.
+
+    Args:
+        keep: n, a count, or a share of the sample's image tokens.
+        text_layers: first layer of each stage in the decoder, ascending; () for none.
+        text_keep: for each, a count, or a share of n.
+        local_layer: the shallow layer; in an encoder with window attention, one that sees the whole image.
+        global_layer: the deep layer, likewise.
+        window: rows and columns of a window, in image tokens.
+        merge: whether the others are merged.
+
+    Raises:
+        LayerRangeError: layers that do not ascend.
+        MethodError: a value that makes no sense.
+
+    Example:
+        >>> [layer.select.count(576) for layer in VScan(text_layers=(1,)).route(3)]
+        [96, 32, 32]
+
+    Source: VScan, github.com/Tencent/SelfEvolvingAgent, for 32 layers and 24 x 24 tokens of CLIP; for Qwen2.5-VL its
+    code has VScan(0.167, (14,), (0.333,), local_layer=7, global_layer=-1, window=4).
+    """
+
+    keep: int | float = 96
+    text_layers: tuple[int, ...] = (16,)
+    text_keep: tuple[int | float, ...] = (32,)
+    local_layer: int = 5
+    global_layer: int = -2
+    window: int = 6
+    merge: bool = True
+
+    separate: ClassVar[Separate] = "none"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_stages(self, "text_layers", "text_keep", first=1)
+        check_count(self.window, "window")
+
+    def route(self, num_layers: int, strength: float = 1.0) -> Route:
+        """Roles of image tokens in `num_layers` layers; a schedule lowers the kept counts."""
+        layers, merge = (self.local_layer, self.global_layer), average if self.merge else None
+        first = Select(self.keep, _scans(self.window), 0, 0, strength, encoder=layers, merge=merge)
+        stages = [Stage(*one) for one in zip(self.text_layers, self.text_keep, strict=True)]
+        return staged(stages, num_layers, strength, "answer", first=first)
+
+
+@lru_cache
+def _scans(window: int) -> Any:
+    def score(scoring: Scoring) -> Tensor:
+        (local, whole), _, place = cast(Encoded, scoring.encoded)
+        return scores.scan(local, whole, scoring.image, place, scoring.counts, window)
+
+    return score
+
+
+def average(scoring: Scoring, kept: Tensor) -> Merge:
+    """Each token that leaves goes to the kept one whose state is most like its own, which becomes the mean of all."""
+    into, sizes = scores.nearest(scoring.states, scoring.image & ~kept, kept)
+    return Merge(into, 1 / sizes)

@@ -1,0 +1,101 @@
+"""Image tokens chosen by what the vision encoder looks at, and those that leave matched to those that stay.
+
+Shape letters: B batch, T tokens, D hidden.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def scan(local: Tensor, whole: Tensor, image: Tensor, place: Tensor, counts: Tensor, window: int) -> Tensor:
+    """The best of each window of an image, then the best of the whole.
+
+    The first floor(n / 2) of n tokens are taken window by window: from each its best by `local`, then from each its
+    second best, and so on; within such a round the better first. The others are the best by `whole`.
+
+    Args:
+        local: (B, T) float, attention in a shallow layer.
+        whole: (B, T) float, attention in a deep layer.
+        image: (B, T) bool, the tokens to score.
+        place: (B, T, 3) int64, image, row and column of each.
+        counts: (B,) int64, n.
+        window: rows and columns of a window, in tokens.
+
+    Returns:
+        (B, T) float; infinite for those taken window by window.
+
+    Source: VScan, github.com/Tencent/SelfEvolvingAgent, which takes as many of each window and so may keep fewer.
+    """
+    cells = place // place.new_tensor([1, window, window])
+    cell = ((cells[..., 0] << 40) + (cells[..., 1] << 20) + cells[..., 2]).masked_fill(~image, -1)
+    best = _order(local, image)
+    by_cell = best.gather(1, cell.gather(1, best).argsort(dim=1, stable=True))
+    at, sorted_cells = torch.arange(image.shape[1], device=image.device), cell.gather(1, by_cell)
+    begins = F.pad(sorted_cells[:, 1:] != sorted_cells[:, :-1], (1, 0), value=True)
+    rounds = at - torch.where(begins, at, 0).cummax(1).values
+    rounds = torch.empty_like(best).scatter(1, by_cell, rounds).masked_fill(~image, len(at))
+    taken = best.gather(1, rounds.gather(1, best).argsort(dim=1, stable=True))
+    first = torch.zeros_like(image).scatter(1, taken, at < counts[:, None] // 2)
+    return whole.masked_fill(first & image, torch.inf)
+
+
+def dominant(
+    looked: Tensor, image: Tensor, counts: Tensor, contextual: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The dominant tokens, the anchors of the contextual ones, and the pool that these stand for.
+
+    The n - c tokens with the highest attention are dominant. The pool are the next w c by attention, fewer where there
+    are no more; its p tokens in that order are cut into c runs, whose first ones are the anchors.
+
+    Args:
+        looked: (B, T) float, attention in the vision encoder.
+        image: (B, T) bool, the tokens to choose from, n or more.
+        counts: (B,) int64, n.
+        contextual: (B,) int64, c.
+        width: w.
+
+    Returns:
+        The three, (B, T) bool each; anchors are in the pool.
+
+    Source: DUET-VLM, github.com/AMD-AGI/DUET-VLM, after VisionZip.
+    """
+    order, at = _order(looked, image), torch.arange(image.shape[1], device=image.device)
+    rank = torch.empty_like(order).scatter(1, order, at.expand_as(order))
+    first = counts[:, None] - contextual[:, None]
+    size = torch.minimum(width * contextual, image.sum(1) - first[:, 0])[:, None]
+    pool = image & (rank >= first) & (rank < first + size)
+    runs = [(rank - first - back) * contextual[:, None] // size.clamp(min=1) for back in (0, 1)]
+    return image & (rank < first), pool & (runs[0] != runs[1]), pool
+
+
+def nearest(features: Tensor, members: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """For each member the target that is most like it, by cosine; for other tokens themselves.
+
+    Args:
+        features: (B, T, D).
+        members: (B, T) bool.
+        targets: (B, T) bool, none of them a member.
+
+    Returns:
+        (B, T) int64, and (B, T) int64, how many tokens go where a token goes, itself among them if it stays.
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [0.1, 3.0]]])
+        >>> into, sizes = nearest(x, torch.tensor([[False, False, True]]), torch.tensor([[True, True, False]]))
+        >>> into.tolist(), sizes.tolist()
+        ([[0, 1, 1]], [[1, 2, 2]])
+
+    Source: ours.
+    """
+    unit = F.normalize(features.detach().float(), dim=-1)
+    # Sample by sample, so that one T x T matrix is there at a time.
+    like = [(one @ one.T).masked_fill(~target, -torch.inf).argmax(1) for one, target in zip(unit, targets, strict=True)]
+    at = torch.arange(members.shape[1], device=members.device).expand_as(members)
+    into = torch.stack(like).where(members & targets.any(1, keepdim=True), at)
+    sizes = torch.zeros_like(into).scatter_add(1, into, torch.ones_like(into))
+    return into, sizes.gather(1, into)
+
+
+def _order(score: Tensor, image: Tensor) -> Tensor:
+    return score.detach().masked_fill(~image, -torch.inf).argsort(dim=1, descending=True, stable=True)
