@@ -1,7 +1,8 @@
 """Token dropping for training vision-language models: one Lightning callback, any decoder."""
 
+from tokendrop.analysis.allocation import Allocation, attention_allocation
 from tokendrop.analysis.inspection import Inspection, inspect
-from tokendrop.callbacks import SynergyMonitor, TokenDrop
+from tokendrop.callbacks import AttentionAllocation, SynergyMonitor, TokenDrop
 from tokendrop.engine.drop_layers import DropLayers
 from tokendrop.engine.handle import Handle, handle
 from tokendrop.engine.inject import apply
@@ -42,7 +43,9 @@ from tokendrop.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "Allocation",
     "AppliedError",
+    "AttentionAllocation",
     "BatchError",
     "DecoderError",
     "Drop",
@@ -77,6 +80,7 @@ __all__ = [
     "UnsupportedError",
     "VScan",
     "apply",
+    "attention_allocation",
     "gather_tokens",
     "handle",
     "inspect",

@@ -19,14 +19,16 @@ from tokendrop.errors import TaskLossError
 def preserved(module: nn.Module) -> Generator[None]:
     """Give back random state and buffers as they were, also after an exception; gradients are never touched."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    with isolate_rng():
-        try:
-            yield
-        finally:
-            reshard(module)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+    random = isolate_rng()
+    random.__enter__()
+    try:
+        yield
+    finally:
+        random.__exit__(None, None, None)  # after an exception of its own it would leave the random state
+        reshard(module)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def reshard(module: nn.Module) -> None:

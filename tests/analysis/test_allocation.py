@@ -1,0 +1,242 @@
+"""Attention allocation equals what the eager model's probabilities say, in every family.
+
+Shape letters: B batch, T tokens, H heads, S segments.
+"""
+
+import copy
+import math
+
+import families
+import pytest
+import torch
+from helpers import batch, llama, snapshot
+
+import tokendrop as td
+from tokendrop.analysis import attention_seen as seen_by
+from tokendrop.analysis.allocation import SEGMENTS, borders, segments_of
+from tokendrop.layout import Segment
+
+BASE = llama(spread=0.2)
+MADE = batch(["ttiiitttt", "tiittiit", "ttttt", "tttiii"], "uudg", side="left")
+
+
+def run(model):
+    return lambda made: model(made.ids, attention_mask=made.mask, use_cache=False)
+
+
+def probabilities(made):
+    """What the untouched eager model returns, for each layer (B, H, T, T)."""
+    with torch.no_grad():
+        model = llama("eager", spread=0.2)
+        return model(made.ids, attention_mask=made.mask, use_cache=False, output_attentions=True).attentions
+
+
+def by_hand(attentions, made, segments, counted):
+    """Alpha by the paper's formula, in Python's own loops: task -> layer -> segment."""
+    found = {}
+    for task in dict.fromkeys(made.tasks):
+        layers = []
+        for seen in attentions:
+            sums, rows = [0.0] * len(SEGMENTS), 0
+            for sample, name in enumerate(made.tasks):
+                for i in range(seen.shape[2]) if name == task else ():
+                    if counted[sample, i]:
+                        rows += 1
+                        for j in range(seen.shape[3]):
+                            sums[segments[sample, j]] += seen[sample, :, i, j].sum().item()
+            layers.append([one / (rows * seen.shape[1]) for one in sums])
+        found[task] = layers
+    return found
+
+
+@pytest.mark.parametrize("rows", ["all", "output"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("chunk", [1, 4, 256])
+def test_it_is_the_papers_formula(rows, attention, chunk, monkeypatch):
+    monkeypatch.setattr(seen_by, "CHUNK", chunk)
+    made = batch(["ttiiitttt", "tiittiit", "tttiii"], "uug", side="left")
+    model = llama(attention, spread=0.2)
+    found = td.attention_allocation(model, [made], lambda one: one.layout(), rows, loss=run(model))
+    trained = torch.zeros_like(made.image)
+    trained[:, :-1] = made.labels[:, 1:] != -100
+    counted = made.real if rows == "all" else trained
+    expected = by_hand(probabilities(made), made, segments_of(made.layout()), counted)
+    assert found.tasks == tuple(expected)
+    assert found.segments == ("system", "image", "instruction", "output")
+    for task, share in zip(found.tasks, found.share, strict=True):
+        assert torch.allclose(share, torch.tensor(expected[task], dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(found.share.sum(-1), torch.ones(2, 4, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", sorted(families.FAMILIES))
+def test_every_family_equals_its_eager_model(name, attention, padding):
+    data = families.batch(name, padding)
+    layout = td.TokenLayout(data.image, "u", padding=data.real)
+    with torch.no_grad():
+        true = families.model(name, "eager")(**data.inputs, output_attentions=True).attentions
+    into = torch.nn.functional.one_hot(segments_of(layout), len(SEGMENTS)).float()
+    true = [one.masked_fill(~data.real[:, None, :, None], 0).sum(2) for one in true]
+    expected = torch.stack([torch.einsum("bht,bts->hs", one, into) / data.real.sum() for one in true])
+    found = td.attention_allocation(families.model(name, attention), [data.inputs], lambda _: layout, heads=True)
+    assert torch.allclose(found.heads[0].float(), expected, atol=1e-5)
+    assert torch.equal(found.share, found.heads.mean(2))
+
+
+def test_several_batches_are_one():
+    one, two = batch(["ttiiitttt", "tiittiitt"], "uu"), batch(["tiiittttt"], "u", seed=3)
+    whole = batch(["ttiiitttt", "tiittiitt", "tiiittttt"], "uuu")
+    whole.ids = torch.cat([one.ids, two.ids])
+    model = copy.deepcopy(BASE)
+    apart, together = (
+        td.attention_allocation(model, made, lambda given: given.layout(), loss=run(model))
+        for made in ([one, two], [whole])
+    )
+    assert torch.allclose(apart.share, together.share, atol=1e-7)
+
+
+def test_a_kernel_that_cannot_be_seen_is_run_as_sdpa():
+    expected = td.attention_allocation(BASE, [MADE], lambda made: made.layout(), loss=run(BASE))
+    model = copy.deepcopy(BASE)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "flash_attention_2"
+    found = td.attention_allocation(model, [MADE], lambda made: made.layout(), loss=run(model))
+    assert torch.equal(found.share, expected.share)
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
+def test_a_dropped_model_is_measured_dense():
+    expected = td.attention_allocation(BASE, [MADE], lambda made: made.layout(), loss=run(BASE))
+    model = copy.deepcopy(BASE)
+    td.apply(model, {"u": td.HiMix(), "g": td.HMGen("1:3")})
+    found = td.attention_allocation(model, [MADE], lambda made: made.layout(), loss=run(model))
+    assert torch.equal(found.share, expected.share)
+
+
+def test_nothing_is_left_on_the_model():
+    model = copy.deepcopy(BASE).train()
+    before, state = snapshot(model), torch.get_rng_state()
+    td.attention_allocation(model, [MADE], lambda made: made.layout(), loss=run(model))
+
+    def fails(made):
+        torch.rand(3)
+        model(made.ids)
+        raise KeyError("user")
+
+    with pytest.raises(KeyError, match="user"):
+        td.attention_allocation(model, [MADE], lambda made: made.layout(), loss=fails)
+    assert snapshot(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert torch.equal(run(model)(MADE).logits, run(BASE)(MADE).logits)
+
+
+def test_an_exception_inside_a_layer_ends_the_watching():
+    model = copy.deepcopy(BASE)
+    before = snapshot(model)
+    broken = model.model.layers[2].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        td.attention_allocation(model, [MADE], lambda made: made.layout(), loss=run(model))
+    broken.remove()
+    assert len(torch.overrides._get_current_function_mode_stack()) == 0
+    assert snapshot(model) == before
+
+
+def test_memory_grows_with_a_chunk_of_rows(monkeypatch):
+    monkeypatch.setattr(seen_by, "CHUNK", 8)
+    sizes = []
+
+    def sink(layer, start, seen):
+        sizes.append(seen.shape)
+
+    made = batch(["t" * 10 + "i" * 40 + "t" * 14], "u")
+    with torch.no_grad(), seen_by.attention_seen(BASE.model.layers, 64, sink):
+        run(BASE)(made)
+    assert sizes == [(1, 4, 8, 64)] * (8 * 4)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_heat_maps_are_means_of_blocks(blocks):
+    made = batch(["ttiiitttt"], "u")
+    labels = torch.full_like(made.labels, -100).index_fill(1, torch.tensor([7, 8]), 3)
+    layout = made.layout(labels=labels)
+    found = td.attention_allocation(BASE, [made], lambda _: layout, blocks=blocks, loss=run(BASE))
+    seen = torch.stack([one[0].mean(0) for one in probabilities(made)])
+    tokens = seen.shape[1]
+    cut = [[t for t in range(tokens) if t * blocks // tokens == block] for block in range(blocks)]
+    for layer in range(4):
+        for i, rows in enumerate(cut):
+            for j, columns in enumerate(cut):
+                expected = seen[layer][rows][:, columns].mean()
+                assert found.maps["u"].values[layer, i, j] == pytest.approx(expected.item(), abs=1e-6)
+    assert [name for _, name in found.maps["u"].borders] == ["system", "image", "instruction", "output"]
+
+
+def test_borders_lie_where_a_segment_begins():
+    assert borders(torch.tensor([0, 0, 1, 1, 3, 3, 3, 3]), 4) == ((0.0, "system"), (1.0, "image"), (2.0, "output"))
+
+
+def test_segments_follow_from_images_and_labels():
+    made = batch(["ttiiitttt", "ttttiiiii", "ttttttttt"], "ugd")
+    labels = torch.full_like(made.labels, -100)
+    labels[0, 7:], labels[1, 4:], labels[2, 6:] = 1, 2, 3
+    said = ["".join("SIQO"[one] for one in row) for row in segments_of(made.layout(labels=labels)).tolist()]
+    assert said == ["SSIIIQQOO", "QQQQIIIII", "QQQQQQOOO"]
+    own = torch.full_like(made.labels, int(Segment.SYSTEM))
+    assert torch.equal(segments_of(made.layout(segments=own)), own)
+
+
+def test_the_figure_shows_every_task_and_layer():
+    found = td.attention_allocation(BASE, [MADE], lambda made: made.layout(), blocks=4, loss=run(BASE))
+    figure = found.plot()
+    assert len(figure.axes) >= 5 * len(found.tasks)
+    titles = " ".join(axes.get_title() for axes in figure.axes)
+    assert all(f"{task}, layer 1" in titles and f"{task}, layer 3" in titles for task in found.tasks)
+    (line, *_), at = figure.axes[2].get_lines(), found.tasks[0]
+    assert list(line.get_ydata()) == found.share[found.tasks.index(at), :, 0].tolist()
+    assert len(td.attention_allocation(BASE, [MADE], lambda made: made.layout(), loss=run(BASE)).plot().axes) == 9
+
+
+def test_it_is_plain_values():
+    found = td.attention_allocation(BASE, [MADE], lambda made: made.layout(), loss=run(BASE)).to_dict()
+    assert set(found["share"]) == {"u", "d", "g"}
+    assert all(math.isclose(sum(layer), 1, rel_tol=1e-5) for layers in found["share"].values() for layer in layers)
+
+
+def test_advice_is_that_of_the_advisor():
+    made = [batch(["tt" + "i" * 12 + "tttt"] * 2, "uu"), batch(["tttt" + "i" * 12] * 2, "gg")]
+    model = copy.deepcopy(BASE)
+
+    def loss(one):
+        logits = model(one.ids, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), one.labels[:, 1:].flatten())
+
+    found = td.attention_allocation(model, made, lambda one: one.layout(task=one.tasks[0]), loss=loss)
+    advice = found.advise(budget=0.7)
+    assert set(advice.plans) == {"u", "g"}
+    assert all(plan.flops_ratio <= 0.7 for plans in advice.plans.values() for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"rows": "some"}, td.MethodError, "rows='some'"),
+        ({"batches": []}, td.LayoutError, "no row to count in 0 batches"),
+        ({"rows": "output", "labels": None}, td.LayoutError, "give batches with labels"),
+    ],
+)
+def test_bad_input(given, error, message):
+    def layout(made):
+        return made.layout(labels=given.get("labels", made.labels))
+
+    with pytest.raises(error, match=message):
+        td.attention_allocation(BASE, given.get("batches", [MADE]), layout, given.get("rows", "all"), loss=run(BASE))
+
+
+def test_attention_that_cannot_be_seen_is_refused():
+    model = copy.deepcopy(BASE)
+    model.model.layers[1].forward = lambda hidden, **_: hidden
+    with pytest.raises(td.UnsupportedError, match="layer 1 ran without"):
+        td.attention_allocation(model, [MADE], lambda made: made.layout(), loss=run(model))

@@ -1,0 +1,206 @@
+"""Attention allocation: how much of a model's attention goes to each segment, layer by layer.
+
+Shape letters: B batch, T tokens, C rows of a chunk, H heads, S segments, L layers, N blocks of a heat map.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokendrop.analysis.attention_seen import attention_seen
+from tokendrop.engine.decoder import find_layers
+from tokendrop.engine.handle import Handle
+from tokendrop.errors import LayoutError, MethodError
+from tokendrop.layout import IGNORED, Segment, TokenLayout
+from tokendrop.synergy.evaluate import preserved
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tokendrop.analysis.advice import Advice
+
+SEGMENTS = tuple(one.name.lower() for one in Segment)
+Loss = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Attention of one sample, averaged over heads and over N x N blocks of rows and columns.
+
+    Args:
+        values: (L, N, N) float32, a block's mean probability.
+        borders: the first row of each run of a segment, with its name, in blocks.
+    """
+
+    values: Tensor
+    borders: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The share of attention that each segment gets.
+
+    Args:
+        share: (tasks, L, S) float64; each [task, layer] sums to 1.
+        tasks: names, in order.
+        segments: names, in order.
+        heads: (tasks, L, H, S) float64, the same of each head; None where it was not asked for.
+        maps: task -> heat map of its first sample; empty where it was not asked for.
+    """
+
+    share: Tensor
+    tasks: tuple[str, ...]
+    segments: tuple[str, ...] = SEGMENTS
+    heads: Tensor | None = None
+    maps: Mapping[str, HeatMap] = field(default_factory=dict)
+    _measured: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+
+    def plot(self) -> "Figure":
+        """Pies of a shallow and of the last layer, a line for each segment over depth, and the heat maps there are."""
+        from tokendrop.analysis.allocation_plot import plot
+
+        return plot(self)
+
+    def advise(self, budget: float = 0.5) -> "Advice":
+        """What to drop on this model and these batches; see `tokendrop.analysis.advisor.advise`."""
+        from tokendrop.analysis.advisor import advise
+
+        model, batches, layout, loss = self._measured
+        return advise(model, batches, layout, budget, loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        tasks = {task: share.tolist() for task, share in zip(self.tasks, self.share, strict=True)}
+        return {"segments": list(self.segments), "share": tasks}
+
+
+def attention_allocation(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layout: Callable[[Any], TokenLayout],
+    rows: Literal["all", "output"] = "all",
+    heads: bool = False,
+    blocks: int = 0,
+    loss: Loss | None = None,
+    layers: str | None = None,
+) -> Allocation:
+    """The share of attention that each segment gets in each layer of the dense model, by task.
+
+    alpha[l, s] = sum over h, counted rows i and j in s of A[l, h, i, j] / (H * counted rows)
+
+    Rows are recomputed from queries and keys in chunks, so memory grows with C x T. A dropped model is run dense.
+
+    Args:
+        model: any module with one decoder.
+        batches: what `model` is called with as keywords, unless `loss` says otherwise.
+        layout: batch -> TokenLayout. Without segments, images are IMAGE, labelled text OUTPUT, text before the first
+            image SYSTEM, or INSTRUCTION where that image is trained, and other text INSTRUCTION.
+        rows: "all" counts every row but padding; "output" those whose output is trained, labels[t + 1] != -100.
+        heads: also keep each head's.
+        blocks: N of the heat maps; 0 for none.
+        loss: batch -> anything, which runs the model.
+        layers: dotted path of the decoder's layer list, where inspection finds several.
+
+    Raises:
+        LayoutError: no batches, no counted row, or no tasks.
+        MethodError: unknown `rows`.
+        UnsupportedError: attention that cannot be seen.
+
+    Source: arXiv 2606.01503 section 3; the division by the number of rows is ours.
+    """
+    if rows not in ("all", "output"):
+        raise MethodError(f"rows={rows!r}: expected 'all' or 'output'")
+    batches, found = list(batches), find_layers(model, layers)[1]
+    run: Loss = loss or (lambda batch: model(**batch))
+    drop = next((one for one in model.modules() if isinstance(one, Handle)), None)
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    maps: dict[str, HeatMap] = {}
+    for batch in batches:
+        made = layout(batch)
+        each = _Batch(made, rows, len(found), blocks if blocks and made.tasks[0] not in maps else 0)
+        dense = nullcontext() if drop is None else drop.disabled()
+        with torch.no_grad(), preserved(model), dense, attention_seen(found, made.image.shape[1], each.add):
+            run(batch)
+        for sample, task in enumerate(made.tasks):
+            name = task or "all"
+            sums[name] = sums.get(name, 0) + each.sums[:, sample]
+            counts[name] = counts.get(name, 0) + int(each.counted[sample].sum())
+        if each.map is not None:
+            maps[made.tasks[0] or "all"] = HeatMap(each.map, borders(each.segments[0], blocks))
+    empty = [name for name, count in counts.items() if count == 0]
+    if not counts or empty:
+        raise LayoutError(
+            f"rows={rows!r}: found no row to count in {len(batches)} batches of the tasks {empty or list(counts)}; "
+            "give batches with labels, or rows='all'"
+        )
+    each_head = torch.stack([sums[name] / counts[name] for name in sums])
+    kept = each_head if heads else None
+    return Allocation(each_head.mean(2), tuple(sums), SEGMENTS, kept, maps, (model, batches, layout, loss))
+
+
+class _Batch:
+    """Sums over the counted rows of one batch, (L, B, H, S) float64."""
+
+    def __init__(self, layout: TokenLayout, rows: str, depth: int, blocks: int) -> None:
+        self.segments = segments_of(layout)
+        self.into = torch.nn.functional.one_hot(self.segments, len(SEGMENTS)).float()
+        real = torch.ones_like(layout.image) if layout.padding is None else layout.padding
+        self.counted = real if rows == "all" else _trained(layout)
+        self.depth, self.blocks, self.sums = depth, blocks, torch.zeros(0)
+        tokens = layout.image.shape[1]
+        self.map = torch.zeros(depth, blocks, blocks) if blocks else None
+        self.block = torch.arange(tokens) * blocks // tokens if blocks else None
+
+    def add(self, layer: int, start: int, seen: Tensor) -> None:
+        """The probabilities (B, H, C, T) of rows from `start` on."""
+        stop = start + seen.shape[2]
+        if self.sums.numel() == 0:
+            self.sums = torch.zeros(self.depth, len(seen), seen.shape[1], len(SEGMENTS), dtype=torch.float64)
+        counted = self.counted[:, start:stop].to(seen.device)
+        # A row that may see nothing is no number, and is never counted.
+        seen = seen.masked_fill(~counted[:, None, :, None], 0)
+        into = torch.einsum("bhct,bts->bhs", seen, self.into.to(seen.device))
+        self.sums[layer] += into.double().cpu()
+        if self.map is not None and self.block is not None:
+            size = torch.bincount(self.block, minlength=self.blocks).clamp(min=1)
+            rows = torch.zeros(self.blocks, seen.shape[3]).index_add(0, self.block[start:stop], seen[0].mean(0).cpu())
+            self.map[layer].index_add_(1, self.block, rows)
+            if stop == len(self.block):
+                self.map[layer] /= size[:, None] * size
+
+
+def segments_of(layout: TokenLayout) -> Tensor:
+    """(B, T) int64 of `Segment`: the layout's own, or those that follow from images and labels.
+
+    Example:
+        >>> image = torch.tensor([[False, True, False, False]])
+        >>> segments_of(TokenLayout(image, labels=torch.tensor([[-100, -100, -100, 7]]))).tolist()
+        [[0, 1, 2, 3]]
+    """
+    if layout.segments is not None:
+        return layout.segments.long()
+    image = layout.image
+    labelled = torch.zeros_like(image) if layout.labels is None else layout.labels != IGNORED
+    before = image.long().cumsum(1) == 0
+    generated = (image & labelled).any(1, keepdim=True) | ~image.any(1, keepdim=True)
+    segments = torch.where(before & ~generated, Segment.SYSTEM, Segment.INSTRUCTION)
+    return segments.masked_fill(labelled, Segment.OUTPUT).masked_fill(image, Segment.IMAGE)
+
+
+def _trained(layout: TokenLayout) -> Tensor:
+    trained = torch.zeros_like(layout.image)
+    if layout.labels is not None:
+        trained[:, :-1] = layout.labels[:, 1:] != IGNORED
+    return trained
+
+
+def borders(segments: Tensor, blocks: int) -> tuple[tuple[float, str], ...]:
+    """Where runs of a segment begin in (T,) `segments`, in blocks, with their names."""
+    tokens: Sequence[int] = segments.tolist()
+    starts = [at for at, one in enumerate(tokens) if at == 0 or one != tokens[at - 1]]
+    return tuple((at * blocks / len(tokens), SEGMENTS[tokens[at]]) for at in starts)

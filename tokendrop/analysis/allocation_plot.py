@@ -1,0 +1,63 @@
+"""Figures of an attention allocation, like figures 2 and 3 of arXiv 2606.01503.
+
+Shape letters: L layers, N blocks of a heat map.
+"""
+
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from tokendrop.analysis.allocation import Allocation, HeatMap
+
+COLOURS = ("#8d99ae", "#ef8354", "#4f9d69", "#3d5a98")
+SHALLOW = 1
+FLOOR = 1e-5  # of the colour scale
+
+
+def plot(allocation: Allocation) -> Figure:
+    """A line of figures for each task: two pies, shares over depth, and two heat maps where there are any."""
+    columns = 5 if allocation.maps else 3
+    figure = Figure(figsize=(3.1 * columns, 3.0 * len(allocation.tasks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(allocation.tasks), columns, squeeze=False)
+    depth = allocation.share.shape[1]
+    shown = [min(SHALLOW, depth - 1), depth - 1]
+    for row, task in enumerate(allocation.tasks):
+        share = allocation.share[row]
+        for column, layer in enumerate(shown):
+            _pie(axes[row][column], share[layer].tolist(), allocation.segments, f"{task}, layer {layer}")
+        lines = axes[row][2]
+        for index, name in enumerate(allocation.segments):
+            lines.plot(
+                range(depth), share[:, index].tolist(), label=name, color=COLOURS[index], marker="o", markersize=3
+            )
+        lines.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), title=task)
+        lines.legend(fontsize="x-small")
+        for column, layer in enumerate(shown if allocation.maps else (), start=3):
+            _heat(axes[row][column], allocation.maps.get(task), layer)
+    return figure
+
+
+def _pie(axes: Any, shares: list[float], names: tuple[str, ...], title: str) -> None:
+    kept = [(share, name, colour) for share, name, colour in zip(shares, names, COLOURS, strict=True) if share > 0]
+    values, labels, colours = zip(*kept, strict=True)
+    axes.pie(values, labels=labels, colors=colours, autopct="%.0f%%", textprops={"fontsize": 7})
+    axes.set_title(title, fontsize=9)
+
+
+def _heat(axes: Any, found: HeatMap | None, layer: int) -> None:
+    axes.axis("off" if found is None else "on")
+    if found is None:
+        return
+    values = found.values[layer].clamp(min=FLOOR).tolist()
+    image = axes.imshow(values, norm=LogNorm(FLOOR, 1), cmap="magma")
+    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+    for at, _ in found.borders:
+        axes.axhline(at - 0.5, color="white", linewidth=0.6)
+        axes.axvline(at - 0.5, color="white", linewidth=0.6)
+    places, names = zip(*found.borders, strict=True)
+    axes.set_xticks(places, names, rotation=90, fontsize=6)
+    axes.set_yticks(places, names, fontsize=6)
+    axes.set_title(f"layer {layer}", fontsize=9)

@@ -1,0 +1,116 @@
+"""What the attention of decoder layers looks at, seen while a dense model runs, a chunk of rows at a time.
+
+Shape letters: B batch, T tokens, C rows of a chunk, H heads, G heads of keys and values, D hidden, L layers.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tokendrop.engine.attention import SOFTMAX, products
+from tokendrop.errors import UnsupportedError
+
+# From a layer, its first row, and the probabilities (B, H, C, T) of C rows from there on.
+Sink = Callable[[int, int, Tensor], None]
+CHUNK = 256
+
+
+class _Seen(TorchFunctionMode):
+    """Hands on the probabilities of the one attention that runs inside, in chunks of rows."""
+
+    def __init__(self, sink: Callable[[int, Tensor], None], tokens: int) -> None:
+        super().__init__()
+        self.sink, self.tokens, self.found = sink, tokens, False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self._chunks(args[0].shape[2], lambda start, stop: _logits(start, stop, *args, **kwargs))
+        elif func in SOFTMAX and args[0].dim() == 4:
+            self._chunks(args[0].shape[2], lambda start, stop: args[0][:, :, start:stop])
+        return func(*args, **kwargs)
+
+    @torch.no_grad()
+    def _chunks(self, rows: int, logits: Callable[[int, int], Tensor]) -> None:
+        if rows != self.tokens or self.found:
+            return
+        self.found = True
+        for start in range(0, rows, CHUNK):
+            self.sink(start, logits(start, min(start + CHUNK, rows)).float().softmax(-1))
+
+
+def _logits(
+    start: int,
+    stop: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **more: Any,
+) -> Tensor:
+    mask = (
+        None if attn_mask is None else attn_mask.expand(*attn_mask.shape[:-2], query.shape[2], -1)[..., start:stop, :]
+    )
+    if is_causal:
+        mask = torch.ones(stop - start, key.shape[2], dtype=torch.bool, device=query.device).tril(start)
+    return products(query[:, :, start:stop], key, value, mask, scale=more.get("scale"))
+
+
+@contextmanager
+def attention_seen(layers: nn.ModuleList, tokens: int, sink: Sink) -> Generator[None]:
+    """Hand the attention of every decoder layer that runs inside to `sink`, whatever the backend.
+
+    Layers whose attention is a kernel that cannot be seen run with sdpa instead, which computes the same.
+
+    Args:
+        layers: L, of an untouched or a disabled model.
+        tokens: T.
+        sink: called with the layer, the first row and their probabilities (B, H, C, T) in float32.
+
+    Raises:
+        UnsupportedError: a layer that ran without any attention that can be seen.
+
+    Source: ours.
+    """
+    running: dict[int, _Seen] = {}
+
+    def before(index: int, *_: Any) -> None:
+        running[index] = _Seen(lambda start, seen: sink(index, start, seen), tokens)
+        running[index].__enter__()
+
+    def after(index: int, *_: Any) -> None:
+        seen = running.pop(index, None)
+        if seen is None:
+            return
+        seen.__exit__(None, None, None)
+        if not seen.found:
+            raise UnsupportedError(
+                f"layer {index} ran without a scaled_dot_product_attention or softmax over its {tokens} rows, so its "
+                "attention was not seen; load the model with attn_implementation='sdpa'"
+            )
+
+    configs = {id(config): config for module in layers.modules() if (config := getattr(module, "config", None))}
+    with ExitStack() as stack:
+        for config in configs.values():
+            backend = getattr(config, "_attn_implementation", None)
+            if backend not in (None, "sdpa", "eager"):
+                stack.callback(setattr, config, "_attn_implementation", backend)
+                config._attn_implementation = "sdpa"
+        for index, layer in enumerate(layers):
+            hook = layer.register_forward_pre_hook(lambda *_, at=index: before(at))
+            stack.callback(hook.remove)
+            # Also after an exception, and outside checkpointing, which would not call it in a recompute.
+            stack.callback(layer.register_forward_hook(lambda *_, at=index: after(at), always_call=True).remove)
+        try:
+            yield
+        finally:
+            for seen in running.values():
+                seen.__exit__(None, None, None)
+            running.clear()
