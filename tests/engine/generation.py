@@ -29,6 +29,7 @@ METHODS: dict[str, Any] = {
     "pyramid_drop": td.PyramidDrop((1, 2, 4), (0.8, 0.5, 0.2)),
     "hidrop": td.HiDrop(1, (2, 3), (0.6, 2), 4),
     "duet_vlm": td.DuetVLM((1, 3), (0.5, 0)),
+    "svd_prune": td.SVDPrune(0.5, rank=2),
 }
 # Under the others a new image token would end with a stale state.
 MAKES_IMAGES = ("himix_range", "hmgen", "hmgen_first", "hmgen_shared")

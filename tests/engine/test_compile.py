@@ -31,7 +31,14 @@ METHODS: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     "method",
-    [td.HiMix(), td.HMGen("0:1"), td.Drop("0:1", keep=0.5), td.FastV(1), td.PyramidDrop((1,), (0.5,))],
+    [
+        td.HiMix(),
+        td.HMGen("0:1"),
+        td.Drop("0:1", keep=0.5),
+        td.FastV(1),
+        td.PyramidDrop((1,), (0.5,)),
+        td.SVDPrune(0.5),
+    ],
     ids=lambda m: type(m).__name__,
 )
 def test_one_graph_for_each_rounded_count(method):

@@ -41,6 +41,16 @@ METHODS: dict[str, Callable[[int, str], dict[str, Any]]] = {
     },
     "mixed": lambda n, own: {"u": td.HiMix(f"{max(n, 1)}:", own), "g": td.HMGen("1:4:2", own)},
 }
+# Of the image features or the vision encoder, from layer 0 on.
+VISION: dict[str, dict[str, Any]] = {
+    "svd_prune": {"u": td.SVDPrune(0.5, rank=1)},
+    "svd_prune_mixed": {"u": td.SVDPrune(3, energy=0.5), "g": td.HMGen("1:4:2")},
+    "vscan": {"u": td.VScan(0.5, (2,), (0.5,), -1, -1, 1)},
+    "vscan_mixed": {"u": td.VScan(3, (), (), -1, -1, 2), "g": td.HMGen("1:4:2")},
+    "duet_vlm": {"u": td.DuetVLM((2, 4), (0.5, 0), 0.25, 0.25, 2, -1)},
+}
+# Those with a vision encoder whose patches, or squares of them, are the image tokens.
+ENCODERS = ("janus", "llava", "qwen2_5_vl")
 SHOWN = {
     "himix": ["HiMix"],
     "himix_range": ["HiMix"],
@@ -74,7 +84,7 @@ class Case:
         self, name: str, method: str, attention: str = "sdpa", padding: str | None = None, separate: str = "none"
     ) -> None:
         self.base, self.data = model(name, attention), batch(name, padding)
-        self.methods = METHODS[method](FAMILIES[name].first, separate)
+        self.methods = VISION[method[1:]] if method[0] == "@" else METHODS[method](FAMILIES[name].first, separate)
         if name == "gpt2" and attention == "eager" and "u" in self.methods:
             self.skip_old_gpt2()
         tasks = (list(self.methods) * 2)[:2]
@@ -163,6 +173,21 @@ def test_the_engine_equals_the_reference(
     assert dense.gradient_error(expected) > 1000 * TOLERANCE
     for column in SHOWN[method]:
         cell(name, column)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    # Qwen3-VL adds visual features behind its first two layers, so none may leave before.
+    [(name, f"@{m}") for name in NAMES for m in VISION if name in ENCODERS or (m[:3] == "svd" and name != "qwen3_vl")],
+)
+def test_methods_before_the_first_layer(name: str, method: str, attention: str, padding: str | None) -> None:
+    case = Case(name, method, attention, padding)
+    dense, expected, (found, _) = case.run(case.base), case.expected(), case.dropped()
+    assert found.error(expected) < TOLERANCE
+    assert found.gradient_error(expected) < TOLERANCE
+    assert dense.error(expected) > 1000 * TOLERANCE
 
 
 @pytest.mark.parametrize("score", ["attention", "value_norm", "similarity", "leverage"])

@@ -35,6 +35,8 @@ def test_the_published_schedules_keep_what_they_publish():
     assert average(hidrop((10, 14, 16, 18), 87)) == 48
     assert round(average(hidrop((10, 13, 16, 19), 453)), 2) == 80.03
     assert average(td.DuetVLM(), 307) == 191.75
+    assert average(td.DuetVLM(dominant=300)) == 191.75
+    assert average(td.VScan()) == 64
     assert counts(td.FastV(2, 0.5)) == [576] * 2 + [288] * 30
 
 
@@ -60,7 +62,32 @@ def test_whose_attention_scores():
     assert {(one.rows, one.layer) for one in queries[td.DuetVLM]} == {("prompt", 16)}
 
 
-@pytest.mark.parametrize("method", [td.FastV(), td.PyramidDrop(), td.HiDrop(), td.DuetVLM()], ids=str)
+def test_each_layer_of_the_methods_that_begin_before_layer_0():
+    assert counts(td.VScan()) == [96] * 16 + [32] * 16
+    assert counts(td.DuetVLM(dominant=300)) == [307] * 16 + [153] * 8 + [0] * 8
+    assert counts(td.SVDPrune()) == [32] * 32
+    assert counts(td.SVDPrune(1 / 3)) == [192] * 32
+    # Of Qwen2.5-VL: 11.1 % on average, shares of what is left.
+    qwen = td.VScan(0.167, (14,), (0.333,), 7, -1, 4)
+    assert sum(counts(qwen, 10000, 28)) / 28 == pytest.approx(1113, abs=1)
+    assert counts(td.VScan(), 7) == [7] * 32
+    roles = {layer.image for method in (td.VScan(), td.SVDPrune()) for layer in method.route(LAYERS)}
+    assert roles == {Role.GONE}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        td.FastV(),
+        td.PyramidDrop(),
+        td.HiDrop(),
+        td.DuetVLM(),
+        td.DuetVLM(dominant=300),
+        td.VScan(),
+        td.SVDPrune(),
+    ],
+    ids=str,
+)
 def test_a_schedule_goes_from_all_to_the_method(method):
     seen = [counts(method, strength=strength) for strength in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert seen[0] == [IMAGES] * LAYERS
@@ -74,6 +101,8 @@ METHODS = {
     "pyramid_drop": td.PyramidDrop((1, 2, 3), (0.8, 0.5, 0.3)),
     "hidrop": td.HiDrop(1, (1, 2), (0.6, 2), 3),
     "duet_vlm": td.DuetVLM((1, 3), (0.5, 0)),
+    "svd_prune": td.SVDPrune(0.4),
+    "svd_prune_count": td.SVDPrune(3, rank=2),
 }
 SAMPLES = ["ttiiiiiiittt", "tiiittiiiitt", "tttitttttttt", "tttttttttttt"]
 
@@ -157,6 +186,16 @@ REFUSED = {
     "exit": (lambda: td.HiDrop(exit=18), td.LayerRangeError, "exit=18: expected"),
     "bool": (lambda: td.HiDrop(True), td.LayerRangeError, "entry=True"),
     "short": (lambda: td.HiDrop().route(20), td.LayerRangeError, "a stage at layer 24, but the decoder has 20 layers"),
+    "vision keep": (lambda: td.VScan(1.5), td.MethodError, "keep=1.5: expected a share"),
+    "window": (lambda: td.VScan(window=0), td.MethodError, "window=0: expected 1 or more"),
+    "first": (lambda: td.VScan(4, (0,), (1,)), td.LayerRangeError, "text_layers=(0,): tokens leave before layer 0"),
+    "vision first": (lambda: td.DuetVLM((0,), (1,), 4), td.LayerRangeError, "begin at 1 or later"),
+    "kinds": (lambda: td.DuetVLM(dominant=0.5), td.MethodError, "dominant=0.5, contextual=7: expected two counts or"),
+    "sum": (lambda: td.DuetVLM(dominant=0.7, contextual=0.6), td.MethodError, "keep=1.2999999999999998: expected a"),
+    "width": (lambda: td.DuetVLM(cluster_width=True), td.MethodError, "cluster_width=True: expected 1 or more"),
+    "rank": (lambda: td.SVDPrune(rank=0), td.MethodError, "rank=0: expected 1 or more"),
+    "energy": (lambda: td.SVDPrune(energy=1.0), td.MethodError, "energy=1.0: expected a share in (0, 1) as a float"),
+    "late": (lambda: td.VScan().route(16), td.LayerRangeError, "a stage at layer 16, but the decoder has 16 layers"),
     "score": (lambda: td.Drop(":", 0.5, "looks"), td.MethodError, "score='looks' is unknown; use one of 'random'"),
 }
 

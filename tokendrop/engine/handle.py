@@ -7,6 +7,7 @@ import uuid
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from tokendrop.engine.decoder import LayerSpec, find_layers, is_sharded
 from tokendrop.engine.plan import Plan, Planner
 from tokendrop.engine.state import Frame, frames
 from tokendrop.engine.swap import restore
-from tokendrop.engine.vision import Encoder
+from tokendrop.engine.vision import Encoder, Seen
 from tokendrop.errors import (
     AppliedError,
     LayoutError,
@@ -93,7 +94,9 @@ class Handle(nn.Module):
         self.check_sharding()
         plan = self.plan(layout)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
-        frame = Frame(layout, plan, at, first, encode=None if self.encoder is None else self.encoder.encoded)
+        seen = Seen()
+        encode = None if self.encoder is None else partial(self.encoder.encoded, seen)
+        frame = Frame(layout, plan, at, first, seen=seen, encode=encode)
         if self.labelled_logits:
             frame.labelled = head.LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1

@@ -18,8 +18,8 @@ from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, S
 
 # From a group, its scoring rows and its live tokens (B, T), to what these rows look at in the layer about to be called.
 Look = Callable[[Group, Rows, Tensor], Attention]
-# From layers of the vision encoder and the image tokens (B, T), what it says of them.
-Encode = Callable[[tuple[int, ...], Tensor], Encoded]
+# From layers of the vision encoder, the image tokens (B, T) and how often each row is repeated, what it says of them.
+Encode = Callable[[tuple[int, ...], Tensor, int], Encoded]
 
 
 class Selections:
@@ -44,7 +44,8 @@ class Selections:
         self.plan, self.scoring, self.step, self.first, self.times = plan, scoring, step, first, times
         self.losses: list[Tensor] = []
         self.scale: Tensor | None = None
-        self.encode, self.merges = encode, list[tuple[Tensor, Merge]]()
+        self.encode = encode
+        self.merges: list[tuple[Tensor, Merge]] = []
         self.alive = plan.layout.image
         self.seen: dict[tuple[Select, tuple[int, ...]], Attention] = {}
         self.made: dict[tuple[Select, tuple[int, ...]], Tensor] = {}
@@ -103,7 +104,8 @@ class Selections:
         if select.encoder and self.encode is not None:
             if not self.alive.any():
                 return candidates
-            encoded = self.encode(select.encoder, self.plan.layout.image).of(group.samples)
+            encoded = self.encode(select.encoder, self.plan.layout.image, self.times)
+            encoded = encoded.of(group.samples * len(encoded.place) // len(self.alive))
         looks = choice.kept, attention, encoded, router
         scoring = Scoring(states, candidates, samples, select.layer, select.seed, self.step, *looks)
         scores = select.score(scoring)

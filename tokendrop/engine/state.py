@@ -5,9 +5,7 @@ Shape letters: B batch, T tokens, M context rows, D hidden.
 
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +14,10 @@ from torch import Tensor, nn
 from tokendrop.engine import generate
 from tokendrop.engine.calls import Made
 from tokendrop.engine.plan import Plan, Span
-from tokendrop.engine.selection import Selections
+from tokendrop.engine.selection import Encode, Selections
 from tokendrop.engine.vision import Seen
 from tokendrop.errors import LayoutError
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import Encoded
 
 if TYPE_CHECKING:
     from tokendrop.engine.head import LabelledRows
@@ -68,8 +65,8 @@ class Frame:
         returns_tuple: whether the layers return one.
         labelled: the rows that the output head runs on; None for all.
         losses: of the routers in the last forward.
-        seen: what was seen of the vision encoder since the last forward.
-        encode: what it says of the image tokens, from what was seen; None where no method looks at it.
+        seen: what was seen of the vision encoder, when it last ran.
+        encode: what it says of the image tokens; None where no method looks at it.
     """
 
     layout: TokenLayout
@@ -83,7 +80,7 @@ class Frame:
     labelled: "LabelledRows | None" = None
     losses: list[Tensor] = field(default_factory=list)
     seen: Seen = field(default_factory=dict)
-    encode: Callable[..., Encoded] | None = None
+    encode: Encode | None = None
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A pre-hook of the input embeddings, which remembers the ids."""
@@ -93,9 +90,9 @@ class Frame:
     def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
         """Begin a forward."""
         times = plan.shape[0] // len(self.layout.image)
-        encode = None if self.encode is None else partial(self.encode, dict(self.seen))
-        self.seen.clear()
-        return Forward(plan, Selections(plan, self.plan.scoring, self.step, self.first, times, encode), cache, step)
+        return Forward(
+            plan, Selections(plan, self.plan.scoring, self.step, self.first, times, self.encode), cache, step
+        )
 
     @property
     def generates(self) -> bool:

@@ -107,18 +107,22 @@ class Encoder:
             module.__dict__["_tokendrop"] = find, layer, bool(names & {"class_embedding", "cls_token"})
             module.__class__ = swapped_class(_Watched, type(module))
 
-    def encoded(self, seen: Seen, layers: tuple[int, ...], image: Tensor) -> Encoded:
+    def encoded(self, seen: Seen, layers: tuple[int, ...], image: Tensor, times: int = 1) -> Encoded:
         """What was seen in some layers, at the image tokens (B, T).
+
+        A search repeats each row `times`; where the encoder ran before that, the result has each once.
 
         Raises:
             UnsupportedError: the encoder did not run, or made other tokens than these.
         """
-        count, found = int(image.sum()), [seen.get(self.layers[layer], ()) for layer in layers]
+        found = [seen.get(self.layers[layer], ()) for layer in layers]
         config, unit = self.config, (side := getattr(self.config, "spatial_merge_size", 1)) ** 2
         grid, pixels = seen.get("grid", (None, (0, 0, 0)))
         high, wide = config.patch_size if isinstance(config.patch_size, Sequence) else [config.patch_size] * 2
         sizes = [(1, pixels[-2] // high, pixels[-1] // wide)] * pixels[0] if grid is None else grid.tolist()
         place = places([(frames, rows // side, columns // side) for frames, rows, columns in sizes], image.device)
+        image = image[::times] if len(place) * times == int(image.sum()) else image
+        count = int(image.sum())
         counts = {len(place) * unit, *(sum(len(looked) for looked, _ in parts) for parts in found)}
         if counts != {count * unit}:
             raise UnsupportedError(
