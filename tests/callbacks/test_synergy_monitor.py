@@ -385,6 +385,14 @@ def test_a_line_left_unfinished(tmp_path):
     assert [one["step"] for one in read_history(path)] == [1, 3, 4]
 
 
+def test_a_run_that_goes_on_repeats_steps_and_counts_once(tmp_path):
+    path = tmp_path / "synergy.jsonl"
+    path.write_text("3\n[]\n\xff\n", encoding="latin-1")
+    for number, step in enumerate((2, 4, 6, 3, 4)):
+        append_history(path, {"step": step, "number": number})
+    assert [(one["step"], one["number"]) for one in read_history(path)] == [(2, 0), (3, 3), (4, 4)]
+
+
 def test_three_tasks(tmp_path):
     watch = td.SynergyMonitor(("u", "g", "v"), every_n_steps=1, history=str(tmp_path / "synergy.jsonl"))
     trainer(watch).fit(Still(), Batches(*(batch(n, "ugv"[n % 3]) for n in range(6))))

@@ -251,12 +251,27 @@ class SynergyMonitor(L.Callback):
             if self.events
             else {}
         )
-        return {"next_step": self.next_step, "events": self.events, "direct": dict(self.direct), **held}
+        more = {
+            "direct": {name: list(values) for name, values in self.direct.items()},
+            "seen": sorted(self._seen, key=str),
+        }
+        return {"next_step": self.next_step, "events": self.events, **more, **held}
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Here and not in state_dict, which knows no ranks: each has batches of its own, and one file holds them all.
+        checkpoint["callbacks"][self.state_key]["recent"] = self.recent.saved(trainer)
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.recent.load(trainer, checkpoint["callbacks"].get(self.state_key, {}).get("recent", []))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.next_step, self.events = state_dict["next_step"], state_dict["events"]
         self.direct = {name: list(values) for name, values in state_dict["direct"].items()}
+        self._seen.update(state_dict.get("seen", ()))
+        self.products.reset()
         for gram, share in zip(state_dict.get("grams", ()), state_dict.get("shares", ()), strict=True):
             self.products.update(gram, share)
 

@@ -17,7 +17,7 @@ from tokendrop.callbacks.batch import OURS, batch_layout
 from tokendrop.engine.decoder import decoders, find_layers
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, check_methods
-from tokendrop.errors import AppliedError, DecoderError, LayoutTypeError, MethodError
+from tokendrop.errors import AppliedError, DecoderError, LayoutTypeError, MethodError, UnsupportedError
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import Method, Schedule
 
@@ -143,7 +143,11 @@ class TokenDrop(L.Callback):
                 "configure_model, or give its layer list as layers='...'"
             )
         self.handle.check_sharding()
-        if self.schedule is not None and trainer.state.fn == "fit":
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not earlier: asking for the number of steps makes the loaders, whose place a checkpoint still has to restore.
+        if self.schedule is not None:
             self.schedule.strength(0, _total_steps(trainer, self.schedule))
 
     def _enter(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -170,6 +174,18 @@ class TokenDrop(L.Callback):
                 pl_module.log(
                     f"tokendrop/{kind}/{name}", value, on_step=training, on_epoch=not training, batch_size=plan.shape[0]
                 )
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        added = [name for name, _ in pl_module.named_parameters() if "tokendrop." in name]
+        saved = checkpoint.get("state_dict", {})
+        # Weights are filled in from the text's; what an optimiser remembers of weights that were not there is not.
+        if trainer.state.fn == "fit" and added and saved and not any("tokendrop." in name for name in saved):
+            raise UnsupportedError(
+                f"the checkpoint was made without the {len(added)} image-only projections that {self.methods} adds, so "
+                f"its optimiser states do not fit, from {added[0]!r} on; load its weights only, by "
+                "load_state_dict(checkpoint['state_dict']), and fit without ckpt_path"
+            )
 
     def _leave(self, *_: Any, **__: Any) -> None:
         self._entered.close()

@@ -23,13 +23,22 @@ def append_history(path: str | Path, event: dict[str, Any]) -> None:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """The events of a history, oldest first; a line that a broken run left unfinished is passed over."""
-    events = []
-    for line in Path(path).read_text().splitlines():
+    """The events of a history, oldest first.
+
+    A line that a broken run left unfinished is passed over. A run that goes on from a checkpoint repeats the steps
+    after it: only the last event of a step is given, and none that a run went back behind.
+    """
+    events: list[dict[str, Any]] = []
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(event, dict):
+            continue
+        while "step" in event and events and events[-1].get("step", -1) >= event["step"]:
+            events.pop()
+        events.append(event)
     return events
 
 
