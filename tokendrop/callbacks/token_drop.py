@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from tokendrop.analysis.flops import task_costs
 from tokendrop.callbacks.batch import OURS, batch_layout
+from tokendrop.callbacks.strategies import check_strategy
 from tokendrop.engine.decoder import decoders, find_layers
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, check_methods
@@ -78,13 +79,17 @@ class TokenDrop(L.Callback):
         others = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, TokenDrop) and one is not self]
         if others:
             raise AppliedError(f"the trainer has {len(others) + 1} TokenDrop callbacks; put all methods into one")
-        if not self._inject(pl_module):
+        if not self._inject(pl_module, trainer):
             for name in ("setup", "configure_model"):
-                self._inject_after(pl_module, name)
+                self._inject_after(pl_module, name, trainer)
 
-    def _inject(self, pl_module: L.LightningModule) -> bool:
+    def _inject(self, pl_module: L.LightningModule, trainer: L.Trainer) -> bool:
         handle = self._existing(pl_module)
-        if handle is None and self._has_decoder(pl_module):
+        if handle is not None:
+            check_strategy(trainer.strategy, handle.methods.values(), len(handle.layers))
+        elif self._has_decoder(pl_module):
+            num_layers = len(find_layers(pl_module, self.layers)[1])
+            check_strategy(trainer.strategy, check_methods(self.methods).values(), num_layers)
             handle = apply(pl_module, self.methods, self.layers, self.multiple, self.labelled_logits)
         if handle is not None and handle is not self.handle and self.schedule is not None:
             handle.strength = self.schedule.final
@@ -109,14 +114,14 @@ class TokenDrop(L.Callback):
             return False
         return True
 
-    def _inject_after(self, pl_module: L.LightningModule, name: str) -> None:
+    def _inject_after(self, pl_module: L.LightningModule, name: str, trainer: L.Trainer) -> None:
         # No hook lies between configure_model and the optimizers, so the method itself is wrapped on the instance.
         original = getattr(pl_module, name)
 
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
-            if self.handle is None and self._inject(pl_module):
+            if self.handle is None and self._inject(pl_module, trainer):
                 self._wrapped.close()
             return out
 
