@@ -31,8 +31,8 @@ def check_strategy(strategy: Any, methods: Iterable[Method | None], num_layers: 
         sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
         if sizes.get("tensor_parallel", 1) > 1:
             raise UnsupportedError(
-                f"{name} with tensor_parallel_size={sizes['tensor_parallel']}: ranks that share a batch see other heads "
-                "and would choose other tokens; set tensor_parallel_size=1"
+                f"{name} with tensor_parallel_size={sizes['tensor_parallel']}: ranks that share a batch hold different "
+                "heads and would choose other tokens; set tensor_parallel_size=1"
             )
     config = getattr(strategy, "config", None)
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
