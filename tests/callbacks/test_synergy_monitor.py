@@ -249,7 +249,7 @@ def test_a_loss_without_a_gradient(tmp_path):
 
 
 def test_no_parameter_of_that_name(tmp_path):
-    with pytest.warns(td.SynergyWarning, match=r"params=\['decoder'\]: no trained parameter of Still has such a name"):
+    with pytest.warns(td.SynergyWarning, match=r"params=\('decoder',\): no trained parameter of Still has such a name"):
         trainer(monitor(tmp_path, params=["decoder"])).fit(Still(), Batches(*(batch(n, "ug"[n % 2]) for n in range(4))))
 
 

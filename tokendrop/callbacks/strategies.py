@@ -28,7 +28,7 @@ def check_strategy(strategy: Any, methods: Iterable[Method | None], num_layers: 
     """
     name = type(strategy).__name__
     if isinstance(strategy, ModelParallelStrategy) and (mesh := strategy.device_mesh) is not None:
-        sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
+        sizes: dict[str, int] = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
         if sizes.get("tensor_parallel", 1) > 1:
             raise UnsupportedError(
                 f"{name} with tensor_parallel_size={sizes['tensor_parallel']}: ranks that share a batch hold different "

@@ -18,8 +18,16 @@ from tokendrop.callbacks.strategies import check_strategy
 from tokendrop.engine.decoder import decoders, find_layers
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, check_methods
-from tokendrop.errors import AppliedError, DecoderError, LayoutTypeError, MethodError, UnsupportedError
-from tokendrop.layout import TokenLayout
+from tokendrop.errors import (
+    AppliedError,
+    DecoderError,
+    LayoutTypeError,
+    MethodError,
+    UnsupportedError,
+    check_flag,
+    check_integer,
+)
+from tokendrop.layout import TokenLayout, id_tensor
 from tokendrop.roles import Method, Schedule
 
 
@@ -42,7 +50,8 @@ class TokenDrop(L.Callback):
             are then (1, N, V), of the N labelled rows.
 
     Raises:
-        MethodError: no methods, or something that is none.
+        MethodError: no methods, or something that is none; another argument that makes no sense.
+        LayoutTypeError: `image_ids` that are none.
 
     Example:
         >>> from tokendrop import HiMix
@@ -67,8 +76,16 @@ class TokenDrop(L.Callback):
         check_methods(methods)
         if layout is not None and not callable(layout):
             raise MethodError(f"layout: expected a function of the batch, or None; found {layout!r}")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise MethodError(f"schedule: expected a Schedule, or None; found {schedule!r}")
+        if layers is not None and not isinstance(layers, str):
+            raise MethodError(f"layers: expected the dotted path of a layer list, or None; found {layers!r}")
+        check_flag("consume", consume)
+        check_flag("labelled_logits", labelled_logits)
+        check_integer("multiple", multiple, 1)
+        image_ids = id_tensor(image_ids).tolist() if image_ids else []
         self.methods, self.layout, self.schedule = methods, layout, schedule
-        self.image_ids, self.consume, self.layers, self.multiple = tuple(image_ids or ()), consume, layers, multiple
+        self.image_ids, self.consume, self.layers, self.multiple = tuple(image_ids), consume, layers, multiple
         self.labelled_logits = labelled_logits
         self.handle: Handle | None = None
         self.current: TokenLayout | None = None  # of the last batch, for other callbacks

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine import head, projections
-from tokendrop.engine.decoder import LayerSpec, find_layers, is_sharded
+from tokendrop.engine.decoder import LayerSpec, check_module, find_layers, is_sharded
 from tokendrop.engine.plan import Plan, Planner
 from tokendrop.engine.span import Frame, frames
-from tokendrop.errors import AppliedError, LayoutError, LayoutTypeError, NoEffectWarning, UnsupportedError
+from tokendrop.errors import (
+    AppliedError,
+    LayoutError,
+    LayoutTypeError,
+    NoEffectWarning,
+    UnsupportedError,
+    check_integer,
+)
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import LayerRoute, Method, Route
 
@@ -80,6 +87,9 @@ class Handle(nn.Module):
         if self.owner._modules.get("tokendrop") is not self:
             raise AppliedError(f"this handle was removed from {type(self.owner).__name__}, which runs dense without it")
         self.check_sharding()
+        check_integer("first", first, 0, LayoutTypeError)
+        for part in (0, 0) if step is None else _pair(step):
+            check_integer("step", part, 0, LayoutTypeError)
         plan = self.plan(layout)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         frame = Frame(layout, plan, at, first)
@@ -163,6 +173,8 @@ class Handle(nn.Module):
         """What each layer computes on such tokens; `layout()` makes and enters it."""
         if not isinstance(layout, TokenLayout):
             raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
+        if layout.image.is_meta:
+            raise LayoutError("image: expected a tensor with values; found one on the meta device")
         routes, names = self.served(layout)
         return Planner(layout, routes, names, self.multiple, caching).plan()
 
@@ -201,6 +213,12 @@ class Handle(nn.Module):
         del model._modules["tokendrop"]
 
 
+def _pair(step: object) -> tuple[object, ...]:
+    if not isinstance(step, tuple) or len(step) != 2:
+        raise LayoutTypeError(f"step: expected the optimiser step and the micro-batch, two numbers; found {step!r}")
+    return step
+
+
 def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     added = cast(Handle, model.tokendrop)
     path, layers = f"{prefix}{added.path}", added.decoder_layers
@@ -229,6 +247,7 @@ def handle(model: nn.Module) -> Handle:
     Raises:
         AppliedError: the model is not dropped.
     """
+    check_module(model)
     for module in model.modules():
         if isinstance(module, Handle):
             return module
