@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokendrop.engine import head, projections
 from tokendrop.engine.decoder import LayerSpec, check_module, find_layers, is_sharded
 from tokendrop.engine.plan import Plan, Planner
-from tokendrop.engine.span import Frame, frames
+from tokendrop.engine.span import Frame, frames, this_thread
 from tokendrop.errors import (
     AppliedError,
     LayoutError,
@@ -211,6 +211,7 @@ class Handle(nn.Module):
         if self._hook is not None:
             self._hook.remove()
         del model._modules["tokendrop"]
+        this_thread.__dict__.get("frames", {}).pop(self.key, None)
 
 
 def _pair(step: object) -> tuple[object, ...]:
