@@ -43,7 +43,7 @@ def demo(
         with JobProgress(notices) as progress:
             finished = run_study(QUICK if quick else Study(), seeds, watch=progress.show)
     except (TokenDropError, OSError) as error:
-        notices.print(f"{type(error).__name__}: {error}", style="red")
+        notices.print(_said(error), style="red")
         raise typer.Exit(1) from error
     rows = finished.rows()
     text = json.dumps(rows, indent=1)
@@ -70,7 +70,7 @@ def inspect(
     try:
         found = inspect_model(model_from_config(config))
     except TokenDropError as error:
-        Console(stderr=True, markup=False).print(f"{type(error).__name__}: {error}", style="red")
+        Console(stderr=True, markup=False).print(_said(error), style="red")
         raise typer.Exit(1) from error
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
@@ -104,7 +104,7 @@ def synergy(
         for done, due, row in study_of.run_missing(study, seeds, more_seeds, out, made_where):
             notices.print(f"{done} of {due}: {row['name']}, seed {row['seed']}, {row['seconds']:.0f} s")
     except (TokenDropError, OSError) as error:
-        notices.print(f"{type(error).__name__}: {error}", style="red")
+        notices.print(_said(error), style="red")
         raise typer.Exit(1) from error
     rows = read_history(out / "rows.jsonl")
     flops = {name: summary.flops_ratio(study, name) for name in dict.fromkeys(row["name"] for row in rows)}
@@ -116,6 +116,12 @@ def synergy(
         print_table(screen, summary.configurations(rows, study), ["Means over seeds, 95 % intervals."])
         print_table(screen, summary.correlations(rows, study), ["Spearman's correlation over configurations."])
     notices.print(f"{out / 'rows.jsonl'} and {out / 'report.html'} written")
+
+
+def _said(error: Exception) -> str:
+    # What a file says may be in it: no control sequence of somebody else's reaches the terminal.
+    text = f"{type(error).__name__}: {error}"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class JobProgress(Progress):

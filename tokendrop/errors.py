@@ -53,6 +53,27 @@ class TaskLossError(TokenDropError, ValueError):
     """A task's loss or gradient of which nothing can be said."""
 
 
+def check_integer(
+    name: str, value: object, least: int | None = None, error: type[TokenDropError] = MethodError
+) -> None:
+    """Refuse what is no whole number, or one below `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        above = "" if least is None else f" of {least} or more"
+        raise error(f"{name}={value!r}: expected a whole number{above}")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise MethodError(f"{name}: expected a function; found {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False; other values would count as True in silence."""
+    if not isinstance(value, bool):
+        raise MethodError(f"{name}={value!r}: expected True or False")
+
+
 class SynergyWarning(UserWarning):
     """The tasks' gradients point away from each other, or cannot be compared."""
 

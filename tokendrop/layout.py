@@ -64,7 +64,18 @@ class TokenLayout:
         self._check("segments", self.segments, _INTEGERS, "integer")
         self._check("padding", self.padding, (torch.bool,), "bool")
         self._check("labels", self.labels, (torch.int64,), "int64")
+        self._check_values()
         self._check_task()
+
+    def _check_values(self) -> None:
+        ids, segments = self.image_ids, self.segments
+        if ids is not None and (not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS or ids.numel() == 0):
+            raise LayoutTypeError(f"image_ids: expected a (V,) integer tensor; found {_describe(ids)}")
+        # Elsewhere the values cost a synchronisation to look at.
+        if segments is not None and segments.device.type == "cpu":
+            low, high = map(int, segments.aminmax())
+            if low < 0 or high > max(Segment):
+                raise LayoutError(f"segments: expected values of Segment, 0 to {max(Segment):d}; found {low} to {high}")
 
     def _check(self, name: str, value: Tensor | None, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
         if value is None:
@@ -74,6 +85,8 @@ class TokenLayout:
         if value.shape != self.image.shape:
             shape = tuple(self.image.shape)
             raise LayoutError(f"{name}: expected the shape of image, {shape}; found {tuple(value.shape)}")
+        if value.device != self.image.device:
+            raise LayoutError(f"{name}: expected the device of image, {self.image.device}; found {value.device}")
 
     def _check_task(self) -> None:
         if self.task is None or isinstance(self.task, str):
@@ -132,7 +145,9 @@ class TokenLayout:
         """
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in _INTEGERS or input_ids.dim() != 2:
             raise LayoutTypeError(f"input_ids: expected a (B, T) integer tensor; found {_describe(input_ids)}")
-        values = _id_tensor(image_ids).to(input_ids.device)
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            raise LayoutTypeError(f"attention_mask: expected a (B, T) tensor; found {attention_mask!r}")
+        values = id_tensor(image_ids).to(input_ids.device)
         padding = None if attention_mask is None else attention_mask != 0
         return cls(torch.isin(input_ids, values), task, None, padding, labels, values)
 
@@ -201,7 +216,12 @@ def scoring_mask(layout: TokenLayout, kind: str) -> Tensor:
     return chosen | (last & ~chosen.any(1, keepdim=True))
 
 
-def _id_tensor(image_ids: object) -> Tensor:
+def id_tensor(image_ids: object) -> Tensor:
+    """Vocabulary ids as a (V,) tensor.
+
+    Raises:
+        LayoutTypeError: no ids, or other things.
+    """
     ids = image_ids
     if not isinstance(ids, Tensor):
         listed = list(ids) if isinstance(ids, Iterable) else [ids]

@@ -95,6 +95,34 @@ def test_bad_values_are_refused(init_args):
         parsed({"methods": {"u": bad}})
 
 
+WRONG = {
+    "no methods": ({}, "methods"),
+    "a method of a number": ({"methods": {"u": 3}}, "3"),
+    "an unknown class": ({"methods": {"u": {"class_path": "tokendrop.HiMax"}}}, "HiMax"),
+    "a class that is no method": (
+        {"methods": {"u": {"class_path": "os.system", "init_args": {"command": "no"}}}},
+        "os",
+    ),
+    "per-task without tasks": ({"methods": {**HIMIX, "init_args": {"separate": "per-task"}}}, "per-task"),
+    "an unknown argument": ({"methods": HIMIX, "keep": 3}, "keep"),
+    "a row count of text": ({"methods": HIMIX, "multiple": "many"}, "many"),
+    "a row count of zero": ({"methods": HIMIX, "multiple": 0}, "multiple=0"),
+    "image ids of text": ({"methods": HIMIX, "image_ids": ["a"]}, "a"),
+    "a negative schedule": ({"methods": HIMIX, "schedule": {"start": -3}}, "start=-3"),
+    "a schedule of text": ({"methods": HIMIX, "schedule": "late"}, "late"),
+    "a flag of text": ({"methods": HIMIX, "consume": "sometimes"}, "sometimes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_files_are_refused_with_the_value(case):
+    init_args, value = WRONG[case]
+    with pytest.raises((jsonargparse.ArgumentError, ValueError, TypeError)) as caught:
+        parsed(init_args)
+    assert value in str(caught.value)
+    assert parsed({"methods": HIMIX}).methods == td.HiMix("1:", separate="shared")
+
+
 YAML = """
 trainer:
   logger: false

@@ -249,7 +249,7 @@ def test_a_loss_without_a_gradient(tmp_path):
 
 
 def test_no_parameter_of_that_name(tmp_path):
-    with pytest.warns(td.SynergyWarning, match=r"params=\['decoder'\]: no trained parameter of Still has such a name"):
+    with pytest.warns(td.SynergyWarning, match=r"params=\('decoder',\): no trained parameter of Still has such a name"):
         trainer(monitor(tmp_path, params=["decoder"])).fit(Still(), Batches(*(batch(n, "ug"[n % 2]) for n in range(4))))
 
 
@@ -383,6 +383,14 @@ def test_a_line_left_unfinished(tmp_path):
     append_history(path, {"step": 3})
     append_history(path, {"step": 4})
     assert [one["step"] for one in read_history(path)] == [1, 3, 4]
+
+
+def test_a_run_that_goes_on_repeats_steps_and_counts_once(tmp_path):
+    path = tmp_path / "synergy.jsonl"
+    path.write_text("3\n[]\n\xff\n", encoding="latin-1")
+    for number, step in enumerate((2, 4, 6, 3, 4)):
+        append_history(path, {"step": step, "number": number})
+    assert [(one["step"], one["number"]) for one in read_history(path)] == [(2, 0), (3, 3), (4, 4)]
 
 
 def test_three_tasks(tmp_path):

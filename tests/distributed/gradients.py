@@ -5,6 +5,8 @@ Shape letters: B batch, T tokens.
 
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +15,13 @@ import torch.distributed as dist
 from ranks import RANKS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import tokendrop as td
 from tokendrop.engine import forward
@@ -30,7 +34,8 @@ class Case:
     """What each rank does in a step.
 
     Args:
-        wrap: "ddp", "fsdp", or "nothing", which averages nothing.
+        wrap: "ddp", "ddp-unused" with find_unused_parameters, "fsdp", "fsdp1" for the classic one, or "nothing", which
+            averages nothing.
         tasks: of the samples of each rank; "u" and "g" have methods, "dense" has none, "text" has no image either,
             "g-only" is "g" with nothing but image tokens.
         separate: image-only projections of both methods.
@@ -38,6 +43,7 @@ class Case:
         frozen: with an embedding that is not trained, so that CONTEXT states need no gradient.
         twins: "u" is HMGen as well, so that both tasks add the same shapes.
         scored: the method of "u", if it is another one.
+        micro: micro-batches whose gradients add up.
     """
 
     wrap: str
@@ -47,6 +53,7 @@ class Case:
     frozen: bool = False
     twins: bool = False
     scored: Any = None
+    micro: int = 1
 
     @property
     def methods(self) -> dict[str, Any]:
@@ -104,10 +111,12 @@ def batch(tasks: tuple[str, ...], first: int) -> tuple[Tensor, td.TokenLayout]:
     return ids, td.TokenLayout(image, names, labels=labels)
 
 
-def backward(model: nn.Module, drop: td.Handle, tasks: tuple[str, ...], first: int, scale: float) -> None:
-    """A step's gradients; the loss is a sum over rows, so that the union of batches is exact."""
-    ids, layout = batch(tasks, first)
-    with drop.layout(layout):
+def backward(
+    model: nn.Module, drop: td.Handle, tasks: tuple[str, ...], first: int, scale: float, micro: int = 0
+) -> None:
+    """A micro-batch's gradients; the loss is a sum over rows, so that the union of batches is exact."""
+    ids, layout = batch(tasks, first + 50 * micro)
+    with drop.layout(layout, (0, micro), first):
         logits = model(ids).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), layout.labels[:, 1:].flatten(), reduction="sum") / scale
         loss.backward()
@@ -116,7 +125,8 @@ def backward(model: nn.Module, drop: td.Handle, tasks: tuple[str, ...], first: i
 def alone(case: Case) -> dict[str, Tensor]:
     """The gradients of one process on both batches at once, with the mean over ranks."""
     model, drop = make(case)
-    backward(model, drop, case.tasks[0] + case.tasks[1], 0, SCALE * RANKS)
+    for micro in range(case.micro):
+        backward(model, drop, case.tasks[0] + case.tasks[1], 0, SCALE * RANKS, micro)
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -124,8 +134,13 @@ def wrapped(case: Case, model: LlamaForCausalLM) -> nn.Module:
     """The model as a user wraps it."""
     if case.wrap == "nothing":
         return model
-    if case.wrap == "ddp":
-        return DistributedDataParallel(model)
+    if case.wrap.startswith("ddp"):
+        return DistributedDataParallel(model, find_unused_parameters=case.wrap == "ddp-unused")
+    if case.wrap == "fsdp1":
+        policy = ModuleWrapPolicy([LlamaDecoderLayer])
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        )
     return shard(model, init_device_mesh("cpu", (RANKS,)))
 
 
@@ -138,22 +153,44 @@ def shard(model: LlamaForCausalLM, mesh: DeviceMesh) -> nn.Module:
 
 def whole(x: Tensor) -> Tensor:
     """All of a tensor that may be sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if isinstance(x, DTensor) else x if x is None else x.clone()
 
 
 def together(rank: int, case: Case) -> dict[str, Tensor]:
     """This rank's view of the averaged gradients."""
     model, drop = make(case)
     outer = wrapped(case, model)
-    for _ in range(2 if case.wrap == "ddp" else 1):  # DDP finds what a step left out only in the next one
+    for _ in range(2 if case.wrap.startswith("ddp") else 1):  # DDP finds what a step left out only in the next one
         outer.zero_grad()
-        backward(outer, drop, case.tasks[rank], 0 if rank == 0 else len(case.tasks[0]), SCALE)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        for micro in range(case.micro):
+            with accumulating(outer, micro < case.micro - 1):
+                backward(outer, drop, case.tasks[rank], 0 if rank == 0 else len(case.tasks[0]), SCALE, micro)
+    with summoned(outer):
+        grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
     missing: list[Any] = [None] * RANKS
     dist.all_gather_object(missing, [name for name, grad in grads.items() if grad is None])
     if any(missing):
         raise AssertionError(f"no gradient on rank 0 and 1 for {missing}")
-    return {name: whole(grad) for name, grad in grads.items()}
+    return {name.replace("_fsdp_wrapped_module.", ""): grad for name, grad in grads.items()}
+
+
+@contextmanager
+def accumulating(outer: nn.Module, more: bool) -> Iterator[None]:
+    """Communicate no gradients inside, where there are `more` micro-batches to come."""
+    if isinstance(outer, FSDPModule):
+        outer.set_requires_gradient_sync(not more)
+    with outer.no_sync() if more and hasattr(outer, "no_sync") else nullcontext():
+        yield
+
+
+@contextmanager
+def summoned(outer: nn.Module) -> Iterator[None]:
+    """Whole parameters and gradients inside, where classic FSDP has them in pieces."""
+    if not isinstance(outer, FullyShardedDataParallel):
+        yield
+        return
+    with FullyShardedDataParallel.summon_full_params(outer, with_grads=True):
+        yield
 
 
 def difference(rank: int, case: Case) -> float:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.analysis.attention_seen import attention_seen
-from tokendrop.engine.decoder import find_layers
+from tokendrop.engine.decoder import check_module, find_layers
 from tokendrop.engine.handle import Handle
-from tokendrop.errors import LayoutError, MethodError
+from tokendrop.errors import LayoutError, LayoutTypeError, MethodError, check_callable, check_flag, check_integer
 from tokendrop.layout import IGNORED, Segment, TokenLayout
 from tokendrop.synergy.evaluate import preserved
 
@@ -106,14 +106,21 @@ def attention_allocation(
         layers: dotted path of the decoder's layer list, where inspection finds several.
 
     Raises:
-        LayoutError: no batches, no counted row, or no tasks.
-        MethodError: unknown `rows`.
+        LayoutError: no batches, or no counted row.
+        LayoutTypeError: batches that are none.
+        MethodError: unknown `rows`, or another argument that makes no sense.
         UnsupportedError: attention that cannot be seen.
 
     Source: arXiv 2606.01503 section 3; the division by the number of rows is ours.
     """
-    if rows not in ("all", "output"):
-        raise MethodError(f"rows={rows!r}: expected 'all' or 'output'")
+    check_module(model)
+    check_rows(rows)
+    check_flag("heads", heads)
+    check_integer("blocks", blocks, 0)
+    check_callable("layout", layout)
+    check_callable("loss", loss or (lambda: None))
+    if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str):
+        raise LayoutTypeError(f"batches: expected a list of them, or a loader; found {batches!r}")
     batches, found = list(batches), find_layers(model, layers)[1]
     run: Loss = loss or (lambda batch: model(**batch))
     drop = next((one for one in model.modules() if isinstance(one, Handle)), None)
@@ -141,6 +148,16 @@ def attention_allocation(
     each_head = torch.stack([sums[name] / counts[name] for name in sums])
     kept = each_head if heads else None
     return Allocation(each_head.mean(2), tuple(sums), SEGMENTS, kept, maps, (model, batches, layout, loss))
+
+
+def check_rows(rows: object) -> None:
+    """Refuse an unknown choice of rows.
+
+    Raises:
+        MethodError: with the value.
+    """
+    if rows not in ("all", "output"):
+        raise MethodError(f"rows={rows!r}: expected 'all' or 'output'")
 
 
 class _Batch:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import lightning as L
 from typing_extensions import override
 
-from tokendrop.analysis.allocation import Allocation, attention_allocation
+from tokendrop.analysis.allocation import Allocation, attention_allocation, check_rows
 from tokendrop.callbacks.batch import batch_layout
 from tokendrop.callbacks.evaluation import model_loss
 from tokendrop.callbacks.token_drop import TokenDrop
-from tokendrop.errors import MethodError
+from tokendrop.errors import check_callable, check_integer
 from tokendrop.layout import TokenLayout
 
 
@@ -29,7 +29,7 @@ class AttentionAllocation(L.Callback):
         loss: (pl_module, batch) -> anything, which runs the model; `pl_module.model(**batch)` by default.
 
     Raises:
-        MethodError: fewer batches than one.
+        MethodError: an argument that makes no sense.
 
     Example:
         >>> AttentionAllocation(batches=4).batches
@@ -46,10 +46,10 @@ class AttentionAllocation(L.Callback):
         loss: Callable[[L.LightningModule, Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
-            raise MethodError(f"batches={batches!r}: expected a number of batches, 1 or more")
-        if rows not in ("all", "output"):
-            raise MethodError(f"rows={rows!r}: expected 'all' or 'output'")
+        check_integer("batches", batches, 1)
+        check_rows(rows)
+        for name, given in (("layout", layout), ("loss", loss)):
+            check_callable(name, given or batch_layout)
         self.batches, self.rows, self.layout, self.loss = batches, rows, layout, loss or model_loss
         self.allocation: Allocation | None = None
         self._held: list[tuple[Any, TokenLayout]] = []

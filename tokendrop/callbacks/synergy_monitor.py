@@ -18,7 +18,7 @@ from typing_extensions import override
 from tokendrop.callbacks.evaluation import Evaluation, model_loss
 from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks
 from tokendrop.callbacks.token_drop import TokenDrop
-from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError
+from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError, check_flag, check_integer
 from tokendrop.synergy.estimates import Estimate, jackknife
 from tokendrop.synergy.evaluate import local, preserved, shared_parameters, summed
 from tokendrop.synergy.gradients import Compressed, products
@@ -75,14 +75,20 @@ class SynergyMonitor(L.Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        names, params = _names("tasks", tasks), None if params is None else _names("params", params)
         if len(names) < 2 or len(set(names)) < len(names):
             raise MethodError(f"tasks={tasks!r}: expected two or more different names")
         for name, value in (("every_n_steps", every_n_steps), ("sketch", sketch), ("window", window)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise MethodError(f"{name}={value!r}: expected a number of 1 or more")
-        if affinity is not None and not affinity > 0:
+            if value is not None or name == "window":
+                check_integer(name, value, 1)
+        if affinity is not None and not (type(affinity) in (int, float) and 0 < affinity < math.inf):
             raise MethodError(f"affinity={affinity!r}: expected a learning rate above 0")
+        if loss is not None and not callable(loss):
+            raise MethodError(f"loss: expected a function of the module and the batch, or None; found {loss!r}")
+        if history is not None and not isinstance(history, str | Path):
+            raise MethodError(f"history: expected the path of a file, or None; found {history!r}")
+        check_integer("seed", seed)
+        check_flag("fidelity", fidelity)
         self.tasks, self.every_n_steps, self.loss, self.params = names, every_n_steps, loss or model_loss, params
         self.fidelity, self.affinity, self.sketch, self.history, self.seed = fidelity, affinity, sketch, history, seed
         self.products, self.recent = TaskProducts(names, window), Recent(names)
@@ -130,7 +136,7 @@ class SynergyMonitor(L.Callback):
         self._schedule(trainer, step, start)
         entry["seconds"] = time.perf_counter() - start
         if trainer.is_global_zero:
-            append_history(self._path(trainer), _plain(entry))
+            append_history(self._path(trainer), entry)
 
     def _measured(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batches: dict[str, list[TaskBatch]]
@@ -251,22 +257,33 @@ class SynergyMonitor(L.Callback):
             if self.events
             else {}
         )
-        return {"next_step": self.next_step, "events": self.events, "direct": dict(self.direct), **held}
+        more = {
+            "direct": {name: list(values) for name, values in self.direct.items()},
+            "seen": sorted(self._seen, key=str),
+        }
+        return {"next_step": self.next_step, "events": self.events, **more, **held}
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Here and not in state_dict, which knows no ranks: each has batches of its own, and one file holds them all.
+        checkpoint["callbacks"][self.state_key]["recent"] = self.recent.saved(trainer)
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.recent.load(trainer, checkpoint["callbacks"].get(self.state_key, {}).get("recent", []))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.next_step, self.events = state_dict["next_step"], state_dict["events"]
         self.direct = {name: list(values) for name, values in state_dict["direct"].items()}
+        self._seen.update(state_dict.get("seen", ()))
+        self.products.reset()
         for gram, share in zip(state_dict.get("grams", ()), state_dict.get("shares", ()), strict=True):
             self.products.update(gram, share)
 
 
-def _plain(value: Any) -> Any:
-    """A value of an entry as JSON: NaN is null, an estimate its three figures."""
-    if isinstance(value, Estimate):
-        return _plain({"value": value.value, "low": value.low, "high": value.high}) | {"resolved": value.resolved}
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _names(name: str, given: Any) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
+    if not names or not all(isinstance(one, str) for one in names):
+        raise MethodError(f"{name}={given!r}: expected names, as text")
+    return names

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from tokendrop.callbacks.batch import OURS
 from tokendrop.errors import BatchError
@@ -85,12 +86,9 @@ class Recent:
 
     def gathered(self, trainer: L.Trainer, device: torch.device) -> dict[str, list[TaskBatch]]:
         """Two batches of each task, the same on every rank; fewer where there are none yet."""
-        own = {task: list(held) for task, held in self.held.items()}
         if trainer.world_size == 1:
-            return own
-        sent = {task: [one.to(torch.device("cpu")) for one in held] for task, held in own.items()}
-        every: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(every, sent)
+            return {task: [one.to(device) for one in held] for task, held in self.held.items()}
+        every = _from_ranks({task: list(map(_on_cpu, held)) for task, held in self.held.items()})
         # Newest first, rank by rank: at one step ranks hold different samples.
         found: dict[str, list[TaskBatch]] = {}
         for task in self.tasks:
@@ -98,6 +96,45 @@ class Recent:
             newest = [held[back] for back in range(2) for held in age if len(held) > back]
             found[task] = [one.to(device) for one in newest[:2]]
         return found
+
+    def saved(self, trainer: L.Trainer) -> list[dict[str, list[Any]]]:
+        """The batches of each rank as plain data; none of a task whose batches are not made of it."""
+        own = {task: [_plain(one) for one in map(_on_cpu, held)] for task, held in self.held.items()}
+        own = {task: [] if None in held else held for task, held in own.items()}
+        return [own] if trainer.world_size == 1 else _from_ranks(own)
+
+    def load(self, trainer: L.Trainer, saved: list[dict[str, list[Any]]]) -> None:
+        """Take back what `saved` gave to as many ranks; with other ranks, or other tasks, begin anew."""
+        own = saved[trainer.global_rank] if len(saved) == trainer.world_size else {}
+        for task, held in self.held.items():
+            held.clear()
+            for inputs, layout in own.get(task, ()):
+                held.append(TaskBatch(inputs, None if layout is None else TokenLayout(**layout)))
+
+
+def _on_cpu(batch: TaskBatch) -> TaskBatch:
+    return batch.to(torch.device("cpu"))
+
+
+def _from_ranks(own: Any) -> list[Any]:
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, own)
+    return every
+
+
+def _plain(batch: TaskBatch) -> tuple[Any, dict[str, Any] | None] | None:
+    held = (batch.inputs, None if batch.layout is None else dict(vars(batch.layout)))
+    # Cloned: a view would bring all that it is a part of into the file.
+    return apply_to_collection(held, torch.Tensor, torch.clone) if is_plain(held) else None
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is read back by `torch.load(weights_only=True)`: tensors, text, numbers, dicts, lists, tuples."""
+    if type(value) is dict:
+        return all(is_plain(key) and is_plain(one) for key, one in value.items())
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (torch.Tensor, str, int, float, bool, bytes)
 
 
 def batch_tasks(batch: Any, size: int | None = None) -> tuple[str | None, ...]:

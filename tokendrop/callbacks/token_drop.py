@@ -14,11 +14,20 @@ from typing_extensions import override
 
 from tokendrop.analysis.flops import task_costs
 from tokendrop.callbacks.batch import OURS, batch_layout
+from tokendrop.callbacks.strategies import check_strategy
 from tokendrop.engine.decoder import decoders, find_layers
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, check_methods
-from tokendrop.errors import AppliedError, DecoderError, LayoutTypeError, MethodError
-from tokendrop.layout import TokenLayout
+from tokendrop.errors import (
+    AppliedError,
+    DecoderError,
+    LayoutTypeError,
+    MethodError,
+    UnsupportedError,
+    check_flag,
+    check_integer,
+)
+from tokendrop.layout import TokenLayout, id_tensor
 from tokendrop.roles import Method
 from tokendrop.schedule import Schedule
 
@@ -42,7 +51,8 @@ class TokenDrop(L.Callback):
             are then (1, N, V), of the N labelled rows.
 
     Raises:
-        MethodError: no methods, or something that is none.
+        MethodError: no methods, or something that is none; another argument that makes no sense.
+        LayoutTypeError: `image_ids` that are none.
 
     Example:
         >>> from tokendrop import HiMix
@@ -67,8 +77,16 @@ class TokenDrop(L.Callback):
         check_methods(methods)
         if layout is not None and not callable(layout):
             raise MethodError(f"layout: expected a function of the batch, or None; found {layout!r}")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise MethodError(f"schedule: expected a Schedule, or None; found {schedule!r}")
+        if layers is not None and not isinstance(layers, str):
+            raise MethodError(f"layers: expected the dotted path of a layer list, or None; found {layers!r}")
+        check_flag("consume", consume)
+        check_flag("labelled_logits", labelled_logits)
+        check_integer("multiple", multiple, 1)
+        image_ids = id_tensor(image_ids).tolist() if image_ids else []
         self.methods, self.layout, self.schedule = methods, layout, schedule
-        self.image_ids, self.consume, self.layers, self.multiple = tuple(image_ids or ()), consume, layers, multiple
+        self.image_ids, self.consume, self.layers, self.multiple = tuple(image_ids), consume, layers, multiple
         self.labelled_logits = labelled_logits
         self.handle: Handle | None = None
         self.current: TokenLayout | None = None  # of the last batch, for other callbacks
@@ -79,13 +97,17 @@ class TokenDrop(L.Callback):
         others = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, TokenDrop) and one is not self]
         if others:
             raise AppliedError(f"the trainer has {len(others) + 1} TokenDrop callbacks; put all methods into one")
-        if not self._inject(pl_module):
+        if not self._inject(pl_module, trainer):
             for name in ("setup", "configure_model"):
-                self._inject_after(pl_module, name)
+                self._inject_after(pl_module, name, trainer)
 
-    def _inject(self, pl_module: L.LightningModule) -> bool:
+    def _inject(self, pl_module: L.LightningModule, trainer: L.Trainer) -> bool:
         handle = self._existing(pl_module)
-        if handle is None and self._has_decoder(pl_module):
+        if handle is not None:
+            check_strategy(trainer.strategy, handle.methods.values(), len(handle.layers))
+        elif self._has_decoder(pl_module):
+            num_layers = len(find_layers(pl_module, self.layers)[1])
+            check_strategy(trainer.strategy, check_methods(self.methods).values(), num_layers)
             handle = apply(pl_module, self.methods, self.layers, self.multiple, self.labelled_logits)
         if handle is not None and handle is not self.handle and self.schedule is not None:
             handle.strength = self.schedule.final
@@ -110,14 +132,14 @@ class TokenDrop(L.Callback):
             return False
         return True
 
-    def _inject_after(self, pl_module: L.LightningModule, name: str) -> None:
+    def _inject_after(self, pl_module: L.LightningModule, name: str, trainer: L.Trainer) -> None:
         # No hook lies between configure_model and the optimizers, so the method itself is wrapped on the instance.
         original = getattr(pl_module, name)
 
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
-            if self.handle is None and self._inject(pl_module):
+            if self.handle is None and self._inject(pl_module, trainer):
                 self._wrapped.close()
             return out
 
@@ -144,7 +166,11 @@ class TokenDrop(L.Callback):
                 "configure_model, or give its layer list as layers='...'"
             )
         self.handle.check_sharding()
-        if self.schedule is not None and trainer.state.fn == "fit":
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not earlier: asking for the number of steps makes the loaders, whose place a checkpoint still has to restore.
+        if self.schedule is not None:
             self.schedule.strength(0, _total_steps(trainer, self.schedule))
 
     def _enter(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -171,6 +197,18 @@ class TokenDrop(L.Callback):
                 pl_module.log(
                     f"tokendrop/{kind}/{name}", value, on_step=training, on_epoch=not training, batch_size=plan.shape[0]
                 )
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        added = [name for name, _ in pl_module.named_parameters() if "tokendrop." in name]
+        saved = checkpoint.get("state_dict", {})
+        # Weights are filled in from the text's; what an optimiser remembers of weights that were not there is not.
+        if trainer.state.fn == "fit" and added and saved and not any("tokendrop." in name for name in saved):
+            raise UnsupportedError(
+                f"the checkpoint was made without the {len(added)} image-only projections that {self.methods} adds, so "
+                f"its optimiser states do not fit, from {added[0]!r} on; load its weights only, by "
+                "load_state_dict(checkpoint['state_dict']), and fit without ckpt_path"
+            )
 
     def _leave(self, *_: Any, **__: Any) -> None:
         self._entered.close()

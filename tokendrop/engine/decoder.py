@@ -163,13 +163,17 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     Raises:
         DecoderError: none found, several found, or nothing suitable at `path`.
     """
+    check_module(model)
     if path is not None:
         try:
             layers = model.get_submodule(path)
-        except AttributeError as error:
+        except (AttributeError, TypeError) as error:
             raise DecoderError(f"layers={path!r}: {type(model).__name__} has no such module; {error}") from error
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             raise DecoderError(f"layers={path!r}: expected a ModuleList with layers; found {type(layers).__name__}")
+        if len({type(layer) for layer in layers}) > 1:
+            names = sorted({type(layer).__name__ for layer in layers})
+            raise DecoderError(f"layers={path!r}: expected layers of one class; found {', '.join(names)}")
         return path, layers
     found = decoders(model)
     if not found:
@@ -181,6 +185,16 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         names = " and ".join(repr(name) for name, _ in found)
         raise DecoderError(f"{type(model).__name__} has {len(found)} decoders, {names}; choose one with layers='...'")
     return found[0]
+
+
+def check_module(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        DecoderError: with the value.
+    """
+    if not isinstance(model, nn.Module):
+        raise DecoderError(f"model: expected a torch.nn.Module with a decoder; found {model!r}")
 
 
 def decoders(model: nn.Module, causal: bool = True) -> list[tuple[str, nn.ModuleList]]:
@@ -241,14 +255,17 @@ def model_from_config(path: str) -> nn.Module:
     if not Path(path).exists():
         raise DecoderError(f"{path!r} does not exist; give the config.json of a Hugging Face model, or its folder")
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a file of somebody else's makes transformers raise
         raise DecoderError(f"{path!r} is no Hugging Face config: {error}") from error
     name = (config.architectures or [""])[0]
+    chosen = getattr(transformers, name, None) if isinstance(name, str) and name else None
     with torch.device("meta"):
-        if hasattr(transformers, name):
-            return getattr(transformers, name)(config)
         try:
-            return transformers.AutoModelForCausalLM.from_config(config)
-        except ValueError as error:
-            raise DecoderError(f"{path!r} names the architecture {name!r}, which transformers does not have") from error
+            if isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel):
+                return chosen(config)
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:  # likewise
+            raise DecoderError(
+                f"{path!r} names the architecture {name!r}, which transformers cannot make of it: {error}"
+            ) from error

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from tokendrop.engine.inject import Methods, apply
+from tokendrop.errors import DecoderError
 
 
 class DropLayers(nn.Module):
@@ -21,6 +22,7 @@ class DropLayers(nn.Module):
         multiple: as for `apply`.
 
     Raises:
+        DecoderError: no layers, or of several classes.
         UnsupportedError: a role that such layers cannot have.
 
     Example:
@@ -38,7 +40,10 @@ class DropLayers(nn.Module):
 
     def __init__(self, layers: Iterable[nn.Module], methods: Methods, multiple: int = 64) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        listed = list(layers) if isinstance(layers, Iterable) else [layers]
+        if not listed or not all(isinstance(layer, nn.Module) for layer in listed):
+            raise DecoderError(f"layers: expected modules, the layers of a decoder; found {layers!r}")
+        self.layers = nn.ModuleList(listed)
         apply(self, methods, layers="layers", multiple=multiple)
 
     def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:

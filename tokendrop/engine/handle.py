@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine import head, projections
-from tokendrop.engine.decoder import LayerSpec, find_layers, is_sharded
+from tokendrop.engine.decoder import LayerSpec, check_module, find_layers, is_sharded
 from tokendrop.engine.plan import Plan, Planner
-from tokendrop.engine.state import Frame, frames
+from tokendrop.engine.state import Frame, frames, this_thread
 from tokendrop.engine.swap import restore
 from tokendrop.engine.vision import Encoder, Seen
 from tokendrop.errors import (
@@ -26,6 +26,7 @@ from tokendrop.errors import (
     MissingLayoutError,
     NoEffectWarning,
     UnsupportedError,
+    check_integer,
 )
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import LayerRoute, Method, Route
@@ -92,6 +93,9 @@ class Handle(nn.Module):
         if self.owner._modules.get("tokendrop") is not self:
             raise AppliedError(f"this handle was removed from {type(self.owner).__name__}, which runs dense without it")
         self.check_sharding()
+        check_integer("first", first, 0, LayoutTypeError)
+        for part in (0, 0) if step is None else _pair(step):
+            check_integer("step", part, 0, LayoutTypeError)
         plan = self.plan(layout)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         seen = Seen()
@@ -197,6 +201,8 @@ class Handle(nn.Module):
         """What each layer computes on such tokens; `layout()` makes and enters it."""
         if not isinstance(layout, TokenLayout):
             raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
+        if layout.image.is_meta:
+            raise LayoutError("image: expected a tensor with values; found one on the meta device")
         routes, names = self.served(layout)
         return Planner(layout, routes, names, self.multiple, caching).plan()
 
@@ -233,6 +239,13 @@ class Handle(nn.Module):
         if self._hook is not None:
             self._hook.remove()
         del model._modules["tokendrop"]
+        this_thread.__dict__.get("frames", {}).pop(self.key, None)
+
+
+def _pair(step: object) -> tuple[object, ...]:
+    if not isinstance(step, tuple) or len(step) != 2:
+        raise LayoutTypeError(f"step: expected the optimiser step and the micro-batch, two numbers; found {step!r}")
+    return step
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -263,6 +276,7 @@ def handle(model: nn.Module) -> Handle:
     Raises:
         AppliedError: the model is not dropped.
     """
+    check_module(model)
     for module in model.modules():
         if isinstance(module, Handle):
             return module

@@ -10,14 +10,22 @@ from typing import Any
 from torch import nn
 
 from tokendrop.engine import head, projections
-from tokendrop.engine.decoder import Binding, LayerSpec, deepstack_layers, find_layers, is_sharded, layer_spec
+from tokendrop.engine.decoder import (
+    Binding,
+    LayerSpec,
+    check_module,
+    deepstack_layers,
+    find_layers,
+    is_sharded,
+    layer_spec,
+)
 from tokendrop.engine.forward import run
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.span import WORK, call
 from tokendrop.engine.state import frames
 from tokendrop.engine.swap import Swapped, swapped_class
 from tokendrop.engine.vision import Encoder, Seen
-from tokendrop.errors import AppliedError, MethodError, UnsupportedError
+from tokendrop.errors import AppliedError, MethodError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import Method, Role, selections
 
 Methods = Method | Mapping[str, Method | None]
@@ -71,10 +79,11 @@ def apply(
     Source: ours.
     """
     checked = check_methods(methods)
+    check_module(model)
+    check_flag("labelled_logits", labelled_logits)
     if any(isinstance(module, Handle) for module in model.modules()):
         raise AppliedError(f"{type(model).__name__} is dropped already; call remove() on its handle first")
-    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
-        raise MethodError(f"multiple={multiple!r}: expected a row count, 1 or more")
+    check_integer("multiple", multiple, 1)
     if isinstance(model, nn.ModuleList | nn.Sequential):
         raise UnsupportedError(
             f"{type(model).__name__} is a container whose every child counts as a part of it; apply to the module that "

@@ -133,7 +133,7 @@ class _Roles:
             row[tokens] = True
         mask = _mask(named.get("attention_mask"), live, ~live, states, spec.backend(layer))
         named = named | {"attention_mask": mask, spec.cache or "": None}
-        rows = torch.tensor(self._rows(sample, queries.rows))
+        rows = torch.tensor(self._rows(sample, queries.rows), dtype=torch.int64)
         seen = probabilities(caught_logits(lambda: type(layer).forward(layer, states, **named)), live)
         values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
         valid = torch.ones(1, len(rows), dtype=torch.bool)

@@ -134,7 +134,7 @@ class Selections:
 
 
 def highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
-    """The candidates with the highest scores, `counts` in each sample; ties go to the earlier token.
+    """The candidates with the highest scores, `counts` in each sample; ties go to the earlier token, NaN is lowest.
 
     Args:
         scores: (B, T) float.
@@ -150,6 +150,9 @@ def highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
         [[False, True, False]]
     """
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    # Above the minus infinity of those that are no candidates, or one of them would be chosen instead.
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.nan_to_num(nan=lowest, neginf=lowest)
     order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
     first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
     return torch.zeros_like(candidates).scatter(1, order, first) & candidates

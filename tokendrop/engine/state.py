@@ -117,10 +117,10 @@ class Frame:
             )
 
 
-_local = threading.local()
+this_thread = threading.local()
 
 
 def frames(key: str) -> list[Frame | None]:
     """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
-    by_key: dict[str, list[Frame | None]] = _local.__dict__.setdefault("frames", {})
+    by_key: dict[str, list[Frame | None]] = this_thread.__dict__.setdefault("frames", {})
     return by_key.setdefault(key, [])

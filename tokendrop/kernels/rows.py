@@ -209,6 +209,8 @@ def gather_rotary(cos: Tensor, sin: Tensor, idx: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check(x: Tensor, idx: Tensor, shared: bool = False) -> None:
+    if not isinstance(x, Tensor):
+        raise LayoutTypeError(f"expected a (B, T, D) tensor of rows; found {x!r}")
     if not isinstance(idx, Tensor) or idx.dtype != torch.int64:
         raise LayoutTypeError(f"idx: expected int64; found {getattr(idx, 'dtype', type(idx).__name__)}")
     fits = x.dim() == 3 and idx.dim() == 2 and idx.shape[1] <= x.shape[1]
@@ -216,6 +218,8 @@ def _check(x: Tensor, idx: Tensor, shared: bool = False) -> None:
         raise LayoutError(
             f"expected rows (B, T, D) and indices (B, K) with K <= T; found {tuple(x.shape)} and {tuple(idx.shape)}"
         )
+    if idx.device != x.device:
+        raise LayoutError(f"idx: expected the device of the rows, {x.device}; found {idx.device}")
     if idx.numel() and not torch.compiler.is_compiling():
         _check_values(idx, x.shape[1])
 
@@ -237,6 +241,10 @@ def _check_values(idx: Tensor, tokens: int) -> None:
 
 
 def _check_rows(name: str, rows: Tensor, full: Tensor, idx: Tensor) -> None:
+    if not isinstance(rows, Tensor):
+        raise LayoutTypeError(f"{name}: expected a tensor; found {rows!r}")
+    if rows.device != full.device:
+        raise LayoutError(f"{name}: expected the device of full, {full.device}; found {rows.device}")
     if rows.dtype != full.dtype:
         raise LayoutTypeError(f"{name}: expected {full.dtype} as full; found {rows.dtype}")
     if rows.shape != (*idx.shape, full.shape[-1]):
@@ -245,6 +253,8 @@ def _check_rows(name: str, rows: Tensor, full: Tensor, idx: Tensor) -> None:
 
 
 def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise LayoutTypeError(f"{name}: expected a tensor of shape {expected}; found {x!r}")
     if x.shape != expected:
         raise LayoutError(f"{name}: expected {expected}; found {tuple(x.shape)}")
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, cast
 from torch import Tensor
 
 from tokendrop import scores
-from tokendrop.errors import MethodError
+from tokendrop.errors import MethodError, check_integer
 from tokendrop.roles import (
     Attention,
     LayerRoute,
@@ -86,7 +86,8 @@ class Drop:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_keep(self.keep)
-        if not callable(self.score) and self.score not in SCORES:
+        check_integer("seed", self.seed)
+        if not callable(self.score) and (not isinstance(self.score, str) or self.score not in SCORES):
             raise MethodError(
                 f"score={self.score!r} is unknown; use one of {', '.join(map(repr, SCORES))}, or a function"
             )

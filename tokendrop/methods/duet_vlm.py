@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokendrop import scores
-from tokendrop.errors import MethodError
+from tokendrop.errors import MethodError, check_integer
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_count, check_stages, staged
 from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, Separate
@@ -58,13 +58,14 @@ class DuetVLM:
     def __post_init__(self) -> None:
         check_stages(self, "text_layers", "text_keep", first=1 if self.dominant else 0)
         check_count(self.cluster_width, "cluster_width")
-        if self.dominant:
+        check_integer("vision_layer", self.vision_layer)
+        check_keep(self.contextual)
+        if self.dominant != 0 or not isinstance(self.dominant, int) or isinstance(self.dominant, bool):
             check_keep(self.dominant)
             if type(self.dominant) is not type(self.contextual):
                 raise MethodError(
                     f"dominant={self.dominant!r}, contextual={self.contextual!r}: expected two counts or two shares"
                 )
-            check_keep(self.contextual)
             check_keep(self.dominant + self.contextual)
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:

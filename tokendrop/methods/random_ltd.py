@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokendrop.errors import check_integer
 from tokendrop.methods.drop import SCORES, check_keep
 from tokendrop.roles import LayerRoute, Layers, Role, Route, Select, Separate, check_layers, layer_indices
 
@@ -38,6 +39,7 @@ class RandomLTD:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_keep(self.keep)
+        check_integer("seed", self.seed)
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor
 
 from tokendrop import scores
+from tokendrop.errors import check_flag, check_integer
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_count, check_stages, staged
 from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, Separate
@@ -55,6 +56,9 @@ class VScan:
         check_keep(self.keep)
         check_stages(self, "text_layers", "text_keep", first=1)
         check_count(self.window, "window")
+        check_integer("local_layer", self.local_layer)
+        check_integer("global_layer", self.global_layer)
+        check_flag("merge", self.merge)
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept counts."""

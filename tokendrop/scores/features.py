@@ -22,7 +22,7 @@ def similarity(states: Tensor, image: Tensor) -> Tensor:
 
     Source: ours.
     """
-    unit = F.normalize(states.detach().float(), dim=-1) * image[:, :, None]
+    unit = F.normalize(_finite(states), dim=-1) * image[:, :, None]
     own = unit.square().sum(-1)
     others = (unit @ unit.sum(1)[:, :, None])[:, :, 0] - own
     return -others / (image.sum(1, keepdim=True) - 1).clamp(min=1)
@@ -50,7 +50,7 @@ def leverage(states: Tensor, image: Tensor, rank: int | None = None, energy: flo
     Source: statistical leverage scores; as a choice of image tokens after arXiv 2604.11530, whose code is not released.
     """
     # Rows of zeros for other tokens change no other row of U.
-    matrix = states.detach().float() * image[:, :, None]
+    matrix = _finite(states) * image[:, :, None]
     left, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
     squares = singular.square()
     total = squares.sum(1, keepdim=True)
@@ -62,3 +62,8 @@ def leverage(states: Tensor, image: Tensor, rank: int | None = None, energy: flo
     largest = singular[:, :1] * max(matrix.shape[1:]) * torch.finfo(singular.dtype).eps
     used = used & (singular > largest)
     return (left.square() * used[:, None]).sum(-1).clamp(max=1) * image
+
+
+def _finite(states: Tensor) -> Tensor:
+    # One NaN would make all scores of its sample NaN, and the decomposition fail; what overflowed counts as zero.
+    return states.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -2,10 +2,12 @@
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokendrop.errors import BatchError
+from tokendrop.synergy.estimates import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,17 +21,26 @@ def append_history(path: str | Path, event: dict[str, Any]) -> None:
             file.seek(-1, io.SEEK_END)
             # A run that was killed may have left its last line unfinished.
             file.write(b"" if file.read() == b"\n" else b"\n")
-        file.write(json.dumps(event).encode() + b"\n")
+        file.write(json.dumps(_plain(event)).encode() + b"\n")
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """The events of a history, oldest first; a line that a broken run left unfinished is passed over."""
-    events = []
-    for line in Path(path).read_text().splitlines():
+    """The events of a history, oldest first.
+
+    A line that a broken run left unfinished is passed over. A run that goes on from a checkpoint repeats the steps
+    after it: only the last event of a step is given, and none that a run went back behind.
+    """
+    events: list[dict[str, Any]] = []
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(event, dict):
+            continue
+        while "step" in event and events and events[-1].get("step", -1) >= event["step"]:
+            events.pop()
+        events.append(event)
     return events
 
 
@@ -65,3 +76,14 @@ def heat_map(events: list[dict[str, Any]], pair: str) -> "Figure":
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def _plain(value: Any) -> Any:
+    """A value of an entry as JSON: NaN is null, an estimate its three figures."""
+    if isinstance(value, Estimate):
+        return _plain({"value": value.value, "low": value.low, "high": value.high}) | {"resolved": value.resolved}
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,55 @@
+"""What a method asks of a trainer's strategy, so that ranks with other batches stay together.
+
+Shape letters: L layers.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from tokendrop.errors import UnsupportedError
+from tokendrop.roles import Method, Role
+
+
+def check_strategy(strategy: Any, methods: Iterable[Method | None], num_layers: int) -> None:
+    """Refuse a strategy under which ranks would communicate in different orders, or choose different tokens.
+
+    DDP, FSDP and FSDP2 average gradients in an order that is theirs. ZeRO stage 2, and any with overlap_comm, fills its
+    buckets in the order in which gradients arrive; ZeRO stage 3 gathers a linear's weights at each of its calls.
+
+    Args:
+        strategy: of the trainer.
+        methods: of all tasks.
+        num_layers: L.
+
+    Raises:
+        UnsupportedError: with the strategy, and what to use instead.
+    """
+    name = type(strategy).__name__
+    if isinstance(strategy, ModelParallelStrategy) and (mesh := strategy.device_mesh) is not None:
+        sizes: dict[str, int] = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
+        if sizes.get("tensor_parallel", 1) > 1:
+            raise UnsupportedError(
+                f"{name} with tensor_parallel_size={sizes['tensor_parallel']}: ranks that share a batch hold different "
+                "heads and would choose other tokens; set tensor_parallel_size=1"
+            )
+    config = getattr(strategy, "config", None)
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict):
+        return
+    if zero.get("stage") == 3:
+        raise UnsupportedError(
+            f"{name} with ZeRO stage 3 gathers weights at each call of a linear, and ranks with other batches make "
+            "other calls; use FSDP2 by ModelParallelStrategy, or ZeRO stage 1"
+        )
+    if zero.get("stage") != 2 and not zero.get("overlap_comm"):
+        return
+    for method in methods:
+        if method is None:
+            continue
+        if method.separate != "none" or any(layer.image is Role.CONTEXT for layer in method.route(num_layers)):
+            raise UnsupportedError(
+                f"{name} with ZeRO stage {zero.get('stage')} sums gradients in the order in which they arrive, which "
+                f"under {method} depends on a rank's batch; use ZeRO stage 1 without overlap_comm, DDP or FSDP2"
+            )
