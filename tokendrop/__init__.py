@@ -1,5 +1,6 @@
 """Token dropping for training vision-language models: one Lightning callback, any decoder."""
 
+from tokendrop.analysis.flop_report import FlopReport, flops
 from tokendrop.analysis.inspection import Inspection, inspect
 from tokendrop.callbacks import SynergyMonitor, TokenDrop
 from tokendrop.engine.drop_layers import DropLayers
@@ -36,6 +37,7 @@ __all__ = [
     "DropLayers",
     "DuetVLM",
     "FastV",
+    "FlopReport",
     "HMGen",
     "Handle",
     "HiDrop",
@@ -61,6 +63,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedError",
     "apply",
+    "flops",
     "gather_tokens",
     "handle",
     "inspect",

@@ -4,38 +4,36 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, R scoring row
 """
 
 import copy
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from tokendrop.analysis.flops import LayerCost, counter, head_flops, output_head
-from tokendrop.engine.decoder import is_linear, linear_shape, model_from_config
+from tokendrop.analysis.flop_ledger import (
+    ATTENTION,
+    FFN,
+    HEAD,
+    OWN,
+    PARTS,
+    PROJECTIONS,
+    SCORING,
+    Parts,
+    counted_parts,
+)
+from tokendrop.analysis.flops import LayerCost, head_flops
+from tokendrop.engine.decoder import model_from_config
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import Methods, apply
 from tokendrop.engine.plan import Group, Plan, Planner
 from tokendrop.engine.rows import round_up
 from tokendrop.errors import LayoutError, UnsupportedError
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import LayerRoute
+from tokendrop.roles import LayerRoute, Route
 
-PROJECTIONS, OWN, ATTENTION, FFN, SCORING, HEAD = PARTS = (
-    "projections",
-    "image-only projections",
-    "attention",
-    "FFN",
-    "scoring",
-    "head",
-)
 LARGEST = 1 << 16
-Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,11 @@ class Cost:
 
     dense: int
     dropped: int
+
+    @property
+    def ratio(self) -> float:
+        """Dropped over dense."""
+        return self.dropped / self.dense
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class FlopReport:
         costs = [Cost(*(sum(one.values()) for one in pair)) for pair in zip(dense, dropped, strict=True)]
         parts = {part: Cost(*(sum(one.get(part, 0) for one in all_) for all_ in (dense, dropped))) for part in PARTS}
         total = Cost(sum(one.dense for one in costs), sum(one.dropped for one in costs))
-        return cls(total.dense, total.dropped, total.dropped / total.dense, tuple(costs[:-1]), parts)
+        return cls(total.dense, total.dropped, total.ratio, tuple(costs[:-1]), parts)
 
 
 def flops(
@@ -131,12 +134,12 @@ def flops(
     plan = drop.plan(layout)
     if counted:
         with fake, drop.disabled():
-            dense = _counted(drop, text + image, text + image, backward)
+            dense = counted_parts(drop, text + image, text + image, backward)
         with drop.layout(layout), fake:
-            return FlopReport.of(dense, _counted(drop, text + image, rows, backward))
+            return FlopReport.of(dense, counted_parts(drop, text + image, rows, backward))
     route = (LayerRoute(),) * len(drop.layers)
-    dense = _formula(drop, Planner(layout, [route], [None], multiple).plan(), [route], text + image, backward)
-    return FlopReport.of(dense, _formula(drop, plan, drop.served(layout)[0], rows, backward))
+    dense = _formula(drop, Planner(layout, [route], [None], multiple).plan(), route, text + image, backward)
+    return FlopReport.of(dense, _formula(drop, plan, drop.served(layout)[0][0], rows, backward))
 
 
 def _count(name: str, value: Any) -> int:
@@ -158,12 +161,14 @@ def _layout(text: int, image: int, before: int, task: str | None) -> TokenLayout
 def _weightless(source: Any) -> nn.Module:
     # A copy whose tensors have a shape and no memory; called where tensors are made fake.
     model = source if isinstance(source, nn.Module) else model_from_config(source)
-    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in model.parameters()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.is_floating_point()) for p in model.parameters()
+    }
     memo |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in model.buffers()}
     made = copy.deepcopy(model, memo)
     for module in [one for one in made.modules() if isinstance(one, Handle)]:
         module.remove()
-    return made
+    return made.eval()  # dropout would change the attention that runs on the CPU
 
 
 def _check(drop: Handle) -> None:
@@ -175,14 +180,14 @@ def _check(drop: Handle) -> None:
         raise UnsupportedError(f"FLOPs follow from the linears of a layer, but {refusal}; count a run of your model")
 
 
-def _formula(drop: Handle, plan: Plan, routes: Sequence[Sequence[LayerRoute]], rows: int, backward: bool) -> list[Parts]:
+def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) -> list[Parts]:
     costs = [LayerCost.of(layer, drop.spec) for layer in drop.decoder_layers]
     eager, times = drop.spec.backend(drop.decoder_layers[0]) == "eager", 3 if backward else 1
     found = []
-    for index, (cost, span, route) in enumerate(zip(costs, plan.span_of, routes[0], strict=True)):
+    for index, (cost, span, one) in enumerate(zip(costs, plan.span_of, route, strict=True)):
         (group,) = span.groups
         pairs = group.size * (group.size + group.context_size) if eager else group.pairs
-        own = _own_rows(group) * sum(cost.letters[letter] for letter in route.separate)
+        own = _own_rows(group) * sum(cost.letters[letter] for letter in one.separate)
         parts = {
             PROJECTIONS: times * (group.size * cost.attention_row + group.context_size * cost.context_row - own),
             OWN: times * own,
@@ -206,76 +211,3 @@ def _own_rows(group: Group) -> int:
     if split is None:
         return 0
     return sum(len(rows) for name, rows in zip(split.names, split.rows, strict=True) if name is not None)
-
-
-class _Ledger:
-    """FLOPs by layer and part: what runs inside a module is its label's, and so is the backward of that."""
-
-    def __init__(self, count: FlopCounterMode) -> None:
-        self.count, self.labels, self.known = count, [(-1, "")], 0
-        self.cells: Counter[tuple[int, str]] = Counter()
-
-    def settle(self) -> None:
-        """Book what was counted since the last time under the label that it ran under."""
-        total = self.count.get_total_flops()
-        self.cells[self.labels[-1]] += total - self.known
-        self.known = total
-
-    def watch(self, module: nn.Module, layer: int, part: str) -> None:
-        """Give all that runs inside a module a label."""
-
-        def begin(*_: Any) -> None:
-            self.settle()
-            # Only rows that score image tokens run without gradients.
-            self.labels.append((layer, part if torch.is_grad_enabled() else SCORING))
-
-        def end(*_: Any) -> None:
-            self.settle()
-            self.labels.pop()
-
-        module.register_forward_pre_hook(begin)
-        module.register_forward_hook(end, always_call=True)
-
-    def packed(self, saved: Tensor) -> tuple[Tensor, tuple[int, str]]:
-        """A tensor saved for the backward of an operator, with the label of its forward."""
-        return saved, self.labels[-1]
-
-    def unpacked(self, saved: tuple[Tensor, tuple[int, str]]) -> Tensor:
-        """The same, where that backward begins."""
-        self.settle()
-        self.labels[-1] = saved[1]
-        return saved[0]
-
-
-def _counted(drop: Handle, tokens: int, rows: int, backward: bool) -> list[Parts]:
-    layers, head = drop.decoder_layers, output_head(drop.owner)
-    decoder = drop.owner.get_submodule(drop.path.rpartition(".")[0])
-    width = linear_shape(drop.spec.linear(layers[0], "k"))[1]
-    states = torch.empty(1, tokens, width, requires_grad=True)
-    count = counter()
-    ledger = _Ledger(count)
-    for index, layer in enumerate(layers):
-        for name, module in layer.named_modules():
-            inside = name.partition(".")[0] == drop.spec.attention
-            if is_linear(module):
-                ledger.watch(module, index, PROJECTIONS if inside else FFN)
-            elif name == drop.spec.attention:
-                ledger.watch(module, index, ATTENTION)
-        for module in drop.sets(index).modules():
-            if is_linear(module):
-                ledger.watch(module, index, OWN)
-    with count, saved_tensors_hooks(ledger.packed, ledger.unpacked), torch.enable_grad():
-        # With a cache, which the engine leaves out of training, transformers looks for no borders of packed sequences.
-        out = decoder(inputs_embeds=states, use_cache=True)[0]
-        if head is not None:
-            ledger.watch(head, len(layers), HEAD)
-            out = head(out[:, :rows])
-        if backward:
-            out.sum().backward()
-    ledger.settle()
-    depth = len(layers)
-    found: list[Parts] = [{} for _ in range(depth + 1)]
-    for (layer, part), cost in ledger.cells.items():
-        if layer >= 0:
-            found[layer][part] = cost
-    return found
