@@ -168,7 +168,10 @@ def flop_table(report: "FlopReport") -> Table:
     equal: dict[Cost, list[int]] = {}
     for index, cost in enumerate(report.per_layer):
         equal.setdefault(cost, []).append(index)
-    names = {f"each of {len(one)} layers, {one[0]} to {one[-1]}": cost for cost, one in equal.items()}
+    names = {
+        f"each of {len(one)} layers, {one[0]} to {one[-1]}" if len(one) > 1 else f"layer {one[0]}": cost
+        for cost, one in equal.items()
+    }
     rows = [
         (name, f"{cost.dense / 1e9:,.2f}", f"{cost.dropped / 1e9:,.2f}", f"{cost.ratio:.3f}" if cost.dense else "-")
         for name, cost in (report.per_part | names | {"all": report}).items()

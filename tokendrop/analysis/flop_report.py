@@ -128,7 +128,7 @@ def flops(
     layout = _layout(text, image, before, task)
     rows = text + image if labelled is None else round_up(_count("labelled", labelled), text + image, multiple)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
+    with fake if counted else torch.device("meta"):
         drop = apply(_weightless(model_or_config), methods, layers, multiple)
     _check(drop)
     plan = drop.plan(layout)
@@ -159,7 +159,7 @@ def _layout(text: int, image: int, before: int, task: str | None) -> TokenLayout
 
 
 def _weightless(source: Any) -> nn.Module:
-    # A copy whose tensors have a shape and no memory; called where tensors are made fake.
+    # A copy whose tensors have a shape and no memory; called where tensors are made so.
     model = source if isinstance(source, nn.Module) else model_from_config(source)
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.is_floating_point()) for p in model.parameters()
