@@ -235,7 +235,7 @@ def test_what_is_refused():
     with pytest.raises(td.DecoderError, match="can be made of"):
         td.flops(config(rope_parameters={"rope_type": "none such"}), td.HiMix(), text=8, image=8)
     with pytest.raises(td.MethodError, match="multiple"):
-        td.flops(config(), td.HiMix(), text=8, image=8, multiple=0)
+        td.flops(config(), td.HiMix(), text=8, image=8, multiple=0, labelled=3)
     experts = hf.MixtralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     with pytest.raises(td.UnsupportedError, match="experts"):
         td.flops(experts, td.HMGen("1:"), text=8, image=8)
