@@ -112,6 +112,41 @@ def _synergy(make: Callable[[list[Row], dict[str, float]], Table]) -> str:
     return "".join(f"| {' | '.join(one)} |\n" for one in lines)
 
 
+FLOPS = {  # of docs/configs: image tokens of an image
+    "vila-u-like": 256,
+    "llava-1.5-7b": 576,
+    "janus-pro-7b": 576,
+    "qwen2.5-vl-7b": 1024,
+    "emu3": 4096,
+}
+FLOPS_METHODS = (
+    "HiMix",
+    'HMGen("8:24:2")',
+    "FastV",
+    "PyramidDrop",
+    "HiDrop",
+    "DuetVLM",
+    "RandomLTD",
+    'Drop(":", keep=0.25, score="norm")',
+)
+
+
+def flops() -> str:
+    """The forward of real models under each method, by formula."""
+    from tokendrop import flops
+    from tokendrop.engine.decoder import model_from_config
+    from tokendrop.methods.text import method_from_text
+
+    lines = ["| model | image tokens | method | dense TFLOPs | dropped TFLOPs | ratio |", "|---|---|---|---|---|---|"]
+    for name, image in FLOPS.items():
+        model = model_from_config(PAGES[0].parent / "docs" / "configs" / f"{name}.json")
+        for text in FLOPS_METHODS:
+            found = flops(model, method_from_text(text), text=64, image=image, before=32)
+            cells = name, image, f"`{text}`", *(f"{one / 1e12:.2f}" for one in (found.dense, found.dropped))
+            lines.append(f"| {' | '.join(map(str, cells))} | {found.ratio:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-32000": lambda: step(32000),
@@ -124,6 +159,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "synergy-table3": lambda: _synergy(synergy_summary.table),
     "synergy-configurations": lambda: _synergy(lambda rows, _: synergy_summary.configurations(rows, SynergyStudy())),
     "synergy-correlations": lambda: _synergy(lambda rows, _: synergy_summary.correlations(rows, SynergyStudy())),
+    "flops": flops,
 }
 
 

@@ -62,7 +62,19 @@ VISION_STAGES = (
     (td.MethodError, ["12", None, 3, (1,)]),
 )
 INDEX = (td.MethodError, [1.5, "0", None, True])
+TOKENS = (td.LayoutError, [-1, 1.5, "8", None, True])
 CATALOGUE = {
+    "flops.model_or_config": ((td.DecoderError, [None, 3, [BASE], "no/such/config.json", nn.Linear(2, 2)]),),
+    "flops.methods": (METHOD,),
+    "flops.text": (TOKENS, (td.LayoutError, [1 << 20])),
+    "flops.image": (TOKENS, (td.LayoutError, [1 << 20])),
+    "flops.task": ((td.LayoutTypeError, [3, b"u"]),),
+    "flops.before": (TOKENS, (td.LayoutError, [9])),
+    "flops.labelled": ((td.LayoutError, [-1, 1.5, "8", True]),),
+    "flops.multiple": (COUNT,),
+    "flops.backward": (FLAG,),
+    "flops.counted": (FLAG,),
+    "flops.layers": (PATH,),
     "AttentionAllocation.batches": (COUNT,),
     "AttentionAllocation.rows": (ROW_KINDS,),
     "AttentionAllocation.layout": (FUNCTION,),
@@ -189,7 +201,12 @@ CATALOGUE = {
         (td.LayoutError, [torch.ones(1, 1).bool()]),
     ),
 }  # fmt: skip
-MADE_BY_OTHERS = {"Allocation": "attention_allocation", "Handle": "apply", "Inspection": "inspect"}
+MADE_BY_OTHERS = {
+    "Allocation": "attention_allocation",
+    "FlopReport": "flops",
+    "Handle": "apply",
+    "Inspection": "inspect",
+}
 METHODS = {name for name, value in vars(td).items() if isinstance(value, type) and hasattr(value, "route")}
 GOOD = {
     "AttentionAllocation": {},
@@ -198,6 +215,7 @@ GOOD = {
         "batches": [{"input_ids": IMAGE.long()}],
         "layout": lambda _: td.TokenLayout(IMAGE, "u"),
     },
+    "flops": {"model_or_config": BASE, "methods": {"u": td.HiMix()}, "text": 8, "image": 8},
     "MixtureOfDepths": {},
     "SVDPrune": {"keep": 1, "rank": 1},
     "VScan": {"text_layers": (1, 2), "text_keep": (0.5, 0.25)},

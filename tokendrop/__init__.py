@@ -1,6 +1,7 @@
 """Token dropping for training vision-language models: one Lightning callback, any decoder."""
 
 from tokendrop.analysis.allocation import Allocation, attention_allocation
+from tokendrop.analysis.flop_report import FlopReport, flops
 from tokendrop.analysis.inspection import Inspection, inspect
 from tokendrop.callbacks import AttentionAllocation, SynergyMonitor, TokenDrop
 from tokendrop.engine.drop_layers import DropLayers
@@ -52,6 +53,7 @@ __all__ = [
     "DropLayers",
     "DuetVLM",
     "FastV",
+    "FlopReport",
     "HMGen",
     "Handle",
     "HiDrop",
@@ -81,6 +83,7 @@ __all__ = [
     "VScan",
     "apply",
     "attention_allocation",
+    "flops",
     "gather_tokens",
     "handle",
     "inspect",

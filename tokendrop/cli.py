@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.text import Text
 
 from tokendrop.analysis.report import Table, render
 from tokendrop.errors import TokenDropError
+
+if TYPE_CHECKING:
+    from tokendrop.analysis.flop_report import Cost, FlopReport
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -83,6 +86,48 @@ def inspect(
 
 
 @app.command()
+def flops(
+    config: Annotated[str, typer.Argument(help="config.json of a Hugging Face model, or the folder it is in.")],
+    method: Annotated[list[str], typer.Option(help="HiMix, 'HMGen(shallow=\"8:24:2\")'; for tasks, TASK=METHOD each.")],
+    text: Annotated[int, typer.Option(help="Text tokens: system, instruction and output.")],
+    image: Annotated[int, typer.Option(help="Image tokens.")],
+    task: Annotated[str | None, typer.Option(help="Which task's method.")] = None,
+    layers: Annotated[str | None, typer.Option(help="The method's layers, where it names none: 2:, 8:24:2.")] = None,
+    before: Annotated[int, typer.Option(help="Text tokens before the image.")] = 0,
+    labelled: Annotated[int | None, typer.Option(help="Rows of the head, as with labelled_logits.")] = None,
+    multiple: Annotated[int, typer.Option(help="Row counts are rounded up to it; 64 in training.")] = 1,
+    backward: Annotated[bool, typer.Option("--backward", help="Add the backward.")] = False,
+    counted: Annotated[bool, typer.Option("--counted", help="Count a run without weights, not by formula.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what a method saves in a real model, per layer and per part; weights are not needed."""
+    from tokendrop.analysis.flop_report import flops as count
+    from tokendrop.methods.text import methods_from_text
+
+    try:
+        report = count(
+            config,
+            methods_from_text(method, layers),
+            text,
+            image,
+            task,
+            before=before,
+            labelled=labelled,
+            multiple=multiple,
+            backward=backward,
+            counted=counted,
+        )
+    except TokenDropError as error:
+        Console(stderr=True, markup=False).print(f"{type(error).__name__}: {error}", style="red")
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=1))
+        return
+    note = f"{'Forward and backward' if backward else 'Forward'} of {text} text and {image} image tokens."
+    print_table(Console(), flop_table(report), [note])
+
+
+@app.command()
 def synergy(
     quick: Annotated[bool, typer.Option("--quick", help="Minutes; too short to judge quality.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the runs of the paper's Table 3.")] = 5,
@@ -122,6 +167,23 @@ def _said(error: Exception) -> str:
     # What a file says may be in it: no control sequence of somebody else's reaches the terminal.
     text = f"{type(error).__name__}: {error}"
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def flop_table(report: "FlopReport") -> Table:
+    """Parts, layers that cost the same, and the whole, in 10^9 FLOPs."""
+    equal: dict[Cost, list[int]] = {}
+    for index, cost in enumerate(report.per_layer):
+        equal.setdefault(cost, []).append(index)
+    names = {
+        f"each of {len(one)} layers, {one[0]} to {one[-1]}" if len(one) > 1 else f"layer {one[0]}": cost
+        for cost, one in equal.items()
+    }
+    rows = [
+        (name, f"{cost.dense / 1e9:,.2f}", f"{cost.dropped / 1e9:,.2f}", f"{cost.ratio:.3f}" if cost.dense else "-")
+        for name, cost in (report.per_part | names | {"all": report}).items()
+        if cost.dense or cost.dropped
+    ]
+    return Table(("", "dense GFLOPs", "dropped GFLOPs", "ratio"), rows)
 
 
 class JobProgress(Progress):

@@ -44,7 +44,7 @@ def forward_formula(drop, plan):
             rows = plan.shape[1] if group.active is None else group.active.index.shape[1]
             context = 0 if group.context is None else group.context.index.shape[1]
             total += (span.stop - span.start) * len(group.members) * layer.forward(rows, context)
-    return total + plan.shape[0] * plan.shape[1] * head_flops(drop)
+    return total + plan.shape[0] * plan.shape[1] * head_flops(drop.owner)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

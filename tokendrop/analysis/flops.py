@@ -4,10 +4,10 @@ One multiply-add is 2 FLOPs. Causal attention is counted in full, as every count
 Shape letters: B batch, T tokens, K computed rows, M context rows, D hidden, H heads, L layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,25 +59,33 @@ class LayerCost:
 
     Args:
         row: of a computed row in the layer's linears, 2 * weights.
-        context_row: of a context row in the key and value projections.
+        attention_row: of these, in the linears of its attention.
+        letters: of a row in the projections to "q", "k" and "v".
         pair: of a query and a key in attention, 4 * D.
         pair_backward: of a query and a key in the backward, 10 * D where scores are recomputed, else 8 * D.
     """
 
     row: int
-    context_row: int
+    attention_row: int
+    letters: Mapping[str, int]
     pair: int
     pair_backward: int
+
+    @property
+    def context_row(self) -> int:
+        """Of a context row in the key and value projections."""
+        return self.letters["k"] + self.letters["v"]
 
     @classmethod
     def of(cls, layer: nn.Module, spec: LayerSpec) -> "LayerCost":
         """The cost of a layer, from the shapes of its linears."""
-        weights = [prod(linear_shape(module)) for module in layer.modules() if is_linear(module)]
         widths = {"q": 0, "k": 0, "v": 0} if spec.separate_refusal() else spec.widths(layer)
         inputs = 0 if spec.separate_refusal() else linear_shape(spec.linear(layer, "k"))[1]
+        attention = getattr(layer, spec.attention or "", None)
         return cls(
-            row=2 * sum(weights),
-            context_row=2 * inputs * (widths["k"] + widths["v"]),
+            row=_linear_flops(layer),
+            attention_row=0 if attention is None else _linear_flops(attention),
+            letters={letter: 2 * inputs * width for letter, width in widths.items()},
             pair=4 * widths["q"],
             pair_backward=(8 if spec.backend(layer) == "eager" else 10) * widths["q"],
         )
@@ -91,6 +99,10 @@ class LayerCost:
         """FLOPs of the backward of the same, all weights trained."""
         pairs = rows * (rows + context) if pairs is None else pairs
         return 2 * (rows * self.row + context * self.context_row) + pairs * self.pair_backward
+
+
+def _linear_flops(module: nn.Module) -> int:
+    return 2 * sum(prod(linear_shape(one)) for one in module.modules() if is_linear(one))
 
 
 @dataclass(frozen=True)
@@ -158,15 +170,21 @@ _known: WeakKeyDictionary[Handle, tuple[LayerCost, int]] = WeakKeyDictionary()
 
 def _costs(handle: Handle) -> tuple[LayerCost, int]:
     if handle not in _known:
-        _known[handle] = LayerCost.of(handle.decoder_layers[0], handle.spec), head_flops(handle)
+        _known[handle] = LayerCost.of(handle.decoder_layers[0], handle.spec), head_flops(handle.owner)
     return _known[handle]
 
 
-def head_flops(handle: Handle) -> int:
+def head_flops(model: nn.Module) -> int:
     """FLOPs of a row in the forward of the output head, 2 * weights; 0 where the model has none."""
-    for module in handle.owner.modules():
+    head = output_head(model)
+    return 0 if head is None else 2 * cast(torch.Tensor, head.weight).numel()
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output head of a Hugging Face model anywhere in `model`, or None."""
+    for module in model.modules():
         find = getattr(module, "get_output_embeddings", None)
         head = find() if callable(find) else None
         if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor):
-            return 2 * head.weight.numel()
-    return 0
+            return head
+    return None

@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens, D hidden, L layers.
 """
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -240,32 +241,46 @@ def is_sharded(module: nn.Module) -> bool:
     return distributed is not None and any(isinstance(p, distributed.DTensor) for p in module.parameters())
 
 
-def model_from_config(path: str) -> nn.Module:
-    """A model without weights, on the meta device, from the config.json of a Hugging Face model.
+def model_from_config(config: Any) -> nn.Module:
+    """A model without weights, on the meta device.
 
     Args:
-        path: that file, or the folder it is in; nothing is downloaded.
+        config: a Hugging Face config, its config.json, or the folder that is in; nothing is downloaded.
 
     Raises:
-        DecoderError: no such file, or a model class that transformers does not have.
+        DecoderError: no such file, or nothing that transformers makes a model of.
     """
     import torch
     import transformers
 
-    if not Path(path).exists():
-        raise DecoderError(f"{path!r} does not exist; give the config.json of a Hugging Face model, or its folder")
+    named = repr(config) if isinstance(config, str | Path) else type(config).__name__
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if isinstance(config, str | Path):
+            if not Path(config).exists():
+                raise DecoderError(
+                    f"{named} does not exist; give the config.json of a Hugging Face model, or its folder"
+                )
+            config = transformers.AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+        if not isinstance(config, transformers.PretrainedConfig):
+            raise DecoderError(f"{named} is neither a model, nor a Hugging Face config, nor the path of one")
+        with torch.device("meta"):
+            return _built(copy.deepcopy(config))
+    except DecoderError:
+        raise
     except Exception as error:  # whatever a file of somebody else's makes transformers raise
-        raise DecoderError(f"{path!r} is no Hugging Face config: {error}") from error
+        raise DecoderError(f"{named} is no Hugging Face config that a model can be made of: {error}") from error
+
+
+def _built(config: Any) -> nn.Module:
+    import transformers
+
     name = (config.architectures or [""])[0]
-    chosen = getattr(transformers, name, None) if isinstance(name, str) and name else None
-    with torch.device("meta"):
+    found, reason = getattr(transformers, name, None) if isinstance(name, str) and name else None, ""
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found(config)
+    for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
         try:
-            if isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel):
-                return chosen(config)
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except Exception as error:  # likewise
-            raise DecoderError(
-                f"{path!r} names the architecture {name!r}, which transformers cannot make of it: {error}"
-            ) from error
+            return auto.from_config(config, trust_remote_code=False)
+        except ValueError as error:
+            reason = str(error)
+    raise DecoderError(f"no model for the architecture {config.architectures!r} of {type(config).__name__}: {reason}")

@@ -126,7 +126,8 @@ class Selections:
     def _learn(self, group: Group, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
         ones = router.new_ones(self.plan.shape) if self.scale is None else self.scale
         self.scale = ones.index_copy(0, group.samples, router.where(kept, 1.0))
-        self.losses.append(binary_cross_entropy_with_logits(router[candidates], kept[candidates].to(router.dtype)))
+        each = binary_cross_entropy_with_logits(router, kept.to(router.dtype), reduction="none")
+        self.losses.append(each.where(candidates, 0.0).sum() / candidates.sum())
 
     def _look(self, group: Group, queries: Queries, look: Look) -> Attention:
         rows = self.scoring[queries.rows].of(group.samples // self.times)

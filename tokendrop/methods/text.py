@@ -1,0 +1,64 @@
+"""Methods written as text, as a command line takes them."""
+
+import ast
+from collections.abc import Sequence
+from dataclasses import fields
+
+from tokendrop import methods
+from tokendrop.errors import MethodError
+from tokendrop.roles import Method
+
+
+def methods_from_text(texts: Sequence[str], layers: str | None = None) -> Method | dict[str, Method]:
+    """One method for whatever task, or task name -> method where each text begins with its task, as in 'u=HiMix'.
+
+    Args:
+        texts: see `method_from_text`.
+        layers: likewise, for all of them.
+
+    Raises:
+        MethodError: several methods without tasks, or a task twice; as `method_from_text`.
+
+    Example:
+        >>> methods_from_text(["understanding=HiMix(layers='2:')"])
+        {'understanding': HiMix(layers='2:', separate='none')}
+    """
+    pairs = [one.partition("=") if "=" in one.partition("(")[0] else ("", "", one) for one in texts]
+    found = {task.strip(): method_from_text(text, layers) for task, _, text in pairs}
+    if len(found) < len(texts) or ("" in found and len(found) > 1):
+        raise MethodError(f"found the methods {list(texts)}; give one, or one for each task as in 'task=HiMix'")
+    return found.get("", found)
+
+
+def method_from_text(text: str, layers: str | None = None) -> Method:
+    """The method that a name says, or a name with arguments; literals only, nothing is executed.
+
+    Args:
+        text: such as 'HiMix' or 'HMGen(shallow="8:24:2")'.
+        layers: the layers of the method where `text` gives none, as a range ("2:") or a Python literal.
+
+    Raises:
+        MethodError: an unknown name, or arguments that are no literals or that the method does not take.
+
+    Example:
+        >>> method_from_text("HMGen", layers="8:24:2")
+        HMGen(shallow='8:24:2', separate='none')
+    """
+    known = {name: getattr(methods, name) for name in methods.__all__}
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        made = known[ast.unparse(call.func)]
+        given = [ast.literal_eval(one) for one in call.args]
+        named = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+        if layers is not None:
+            name = next(field.name for field in fields(made) if "layer" in field.name or field.name == "shallow")
+            named |= {name: layers if ":" in layers else ast.literal_eval(layers)}
+        return made(*given, **named)
+    except MethodError:
+        raise
+    except (KeyError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise MethodError(
+            f"{text!r} with layers={layers!r} is no method ({type(error).__name__}: {error}); write one of "
+            f"{', '.join(known)}, with arguments as in 'HMGen(shallow=\"8:24:2\")'"
+        ) from error
