@@ -45,9 +45,9 @@ def plans() -> list[Any]:
     return grid + gone
 
 
-def trained_dense(study: Study) -> tuple[Any, list[Any]]:
+def trained_dense(study: Study, seed: int = 0) -> tuple[Any, list[Any]]:
     """The demo's dense model of both tasks, trained, and batches of both that it has not seen."""
-    run, model = study.runs()["unified"], study.model(0)
+    run, model = study.runs()["unified"], study.model(seed)
     quiet = {
         "logger": False,
         "enable_progress_bar": False,
@@ -55,7 +55,7 @@ def trained_dense(study: Study) -> tuple[Any, list[Any]]:
         "enable_checkpointing": False,
     }
     trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=1, limit_val_batches=0, gradient_clip_val=1.0, **quiet)
-    trainer.fit(model, datamodule=study.data(run, 0))
+    trainer.fit(model, datamodule=study.data(run, seed))
     unseen = study.data(run, 1000).train
     return model, [unseen[index] for index in range(2 * BATCHES)]
 

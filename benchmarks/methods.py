@@ -35,6 +35,7 @@ COUNTED: dict[str, Callable[[int], Any]] = {
     "Drop random, layer 2": lambda k: td.Drop("2:", k, then="gone"),
     "Drop uniform, layer 2": lambda k: td.Drop("2:", k, "uniform", then="gone"),
     "Drop leverage, layer 2": lambda k: td.Drop("2:", k, "leverage", then="gone"),
+    "SVDPrune, layer 0": lambda k: td.SVDPrune(k),
     "FastV, layer 2": lambda k: td.FastV(2, k),
     "PyramidDrop, layers 1 3 5": lambda k: td.PyramidDrop((1, 3, 5), (k, k // 2, k // 4)),
     "HiDrop, entry 1, layers 2 3, exit 5": lambda k: td.HiDrop(1, (2, 3), (k, k // 2), 5),

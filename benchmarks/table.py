@@ -147,6 +147,35 @@ def flops() -> str:
     return "\n".join(lines) + "\n"
 
 
+def methods() -> str:
+    """Every method on the demo's understanding task."""
+    metrics = ["exact", "NLL", "FLOPs ratio", "time ratio", "memory ratio"]
+    return pivot(rows_of("methods"), lambda row: (row["provider"],), ["method"], metrics)
+
+
+def advisor() -> str:
+    """The plans of the advisor's sweep, the best first."""
+    rows = rows_of("advisor")
+    best = {row["provider"]: row["median"] for row in rows if row["metric"] == "NLL"}
+    rows.sort(key=lambda row: best[row["provider"]])
+    kinds = {True: "proposed", False: ""}
+
+    def line(row: Row) -> tuple[str, ...]:
+        return f"`{row['provider']}`", kinds[row["config"]["proposed"]] or ("candidate" * row["config"]["candidate"])
+
+    return pivot(rows, line, ["plan", ""], ["NLL", "exact", "FLOPs ratio", "loss gap", "fidelity"])
+
+
+def allocation() -> str:
+    """Where a dense model's attention goes."""
+    rows = [row for row in rows_of("allocation") if row["config"]["rows"] == "all"]
+
+    def line(row: Row) -> tuple[str, ...]:
+        return row["case"], str(row["config"]["layer"])
+
+    return pivot(rows, line, ["task", "layer"], list(dict.fromkeys(row["metric"] for row in rows)))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-32000": lambda: step(32000),
@@ -156,6 +185,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "static": static,
     "monitor": monitor,
+    "methods": methods,
+    "advisor": advisor,
+    "allocation": allocation,
     "synergy-table3": lambda: _synergy(synergy_summary.table),
     "synergy-configurations": lambda: _synergy(lambda rows, _: synergy_summary.configurations(rows, SynergyStudy())),
     "synergy-correlations": lambda: _synergy(lambda rows, _: synergy_summary.correlations(rows, SynergyStudy())),
