@@ -183,7 +183,7 @@ def test_segments_follow_from_images_and_labels():
     labels = torch.full_like(made.labels, -100)
     labels[0, 7:], labels[1, 4:], labels[2, 6:] = 1, 2, 3
     said = ["".join("SIQO"[one] for one in row) for row in segments_of(made.layout(labels=labels)).tolist()]
-    assert said == ["SSIIIQQOO", "QQQQIIIII", "QQQQQQOOO"]
+    assert said == ["SSIIIQQOO", "QQQQOOOOO", "QQQQQQOOO"]
     own = torch.full_like(made.labels, int(Segment.SYSTEM))
     assert torch.equal(segments_of(made.layout(segments=own)), own)
 

@@ -97,8 +97,8 @@ def attention_allocation(
     Args:
         model: any module with one decoder.
         batches: what `model` is called with as keywords, unless `loss` says otherwise.
-        layout: batch -> TokenLayout. Without segments, images are IMAGE, labelled text OUTPUT, text before the first
-            image SYSTEM, or INSTRUCTION where that image is trained, and other text INSTRUCTION.
+        layout: batch -> TokenLayout. Without segments, images are IMAGE, or OUTPUT where most of their tokens are
+            trained; labelled text is OUTPUT, text before an image that is not SYSTEM, and other text INSTRUCTION.
         rows: "all" counts every row but padding; "output" those whose output is trained, labels[t + 1] != -100.
         heads: also keep each head's.
         blocks: N of the heat maps; 0 for none.
@@ -204,9 +204,11 @@ def segments_of(layout: TokenLayout) -> Tensor:
     image = layout.image
     labelled = torch.zeros_like(image) if layout.labels is None else layout.labels != IGNORED
     before = image.long().cumsum(1) == 0
-    generated = (image & labelled).any(1, keepdim=True) | ~image.any(1, keepdim=True)
-    segments = torch.where(before & ~generated, Segment.SYSTEM, Segment.INSTRUCTION)
-    return segments.masked_fill(labelled, Segment.OUTPUT).masked_fill(image, Segment.IMAGE)
+    # Most of a generated image is trained; of another, at most the token that text before it foretells.
+    generated = 2 * (image & labelled).sum(1, keepdim=True) > image.sum(1, keepdim=True)
+    given = before & ~generated & image.any(1, keepdim=True)
+    segments = torch.where(given, Segment.SYSTEM, Segment.INSTRUCTION)
+    return segments.masked_fill(labelled | image, Segment.OUTPUT).masked_fill(image & ~generated, Segment.IMAGE)
 
 
 def _trained(layout: TokenLayout) -> Tensor:
