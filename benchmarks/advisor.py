@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,11 +21,12 @@ import tokendrop as td
 from benchmarks.methods import MethodsStudy
 from benchmarks.results import append, environment, row
 from tokendrop.analysis.advisor import Trials, advise
-from tokendrop.unified.data import TASKS, layout_of
+from tokendrop.unified.analyzed import trained_dense
+from tokendrop.unified.data import TASKS
 from tokendrop.unified.study import Study
 from tokendrop.unified.train import train
 
-BUDGET, BATCHES, PAPER = 0.68, 4, td.HiMix()
+BUDGET, PAPER = 0.68, td.HiMix()
 
 
 def plans() -> list[Any]:
@@ -45,21 +45,6 @@ def plans() -> list[Any]:
     return grid + gone
 
 
-def trained_dense(study: Study, seed: int = 0) -> tuple[Any, list[Any]]:
-    """The demo's dense model of both tasks, trained, and batches of both that it has not seen."""
-    run, model = study.runs()["unified"], study.model(seed)
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=1, limit_val_batches=0, gradient_clip_val=1.0, **quiet)
-    trainer.fit(model, datamodule=study.data(run, seed))
-    unseen = study.data(run, 1000).train
-    return model, [unseen[index] for index in range(2 * BATCHES)]
-
-
 def main() -> None:
     """Advise, sweep, print, and append to the results where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,11 +57,11 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     study, task, shared = Study(steps=given.steps), TASKS[0], environment()
-    model, batches = trained_dense(study)
-    advice = advise(model, batches, layout_of, BUDGET, model.training_step)
+    model, batches, layout, loss = trained_dense(study)
+    advice = advise(model, batches, layout, BUDGET, loss)
     print(advice.evidence(), flush=True)
-    held = [(one, layout_of(one)) for one in batches if one["task"] == task]
-    trials = Trials(model, task, held, model.training_step)
+    held = [(one, layout(one)) for one in batches if one["task"] == task]
+    trials = Trials(model, task, held, loss)
     dense = trials.gradients(None)
     proposed = [one.method for one in advice.plans[task]]
     others = [one for one in (trials.plan(method, dense) for method in plans()) if one.flops_ratio <= BUDGET]

@@ -16,9 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tokendrop as td
-from benchmarks.advisor import trained_dense
 from benchmarks.results import append, environment, row
-from tokendrop.unified.data import layout_of
+from tokendrop.unified.analyzed import trained_dense
 from tokendrop.unified.study import Study
 
 
@@ -35,9 +34,9 @@ def main() -> None:
     torch.set_num_threads(1)
     shared, shares = environment(), {}
     for seed in range(given.seeds):
-        model, batches = trained_dense(Study(steps=given.steps), seed)
+        model, batches, layout, loss = trained_dense(Study(steps=given.steps), seed)
         for counted in ("all", "output"):
-            found = td.attention_allocation(model, batches, layout_of, counted, blocks=24, loss=model)
+            found = td.attention_allocation(model, batches, layout, counted, blocks=24, loss=loss)
             shares.setdefault(counted, []).append(found.share)
             if given.figure and counted == "all" and seed == 0:
                 found.plot().savefig(given.figure, dpi=80)

@@ -128,6 +128,51 @@ def flops(
 
 
 @app.command()
+def analyze(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="package.module:function that returns (model, batches, layout), or with the loss of a batch as a "
+            "fourth; without it, the demo's dense model is trained and looked at."
+        ),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="FLOPs over dense ones that a plan may cost.")] = 0.5,
+    quick: Annotated[bool, typer.Option("--quick", help="The demo's model after a few steps.")] = False,
+    out: Annotated[Path, typer.Option(help="Where analysis.json and report.html go.")] = Path("analysis"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print analysis.json instead of tables.")] = False,
+) -> None:
+    """Say where a model's attention goes, and what to drop for a budget, with the evidence and code to paste."""
+    from tokendrop.analysis.allocation import attention_allocation
+    from tokendrop.analysis.analyze import read_source, sections, share_table
+
+    screen, notices = Console(markup=False, highlight=False), Console(stderr=True, markup=False, highlight=False)
+    try:
+        if source is None:
+            from tokendrop.unified import study
+            from tokendrop.unified.analyzed import trained_dense
+
+            model, batches, layout, loss = trained_dense(study.QUICK if quick else study.Study())
+        else:
+            model, batches, layout, loss = read_source(source)
+        found = attention_allocation(model, batches, layout, blocks=24, loss=loss)
+        advice = found.advise(budget)
+        out.mkdir(parents=True, exist_ok=True)
+    except (TokenDropError, OSError) as error:
+        notices.print(_said(error), style="red")
+        raise typer.Exit(1) from error
+    text = json.dumps({"allocation": found.to_dict(), "advice": advice.to_dict()}, indent=1)
+    (out / "analysis.json").write_text(text + "\n")
+    (out / "report.html").write_text(render("tokendrop analyze", sections(found, advice)))
+    if as_json:
+        typer.echo(text)
+    else:
+        print_table(screen, share_table(found), ["Shares of the dense model's attention, all rows counted."])
+        print_table(screen, advice.table(), [advice.evidence()])
+        typer.echo(f"\n{advice.code()}\n{advice.yaml()}")
+    notices.print(f"{out / 'analysis.json'} and {out / 'report.html'} written")
+
+
+@app.command()
 def synergy(
     quick: Annotated[bool, typer.Option("--quick", help="Minutes; too short to judge quality.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the runs of the paper's Table 3.")] = 5,

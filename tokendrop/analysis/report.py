@@ -42,12 +42,13 @@ class Image:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report: text, then its table, then its images; each may be missing."""
+    """A part of a report: text, then code, then its table, then its images; each may be missing."""
 
     title: str
     text: str = ""
     table: Table | None = None
     images: Sequence[Image] = ()
+    code: str = ""
 
 
 def render(title: str, sections: Sequence[Section]) -> str:
