@@ -39,6 +39,7 @@ def main() -> None:
             found = td.attention_allocation(model, batches, layout, counted, blocks=24, loss=loss)
             shares.setdefault(counted, []).append(found.share)
             if given.figure and counted == "all" and seed == 0:
+                given.figure.parent.mkdir(parents=True, exist_ok=True)
                 found.plot().savefig(given.figure, dpi=80)
     for counted, each in shares.items():
         for task, name in enumerate(found.tasks):
