@@ -60,6 +60,7 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
     if sizes.layers < 8:  # too few for stages
         return found
     return found | {
+        "SVDPrune 25%": (td.SVDPrune(keep=0.25), {}),
         "FastV 50%": (td.FastV(), {}),
         "PyramidDrop": (td.PyramidDrop(tuple(sizes.layers * quarter // 4 for quarter in (1, 2, 3))), {}),
         "HiDrop": (td.HiDrop(sizes.layers // 4, (sizes.layers // 3, sizes.layers // 2), (0.4, 0.02), last), {}),
