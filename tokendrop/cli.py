@@ -1,6 +1,8 @@
 """The command line."""
 
 import json
+import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -148,9 +150,14 @@ def analyze(
     screen, notices = Console(markup=False, highlight=False), Console(stderr=True, markup=False, highlight=False)
     try:
         if source is None:
+            import torch
+
             from tokendrop.unified import study
             from tokendrop.unified.analyzed import trained_dense
 
+            torch.set_num_threads(1)  # so small a model is slower on more
+            logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module=r"lightning\.")
             model, batches, layout, loss = trained_dense(study.QUICK if quick else study.Study())
         else:
             model, batches, layout, loss = read_source(source)

@@ -14,7 +14,7 @@ from lit_llama import LIGHTNING_WARNS, METHODS, Batches, Lit, Validated, batch, 
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokendrop as td
-from tokendrop.engine import span
+from tokendrop.engine import state
 from tokendrop.engine.span import frames
 from tokendrop.synergy import read_history
 
@@ -56,7 +56,7 @@ class Sampler(L.Callback):
                 "files": len(os.listdir("/proc/self/fd")),
                 "hooks": sum(len(getattr(part, name)) for part in module.modules() for name in HOOKS),
                 "threads": threading.active_count(),
-                "frames": len(span.this_thread.frames),
+                "frames": len(state.this_thread.frames),
             }
         )
         del things
@@ -133,7 +133,7 @@ def test_models_dropped_and_restored_leave_nothing():
         drop.remove()
         if time in (4, 19):
             gc.collect()
-            held.append((len(gc.get_objects()), len(span.this_thread.frames)))
+            held.append((len(gc.get_objects()), len(state.this_thread.frames)))
     assert held[1][1] == held[0][1]
     assert held[1][0] <= held[0][0] + 20
 

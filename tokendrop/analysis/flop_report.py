@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tokendrop.analysis.flop_ledger import (
     ATTENTION,
@@ -168,7 +169,9 @@ def _weightless(source: Any) -> nn.Module:
         id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.is_floating_point()) for p in model.parameters()
     }
     memo |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in model.buffers()}
-    made = copy.deepcopy(model, memo)
+    # Other tensors, which a forward may have left behind, are copied as they are.
+    with unset_fake_temporarily(), torch.device("cpu"):
+        made = copy.deepcopy(model, memo)
     for module in [one for one in made.modules() if isinstance(one, Handle)]:
         module.remove()
     return made.eval()  # dropout would change the attention that runs on the CPU
