@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+from tokendrop import methods
 from tokendrop.unified import summary
 
 ROOT = Path(__file__).parents[1]
@@ -45,3 +46,15 @@ def test_examples_are_python():
     assert len(blocks) == 3
     for block in blocks:
         ast.parse(block)
+
+
+def test_every_method_has_a_card_that_the_readme_links():
+    lines = [line for line in README.splitlines() if line.startswith("| `td.")]
+    for name in methods.__all__:
+        (line,) = [line for line in lines if line.startswith(f"| `td.{name}(")]
+        (card,) = re.findall(r"\[card\]\((docs/methods/\w+\.md)\)", line)
+        text = (ROOT / card).read_text()
+        assert text.startswith(f"# {name}\n")
+        for part in ("What it does", "When to use it", "Defaults", "Limits", "Cost"):
+            named = f"**{part}.**" in text or (part in ("Limits", "Cost") and "**Limits and cost.**" in text)
+            assert named, f"{card}: {part}"

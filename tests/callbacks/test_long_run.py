@@ -77,6 +77,7 @@ def nothing_grows(steps, folder):
     run = trainer(
         drop,
         watch,
+        td.AttentionAllocation(),
         sampler,
         saver,
         max_steps=steps,
