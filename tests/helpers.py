@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokendrop as td
 from tokendrop.engine.reference import reference
+from tokendrop.roles import Scoring
 
 VOCABULARY, LAYERS = 50, 4
 SIZES = oracle.Sizes(LAYERS, heads=4, kv_heads=2)
@@ -49,6 +50,17 @@ class Batch:
     def layout(self, **changes):
         made = {"image": self.image, "task": self.tasks, "padding": self.real, "labels": self.labels}
         return td.TokenLayout(**made | changes)
+
+
+class Spy:
+    """A score that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[Scoring] = []
+
+    def __call__(self, scoring: Scoring) -> torch.Tensor:
+        self.given.append(scoring)
+        return torch.zeros_like(scoring.image, dtype=torch.float32)
 
 
 def batch(samples, tasks, side="right", seed=0):

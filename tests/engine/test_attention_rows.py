@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from families import batch, model
+from helpers import Spy, checkpointed, close, dropped, engine_step, llama, reference_step
 from helpers import batch as written
-from helpers import checkpointed, close, dropped, engine_step, llama, reference_step
 from torch import Tensor, nn
 from transformers import StaticCache
 
@@ -21,20 +21,9 @@ from tokendrop.engine import arguments, attention, plan, selection
 from tokendrop.engine.attention import caught_logits
 from tokendrop.engine.selection import highest
 from tokendrop.layout import TokenLayout, scoring_mask
-from tokendrop.roles import LayerRoute, Queries, Role, Scoring, Select
+from tokendrop.roles import LayerRoute, Queries, Role, Select
 
 NAMES = ("llama", "qwen3", "gemma3", "gpt_neox", "gpt2", "phi3", "llava", "qwen2_5_vl", "chameleon")
-
-
-class Spy:
-    """A score that remembers what it was given."""
-
-    def __init__(self) -> None:
-        self.given: list[Scoring] = []
-
-    def __call__(self, scoring: Scoring) -> Tensor:
-        self.given.append(scoring)
-        return torch.zeros_like(scoring.image, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from families import IMAGE, Batch, batch, model
 from families import _images as pixels
-from helpers import checkpointed, snapshot
+from helpers import Spy, checkpointed, snapshot
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
@@ -23,24 +23,13 @@ from tokendrop.engine import vision
 from tokendrop.engine.span import frames
 from tokendrop.engine.vision import Encoder
 from tokendrop.layout import places, window_by_window
-from tokendrop.roles import Encoded, LayerRoute, Role, Scoring, Select
+from tokendrop.roles import Encoded, LayerRoute, Role, Select
 
 METHODS: dict[str, Any] = {
     "vscan": td.VScan(0.5, (2,), (0.5,), -1, -1, 1),
     "duet_vlm": td.DuetVLM((2,), (0.5,), 0.25, 0.25, 2, -1),
     "svd_prune": td.SVDPrune(0.5, rank=1),
 }
-
-
-class Spy:
-    """A score that remembers what it was given."""
-
-    def __init__(self) -> None:
-        self.given: list[Scoring] = []
-
-    def __call__(self, scoring: Scoring) -> Tensor:
-        self.given.append(scoring)
-        return torch.zeros_like(scoring.image, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from tokendrop.engine.decoder import find_layers, layer_spec
 from tokendrop.engine.forward import split_output
 from tokendrop.engine.handle import Handle, handle
 from tokendrop.engine.inject import apply
+from tokendrop.engine.plan import needed_rows
 from tokendrop.errors import LayerRangeError, LayoutError, MethodError, UnsupportedError
-from tokendrop.layout import IGNORED, TokenLayout
+from tokendrop.layout import TokenLayout
 from tokendrop.methods import Drop, FastV, HiMix, HMGen, PyramidDrop, RandomLTD
 from tokendrop.roles import Method
 from tokendrop.synergy.evaluate import gradients, preserved, shared_parameters
@@ -92,8 +93,7 @@ class Trials:
         self.model, self.task, self.held, self.loss = model, task, held, loss
         self.layers = find_layers(model, None)[1]
         self.redundancy = self._redundancy()
-        trained = [x.labels is not None and (x.image[:, :-1] & (x.labels[:, 1:] != IGNORED)).any() for _, x in held]
-        self.generates = any(trained)
+        self.generates = any(bool((x.image & needed_rows(x)).any()) for _, x in held)
 
     @contextmanager
     def under(self, method: Method | None) -> Generator[Handle | None]:
@@ -176,11 +176,12 @@ class Trials:
         (batch, layout), *_ = self.held
         seconds: dict[Method | None, list[float]] = {None: [], method: []}
         kept: dict[Method | None, int] = {}
-        for _ in range(1 + ROUNDS):
+        for turn in range(1 + ROUNDS):
             for one, spent in seconds.items():
                 with self.under(one) as drop, nullcontext() if drop is None else drop.layout(layout, step=(0, 0)):
-                    kept[one] = saved_bytes(lambda: self.loss(batch), self.model.parameters())
-                    spent.append(_seconds(lambda: gradients(self.loss(batch), dict(shared_parameters(self.model)), "")))
+                    if turn == 0:
+                        kept[one] = saved_bytes(lambda: self.loss(batch), self.model.parameters())
+                    spent.append(_seconds(lambda: gradients(self.loss(batch), shared_parameters(self.model), "")))
         ratios = [a / b for a, b in zip(seconds[method][1:], seconds[None][1:], strict=True)]
         return median(ratios), kept[method] / kept[None]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokendrop.analysis.attention_seen import attention_seen
 from tokendrop.engine.decoder import check_module, find_layers
 from tokendrop.engine.handle import Handle
+from tokendrop.engine.plan import needed_rows
 from tokendrop.errors import LayoutError, LayoutTypeError, MethodError, check_callable, check_flag, check_integer
 from tokendrop.layout import IGNORED, Segment, TokenLayout
 from tokendrop.synergy.evaluate import preserved
@@ -167,7 +168,7 @@ class _Batch:
         self.segments = segments_of(layout)
         self.into = torch.nn.functional.one_hot(self.segments, len(SEGMENTS)).float()
         real = torch.ones_like(layout.image) if layout.padding is None else layout.padding
-        self.counted = real if rows == "all" else _trained(layout)
+        self.counted = real if rows == "all" else needed_rows(layout)
         self.depth, self.blocks, self.sums = depth, blocks, torch.zeros(0)
         tokens = layout.image.shape[1]
         self.map = torch.zeros(depth, blocks, blocks) if blocks else None
@@ -209,13 +210,6 @@ def segments_of(layout: TokenLayout) -> Tensor:
     given = before & ~generated & image.any(1, keepdim=True)
     segments = torch.where(given, Segment.SYSTEM, Segment.INSTRUCTION)
     return segments.masked_fill(labelled | image, Segment.OUTPUT).masked_fill(image & ~generated, Segment.IMAGE)
-
-
-def _trained(layout: TokenLayout) -> Tensor:
-    trained = torch.zeros_like(layout.image)
-    if layout.labels is not None:
-        trained[:, :-1] = layout.labels[:, 1:] != IGNORED
-    return trained
 
 
 def borders(segments: Tensor, blocks: int) -> tuple[tuple[float, str], ...]:

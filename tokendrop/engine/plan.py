@@ -148,7 +148,7 @@ class Planner:
         caching: bool = False,
     ) -> None:
         self.layout, self.names, self.multiple, self.tokens = layout, names, multiple, layout.image.shape[1]
-        self.needed = _needed(layout)
+        self.needed = needed_rows(layout)
         self.computing = ~layout.image & (_real(layout) | self.needed)
         unneeded_image = layout.image & self.needed
         # The one transfer from the device: everything the shapes of this forward depend on.
@@ -269,7 +269,8 @@ def span_rows(groups: tuple[Group, ...], tokens: int) -> Rows | None:
     return Rows(torch.cat(indices)[None], torch.cat(valids)[None])
 
 
-def _needed(layout: TokenLayout) -> Tensor:
+def needed_rows(layout: TokenLayout) -> Tensor:
+    """(B, T) bool, the rows whose output is trained: labels[t + 1] is one."""
     needed = torch.zeros_like(layout.image)
     if layout.labels is not None:
         needed[:, :-1] = layout.labels[:, 1:] != IGNORED
