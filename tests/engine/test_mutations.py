@@ -93,7 +93,7 @@ def test_needed_rows_shifted(monkeypatch, shift):
         return False
 
     assert (refused(made.labels), refused(bad)) == (False, True)
-    monkeypatch.setattr(plan, "_needed", shifted)
+    monkeypatch.setattr(plan, "needed_rows", shifted)
     assert (refused(made.labels), refused(bad)) != (False, True)
 
 
