@@ -21,10 +21,10 @@ import tokendrop as td
 from benchmarks.methods import MethodsStudy
 from benchmarks.results import append, environment, row
 from tokendrop.analysis.advisor import Trials, advise
-from tokendrop.unified.analyzed import trained_dense
+from tokendrop.study.analyzed import trained_dense
+from tokendrop.study.study import Study
+from tokendrop.study.train import train
 from tokendrop.unified.data import TASKS
-from tokendrop.unified.study import Study
-from tokendrop.unified.train import train
 
 BUDGET, PAPER = 0.68, td.HiMix()
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tokendrop as td
 from benchmarks.results import append, environment, row
-from tokendrop.unified.analyzed import trained_dense
-from tokendrop.unified.study import Study
+from tokendrop.study.analyzed import trained_dense
+from tokendrop.study.study import Study
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tokendrop as td
 from benchmarks.results import append, environment, row
 from benchmarks.train.measure import seconds
-from tokendrop.unified.costs import Steps
-from tokendrop.unified.study import Run, Study
-from tokendrop.unified.train import train
+from tokendrop.study.costs import Steps
+from tokendrop.study.study import Run, Study
+from tokendrop.study.train import train
 
 TASK, IMAGES, DENSE, TARGET = "understanding", 32, "dense", "HiMix, layers 3:"
 FIXED: dict[str, Any] = {DENSE: None, TARGET: td.HiMix("3:"), "HMGen, layers 3:": td.HMGen("3:")}

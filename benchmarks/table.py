@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tokendrop.analysis.report import Table
-from tokendrop.unified import synergy_summary
-from tokendrop.unified.synergy import SynergyStudy
+from tokendrop.study import synergy_summary
+from tokendrop.study.synergy import SynergyStudy
 
 RESULTS = Path(__file__).parent / "results"
 PAGES = (Path(__file__).parents[1] / "README.md", *sorted((Path(__file__).parents[1] / "docs").rglob("*.md")))
@@ -134,7 +134,7 @@ FLOPS_METHODS = (
 def flops() -> str:
     """The forward of real models under each method, by formula."""
     from tokendrop import flops
-    from tokendrop.engine.decoder import model_from_config
+    from tokendrop.engine.model.from_config import model_from_config
     from tokendrop.methods.text import method_from_text
 
     lines = ["| model | image tokens | method | dense TFLOPs | dropped TFLOPs | ratio |", "|---|---|---|---|---|---|"]

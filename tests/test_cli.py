@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from tokendrop.analysis.report import Table
 from tokendrop.cli import app, print_table
 from tokendrop.errors import LayerRangeError
-from tokendrop.unified import runner, study, summary
+from tokendrop.study import runner, study, summary
+from tokendrop.study.study import Study
 from tokendrop.unified.images import DemoDependencyError
-from tokendrop.unified.study import Study
 
 NAMES = ["U-only", "G-only", "unified", "HiMix-U", "HMGen-G", "share-all", "share-partial", "late"]
 TINY = Study(

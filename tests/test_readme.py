@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tokendrop import methods
-from tokendrop.unified import summary
+from tokendrop.study import summary
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -37,9 +37,9 @@ def demo(
 ) -> None:
     """Train a small unified model on real digits eight ways, and say what dropping saved and cost."""
     # Imported here: other commands need not wait for transformers.
-    from tokendrop.unified import summary
-    from tokendrop.unified.runner import run_study
-    from tokendrop.unified.study import QUICK, Study
+    from tokendrop.study import summary
+    from tokendrop.study.runner import run_study
+    from tokendrop.study.study import QUICK, Study
 
     # No markup: "tokendrop[demo]" in an error is no style.
     screen, notices = Console(markup=False, highlight=False), Console(stderr=True, markup=False, highlight=False)
@@ -70,7 +70,7 @@ def inspect(
 ) -> None:
     """Say what inspection finds in a model, and what each method can do there; weights are not needed."""
     from tokendrop.analysis.inspection import inspect as inspect_model
-    from tokendrop.engine.decoder import model_from_config
+    from tokendrop.engine.model.from_config import model_from_config
 
     try:
         found = inspect_model(model_from_config(config))
@@ -152,8 +152,8 @@ def analyze(
         if source is None:
             import torch
 
-            from tokendrop.unified import study
-            from tokendrop.unified.analyzed import trained_dense
+            from tokendrop.study import study
+            from tokendrop.study.analyzed import trained_dense
 
             torch.set_num_threads(1)  # so small a model is slower on more
             logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -190,10 +190,10 @@ def synergy(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows instead of tables.")] = False,
 ) -> None:
     """Train the paper's Table 3 at our scale with the gradients watched, and say whether they foretell synergy."""
+    from tokendrop.study import synergy as study_of
+    from tokendrop.study import synergy_summary as summary
+    from tokendrop.study.runner import made_where
     from tokendrop.synergy.history import read_history
-    from tokendrop.unified import synergy as study_of
-    from tokendrop.unified import synergy_summary as summary
-    from tokendrop.unified.runner import made_where
 
     screen, notices = Console(markup=False, highlight=False), Console(stderr=True, markup=False, highlight=False)
     study = study_of.QUICK if quick else study_of.SynergyStudy()

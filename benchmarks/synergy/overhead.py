@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import tokendrop as td
 from benchmarks.results import append, environment, row
+from tokendrop.study.study import Study
+from tokendrop.study.synergy import task_loss
 from tokendrop.synergy import read_history
 from tokendrop.unified.data import TASKS
-from tokendrop.unified.study import Study
-from tokendrop.unified.synergy import task_loss
 
 
 def fit(study: Study, *callbacks: L.Callback) -> float:

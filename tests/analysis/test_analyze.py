@@ -13,8 +13,8 @@ import tokendrop as td
 from tokendrop.analysis.analyze import SourceError, read_source
 from tokendrop.analysis.report import Section, render
 from tokendrop.cli import app
-from tokendrop.unified import study
-from tokendrop.unified.study import Study
+from tokendrop.study import study
+from tokendrop.study.study import Study
 
 MODULE = """
 import torch

@@ -10,8 +10,8 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from tokendrop.analysis.report import Image, Section, Table, lines_png, pixels_png, render
-from tokendrop.unified import synergy_summary
-from tokendrop.unified.synergy import SynergyStudy
+from tokendrop.study import synergy_summary
+from tokendrop.study.synergy import SynergyStudy
 
 CHROMIUM = shutil.which("chromium")
 ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "synergy-study.json"

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import tokendrop as td
 from tokendrop.analysis.flop_ledger import PARTS
 from tokendrop.cli import app
-from tokendrop.engine.decoder import model_from_config
+from tokendrop.engine.model.from_config import model_from_config
 from tokendrop.methods.text import method_from_text, methods_from_text
 
 CONFIGS = Path(__file__).parents[2] / "docs" / "configs"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import tokendrop as td
 from tokendrop.cli import app
-from tokendrop.engine.decoder import model_from_config
+from tokendrop.engine.model.from_config import model_from_config
 
 CASES = ["HiMix", "HMGen", "Drop, rejoin", "Drop, gone", "Drop by attention", "image-only projections"]
 

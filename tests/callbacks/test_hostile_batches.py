@@ -6,7 +6,7 @@ from helpers import snapshot
 from lit_llama import LIGHTNING_WARNS, METHODS, TOKENS, Batches, Lit, batch, trainer
 
 import tokendrop as td
-from tokendrop.engine.span import frames
+from tokendrop.engine.forward.span import frames
 
 pytestmark = pytest.mark.filterwarnings(LIGHTNING_WARNS)
 

@@ -14,8 +14,8 @@ from lit_llama import LIGHTNING_WARNS, METHODS, Batches, Lit, Validated, batch, 
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokendrop as td
-from tokendrop.engine import state
-from tokendrop.engine.span import frames
+from tokendrop.engine.forward import state
+from tokendrop.engine.forward.span import frames
 from tokendrop.synergy import read_history
 
 pytestmark = pytest.mark.filterwarnings(

@@ -6,7 +6,7 @@ import torch
 from lit_llama import LIGHTNING_WARNS, METHODS, Batches, Lit, Validated, batch, dropped_keys, llama, loader, trainer
 
 import tokendrop as td
-from tokendrop.engine.state import frames
+from tokendrop.engine.forward.state import frames
 
 pytestmark = pytest.mark.filterwarnings(LIGHTNING_WARNS)
 WHERE = ("init", "setup", "configure_model")

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import tokendrop as td
-from tokendrop.engine import forward
+from tokendrop.engine.forward import groups as forward
 
 TOKENS, VOCABULARY, SCALE = 12, 20, 10.0
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokendrop as td
-from tokendrop.engine.arguments import select
+from tokendrop.engine.forward.arguments import select
 
 IMAGE = torch.tensor([[c == "i" for c in row] for row in ("ttiitt", "tiitti", "tttttt", "iittit")])
 SHAPE = tuple(IMAGE.shape)

@@ -17,9 +17,11 @@ from transformers import StaticCache
 
 import tokendrop as td
 from tokendrop import layout as layouts
-from tokendrop.engine import arguments, attention, plan, selection
-from tokendrop.engine.attention import caught_logits
-from tokendrop.engine.selection import highest
+from tokendrop.engine.forward import arguments
+from tokendrop.engine.forward import attention_rows as attention
+from tokendrop.engine.forward.attention_rows import caught_logits
+from tokendrop.engine.plan import plan, selection
+from tokendrop.engine.plan.selection import highest
 from tokendrop.layout import TokenLayout, scoring_mask
 from tokendrop.roles import LayerRoute, Queries, Role, Select
 
@@ -110,7 +112,7 @@ def test_attention_is_never_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
         shapes.append(logits.numel())
         return logits
 
-    monkeypatch.setattr("tokendrop.engine.attention.caught_logits", watched)
+    monkeypatch.setattr("tokendrop.engine.forward.attention_rows.caught_logits", watched)
     for backend in ("sdpa", "eager"):
         made = written(["ttiiiitttt", "ttttiiiitt"], "uu")
         module = llama(backend)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import tokendrop as td
-from tokendrop.engine.decoder import find_layers
+from tokendrop.engine.model.decoder import find_layers
 
 TOKENS = 32
 # Their own code around the decoder reads sizes from tensors, or breaks the graph otherwise.

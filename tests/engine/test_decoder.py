@@ -9,8 +9,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import tokendrop as td
-from tokendrop.engine.context import keys_values
-from tokendrop.engine.decoder import decoders, find_layers, is_sharded, layer_spec, reentrant
+from tokendrop.engine.model.context import keys_values
+from tokendrop.engine.model.decoder import decoders, find_layers, is_sharded, layer_spec, reentrant
 
 BASE = llama()
 

@@ -15,7 +15,7 @@ from families import FAMILIES, Batch, batch, model
 from torch import Tensor, nn
 
 import tokendrop as td
-from tokendrop.engine.decoder import find_layers, layer_spec
+from tokendrop.engine.model.decoder import find_layers, layer_spec
 from tokendrop.engine.reference import reference
 from tokendrop.errors import UnsupportedError
 

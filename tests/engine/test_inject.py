@@ -13,7 +13,7 @@ from helpers import MIXED, batch, checkpointed, close, dropped, engine_step, lla
 from torch import nn
 
 import tokendrop as td
-from tokendrop.engine.state import frames
+from tokendrop.engine.forward.state import frames
 from tokendrop.errors import MissingLayoutError
 
 METHODS = {"u": td.HiMix("1:", "per-task"), "g": td.HMGen("1:3", "per-task"), "d": None}

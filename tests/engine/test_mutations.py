@@ -7,8 +7,10 @@ import torch
 from helpers import batch, close, dropped, engine_step, llama, oracle_step
 
 import tokendrop as td
-from tokendrop.engine import arguments, calls, context, plan, projections, span
-from tokendrop.engine.rows import Rows
+from tokendrop.engine.forward import arguments, calls, span
+from tokendrop.engine.model import context, projections
+from tokendrop.engine.plan import plan
+from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import NeededRowError
 
 METHODS = {"u": td.HiMix("1:", "per-task"), "g": td.HMGen("1:3", "per-task")}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 import tokendrop as td
-from tokendrop.engine import selection
-from tokendrop.engine.selection import highest
+from tokendrop.engine.plan import selection
+from tokendrop.engine.plan.selection import highest
 from tokendrop.methods.drop import SCORES
 from tokendrop.roles import Attention, Scoring
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokendrop as td
-from tokendrop.engine.plan import Planner
-from tokendrop.engine.rows import round_up
+from tokendrop.engine.plan.plan import Planner
+from tokendrop.engine.plan.rows import round_up
 from tokendrop.roles import LayerRoute, Role
 
 BASE = llama()

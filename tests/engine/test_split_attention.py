@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokendrop as td
-from tokendrop.engine import split_attention
+from tokendrop.engine.forward import split_attention
 from tokendrop.engine.reference import reference
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 import tokendrop as td
-from tokendrop.engine import vision
-from tokendrop.engine.span import frames
-from tokendrop.engine.vision import Encoder
+from tokendrop.engine.forward.span import frames
+from tokendrop.engine.model import vision
+from tokendrop.engine.model.vision import Encoder
 from tokendrop.layout import places, window_by_window
 from tokendrop.roles import Encoded, LayerRoute, Role, Select
 

@@ -17,11 +17,11 @@ from torch.nn.functional import cosine_similarity
 from tokendrop.analysis.advice import Advice, Plan
 from tokendrop.analysis.flops import task_costs
 from tokendrop.analysis.memory import saved_bytes
-from tokendrop.engine.decoder import find_layers, layer_spec
-from tokendrop.engine.forward import split_output
+from tokendrop.engine.forward.groups import split_output
 from tokendrop.engine.handle import Handle, handle
 from tokendrop.engine.inject import apply
-from tokendrop.engine.plan import needed_rows
+from tokendrop.engine.model.decoder import find_layers, layer_spec
+from tokendrop.engine.plan.plan import needed_rows
 from tokendrop.errors import LayerRangeError, LayoutError, MethodError, UnsupportedError
 from tokendrop.layout import TokenLayout
 from tokendrop.methods import Drop, FastV, HiMix, HMGen, PyramidDrop, RandomLTD

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.analysis.attention_seen import attention_seen
-from tokendrop.engine.decoder import check_module, find_layers
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.plan import needed_rows
+from tokendrop.engine.model.decoder import check_module, find_layers
+from tokendrop.engine.plan.plan import needed_rows
 from tokendrop.errors import LayoutError, LayoutTypeError, MethodError, check_callable, check_flag, check_integer
 from tokendrop.layout import IGNORED, Segment, TokenLayout
 from tokendrop.synergy.evaluate import preserved

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokendrop.engine.attention import SOFTMAX, products
+from tokendrop.engine.model.logits import SOFTMAX, products
 from tokendrop.errors import UnsupportedError
 
 # From a layer, its first row, and the probabilities (B, H, C, T) of C rows from there on.

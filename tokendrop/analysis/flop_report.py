@@ -25,12 +25,13 @@ from tokendrop.analysis.flop_ledger import (
     counted_parts,
 )
 from tokendrop.analysis.flops import LayerCost, head_flops
-from tokendrop.engine.decoder import linear_shape, model_from_config
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import Methods, apply
-from tokendrop.engine.plan import Group, Plan, Planner
-from tokendrop.engine.projections import ROUTER
-from tokendrop.engine.rows import round_up
+from tokendrop.engine.model.decoder import linear_shape
+from tokendrop.engine.model.from_config import model_from_config
+from tokendrop.engine.model.projections import ROUTER
+from tokendrop.engine.plan.plan import Group, Plan, Planner
+from tokendrop.engine.plan.rows import round_up
 from tokendrop.errors import LayoutError, UnsupportedError, check_flag
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import LayerRoute, Route

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokendrop.engine.decoder import LayerSpec, is_linear, linear_shape
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.head import labelled_rows
-from tokendrop.engine.plan import Plan
+from tokendrop.engine.model.decoder import LayerSpec, is_linear, linear_shape
+from tokendrop.engine.plan.labelled import labelled_rows
+from tokendrop.engine.plan.plan import Plan
 
 _cpu = torch.ops.aten
 

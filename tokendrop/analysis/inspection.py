@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tokendrop.engine.decoder import find_layers, layer_spec
 from tokendrop.engine.inject import check_support
+from tokendrop.engine.model.decoder import find_layers, layer_spec
 from tokendrop.errors import TokenDropError
 from tokendrop.methods import Drop, HiMix, HMGen
 from tokendrop.roles import Method

@@ -15,9 +15,9 @@ from typing_extensions import override
 from tokendrop.analysis.flops import task_costs
 from tokendrop.callbacks.batch import OURS, batch_layout
 from tokendrop.callbacks.strategies import check_strategy
-from tokendrop.engine.decoder import decoders, find_layers
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, check_methods
+from tokendrop.engine.model.decoder import decoders, find_layers
 from tokendrop.errors import (
     AppliedError,
     DecoderError,

@@ -13,12 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine import head, projections
-from tokendrop.engine.decoder import LayerSpec, check_module, find_layers, is_sharded
-from tokendrop.engine.plan import Plan, Planner
-from tokendrop.engine.state import Frame, frames, this_thread
-from tokendrop.engine.swap import restore
-from tokendrop.engine.vision import Encoder, Seen
+from tokendrop.engine.forward import head
+from tokendrop.engine.forward.state import Frame, frames, this_thread
+from tokendrop.engine.model import projections
+from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
+from tokendrop.engine.model.swap import restore
+from tokendrop.engine.model.vision import Encoder, Seen
+from tokendrop.engine.plan.labelled import LabelledRows
+from tokendrop.engine.plan.plan import Plan, Planner
 from tokendrop.errors import (
     AppliedError,
     LayoutError,
@@ -102,7 +104,7 @@ class Handle(nn.Module):
         encode = None if self.encoder is None else partial(self.encoder.encoded, seen)
         frame = Frame(layout, plan, at, first, seen=seen, encode=encode)
         if self.labelled_logits:
-            frame.labelled = head.LabelledRows.of(layout, plan, self.multiple)
+            frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
         embeddings = _input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
         with ExitStack() as stack:

@@ -9,9 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from tokendrop.engine import head, projections
-from tokendrop.engine.decoder import (
-    Binding,
+from tokendrop.engine.forward import head
+from tokendrop.engine.forward.binding import Binding
+from tokendrop.engine.forward.groups import run
+from tokendrop.engine.forward.span import WORK, call
+from tokendrop.engine.forward.state import frames
+from tokendrop.engine.handle import Handle
+from tokendrop.engine.model import projections
+from tokendrop.engine.model.decoder import (
     LayerSpec,
     check_module,
     deepstack_layers,
@@ -19,12 +24,8 @@ from tokendrop.engine.decoder import (
     is_sharded,
     layer_spec,
 )
-from tokendrop.engine.forward import run
-from tokendrop.engine.handle import Handle
-from tokendrop.engine.span import WORK, call
-from tokendrop.engine.state import frames
-from tokendrop.engine.swap import Swapped, swapped_class
-from tokendrop.engine.vision import Encoder, Seen
+from tokendrop.engine.model.swap import Swapped, swapped_class
+from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.errors import AppliedError, MethodError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import Method, Role, selections
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.attention import caught_logits, probabilities
-from tokendrop.engine.context import keys_values
-from tokendrop.engine.decoder import LayerSpec, find_layers, head_width, layer_spec
-from tokendrop.engine.swap import restore
-from tokendrop.engine.vision import Encoder, Seen
+from tokendrop.engine.forward.attention_rows import caught_logits, probabilities
+from tokendrop.engine.model.context import keys_values
+from tokendrop.engine.model.decoder import LayerSpec, find_layers, head_width, layer_spec
+from tokendrop.engine.model.swap import restore
+from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.layout import IGNORED, TokenLayout
 from tokendrop.roles import Attention, LayerRoute, Merge, Method, Queries, Role, Route, Scoring, Select, selections
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from tokendrop.analysis.noise import to_noise
 from tokendrop.analysis.report import Image, Section, Table, lines_png
+from tokendrop.study.costs import Steps
+from tokendrop.study.summary import BASELINE, MISSING, QUALITY
+from tokendrop.study.synergy import TABLE_3, TWICE, SynergyStudy
 from tokendrop.synergy.history import heat_map, read_history
-from tokendrop.unified.costs import Steps
 from tokendrop.unified.data import TASKS
-from tokendrop.unified.summary import BASELINE, MISSING, QUALITY
-from tokendrop.unified.synergy import TABLE_3, TWICE, SynergyStudy
 
 Row = Mapping[str, Any]
 PAIR = "/".join(TASKS)

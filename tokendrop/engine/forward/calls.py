@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.arguments import Form, compact, select
-from tokendrop.engine.decoder import LayerSpec
-from tokendrop.engine.forward import Call
-from tokendrop.engine.generate import growing_layer, holed_layer
-from tokendrop.engine.plan import Group, Span
-from tokendrop.engine.rows import Rows
+from tokendrop.engine.forward.arguments import Form, compact, select
+from tokendrop.engine.forward.generate import growing_layer, holed_layer
+from tokendrop.engine.forward.groups import Call
+from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.plan.plan import Group, Span
+from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Role
 

@@ -10,9 +10,9 @@ import torch
 from tokendrop.analysis.flops import counter
 from tokendrop.analysis.memory import saved_bytes
 from tokendrop.engine.inject import apply
+from tokendrop.study.study import Study
+from tokendrop.study.train import Progress
 from tokendrop.unified.data import Batch, layout_of
-from tokendrop.unified.study import Study
-from tokendrop.unified.train import Progress
 
 WARM_UP_ROUNDS = 2
 

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tokendrop.cli import app
-from tokendrop.unified import synergy
-from tokendrop.unified.synergy import TABLE_3, TWICE, SynergyStudy, missing, one_run, run_missing
-from tokendrop.unified.synergy_summary import configurations, correlations, early, synergies, table
+from tokendrop.study import synergy
+from tokendrop.study.synergy import TABLE_3, TWICE, SynergyStudy, missing, one_run, run_missing
+from tokendrop.study.synergy_summary import configurations, correlations, early, synergies, table
 
 TINY = SynergyStudy(codes=16, hidden=16, steps=4, batch_size=8, val_scenes=4, test_scenes=8, curve_points=1)
 U, G = "understanding", "generation"

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import tokendrop as td
-from tokendrop.unified.costs import Steps, costs
+from tokendrop.study.costs import Steps, costs
+from tokendrop.study.study import Study
+from tokendrop.study.train import train
 from tokendrop.unified.data import TASKS, layout_of
 from tokendrop.unified.metrics import greedy_exact, item_nll
 from tokendrop.unified.sampling import sample_codes
-from tokendrop.unified.study import Study
-from tokendrop.unified.train import train
 
 # Lightning 2.6 calls a function that torch 2.13 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")

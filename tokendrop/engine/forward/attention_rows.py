@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokendrop.engine.arguments import Form, compact, select
-from tokendrop.engine.context import keys_values
-from tokendrop.engine.decoder import LayerSpec
-from tokendrop.engine.plan import Group
-from tokendrop.engine.rows import Rows
+from tokendrop.engine.forward.arguments import Form, compact, select
+from tokendrop.engine.model.context import keys_values
+from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.logits import SOFTMAX, products
+from tokendrop.engine.plan.plan import Group
+from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Attention
-
-SOFTMAX: tuple[Any, ...] = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 class _CaughtError(Exception):
@@ -140,17 +139,3 @@ def probabilities(logits: Tensor, live: Tensor) -> Tensor:
     """Softmax in float32 over the live ones (B, T) of the T columns of logits (B, H, R, T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.masked_fill(~live[:, None, None], -torch.inf).softmax(-1)
-
-
-def products(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **more: Any
-) -> Tensor:
-    """The logits (B, H, R, T) of a call of `scaled_dot_product_attention`."""
-    scale = more.get("scale") or query.shape[-1] ** -0.5
-    wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        logits = (query.to(wide) * scale) @ key.to(wide).transpose(-2, -1)
-    if attn_mask is None:
-        return logits
-    return logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask

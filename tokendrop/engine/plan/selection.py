@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from tokendrop.engine.plan import Choice, Group, Plan, Span, span_rows
-from tokendrop.engine.rows import Rows, choose_rows
+from tokendrop.engine.plan.plan import Choice, Group, Plan, Span, span_rows
+from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
 from tokendrop.kernels import merge_tokens
 from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select

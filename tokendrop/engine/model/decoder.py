@@ -3,20 +3,15 @@
 Shape letters: B batch, T tokens, D hidden, L layers.
 """
 
-import copy
 import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from tokendrop.errors import DecoderError, UnsupportedError
-
-if TYPE_CHECKING:
-    from tokendrop.engine.handle import Handle
 
 # Names that the field's decoders share; whatever else differs is found by inspection.
 _ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
@@ -94,15 +89,6 @@ class LayerSpec:
         fused = linear_shape(self.linear(layer, "q"))[0]
         queries = next(linear_shape(getattr(attention, name))[1] for name in _OUTPUTS if hasattr(attention, name))
         return {"q": queries, "k": (fused - queries) // 2, "v": (fused - queries) // 2}
-
-
-@dataclass(eq=False)
-class Binding:
-    """What ties a decoder layer to its handle."""
-
-    handle: "Handle"
-    index: int
-    spec: LayerSpec
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -239,48 +225,3 @@ def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 or tensor parallelism has already taken a module's parameters."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and any(isinstance(p, distributed.DTensor) for p in module.parameters())
-
-
-def model_from_config(config: Any) -> nn.Module:
-    """A model without weights, on the meta device.
-
-    Args:
-        config: a Hugging Face config, its config.json, or the folder that is in; nothing is downloaded.
-
-    Raises:
-        DecoderError: no such file, or nothing that transformers makes a model of.
-    """
-    import torch
-    import transformers
-
-    named = repr(config) if isinstance(config, str | Path) else type(config).__name__
-    try:
-        if isinstance(config, str | Path):
-            if not Path(config).exists():
-                raise DecoderError(
-                    f"{named} does not exist; give the config.json of a Hugging Face model, or its folder"
-                )
-            config = transformers.AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
-        if not isinstance(config, transformers.PretrainedConfig):
-            raise DecoderError(f"{named} is neither a model, nor a Hugging Face config, nor the path of one")
-        with torch.device("meta"):
-            return _built(copy.deepcopy(config))
-    except DecoderError:
-        raise
-    except Exception as error:  # whatever a file of somebody else's makes transformers raise
-        raise DecoderError(f"{named} is no Hugging Face config that a model can be made of: {error}") from error
-
-
-def _built(config: Any) -> nn.Module:
-    import transformers
-
-    name = (config.architectures or [""])[0]
-    found, reason = getattr(transformers, name, None) if isinstance(name, str) and name else None, ""
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found(config)
-    for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
-        try:
-            return auto.from_config(config, trust_remote_code=False)
-        except ValueError as error:
-            reason = str(error)
-    raise DecoderError(f"no model for the architecture {config.architectures!r} of {type(config).__name__}: {reason}")

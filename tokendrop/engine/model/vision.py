@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokendrop.engine.attention import SOFTMAX, products
-from tokendrop.engine.decoder import attention_of, decoders
-from tokendrop.engine.swap import Swapped, swapped_class
+from tokendrop.engine.model.decoder import attention_of, decoders
+from tokendrop.engine.model.logits import SOFTMAX, products
+from tokendrop.engine.model.swap import Swapped, swapped_class
 from tokendrop.errors import LayerRangeError, UnsupportedError
 from tokendrop.layout import places, window_by_window
 from tokendrop.roles import Encoded

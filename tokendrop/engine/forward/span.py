@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine import generate
-from tokendrop.engine.arguments import check_packing
-from tokendrop.engine.attention import attention_rows
-from tokendrop.engine.calls import group_calls
-from tokendrop.engine.decoder import Binding, reentrant
-from tokendrop.engine.forward import Call, Work, joined_output, split_output
-from tokendrop.engine.plan import Group, Span
-from tokendrop.engine.projections import ROUTER
-from tokendrop.engine.state import Forward, Frame, frames
+from tokendrop.engine.forward import generate
+from tokendrop.engine.forward.arguments import check_packing
+from tokendrop.engine.forward.attention_rows import attention_rows
+from tokendrop.engine.forward.binding import Binding
+from tokendrop.engine.forward.calls import group_calls
+from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
+from tokendrop.engine.forward.state import Forward, Frame, frames
+from tokendrop.engine.model.decoder import reentrant
+from tokendrop.engine.model.projections import ROUTER
+from tokendrop.engine.plan.plan import Group, Span
 from tokendrop.errors import MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.roles import Role

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from tokendrop.study.study import Study
 from tokendrop.unified.data import TASKS
 from tokendrop.unified.judge import judge
-from tokendrop.unified.study import Study
 
 Progress = Callable[[int, int], None]
 PICTURES = 6

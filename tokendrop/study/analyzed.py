@@ -6,9 +6,9 @@ from typing import Any
 import lightning as L
 
 from tokendrop.layout import TokenLayout
+from tokendrop.study.study import Study
 from tokendrop.unified.data import layout_of
 from tokendrop.unified.model import UnifiedVLM
-from tokendrop.unified.study import Study
 
 BATCHES = 4
 

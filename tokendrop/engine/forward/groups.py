@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.context import ContextKeys, keys_values
-from tokendrop.engine.decoder import LayerSpec
-from tokendrop.engine.projections import touch, using
-from tokendrop.engine.rows import Split
-from tokendrop.engine.split_attention import split_attention
+from tokendrop.engine.forward.split_attention import split_attention
+from tokendrop.engine.model.context import ContextKeys, keys_values
+from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.projections import touch, using
+from tokendrop.engine.plan.rows import Split
 
 
 class Call(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendrop.engine.plan import Group
-from tokendrop.engine.rows import Rows
+from tokendrop.engine.plan.plan import Group
+from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.kernels import gather_rotary
 

@@ -6,21 +6,19 @@ Shape letters: B batch, T tokens, M context rows, D hidden.
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine import generate
-from tokendrop.engine.calls import Made
-from tokendrop.engine.plan import Plan, Span
-from tokendrop.engine.selection import Encode, Selections
-from tokendrop.engine.vision import Seen
+from tokendrop.engine.forward import generate
+from tokendrop.engine.forward.calls import Made
+from tokendrop.engine.model.vision import Seen
+from tokendrop.engine.plan.labelled import LabelledRows
+from tokendrop.engine.plan.plan import Plan, Span
+from tokendrop.engine.plan.selection import Encode, Selections
 from tokendrop.errors import LayoutError
 from tokendrop.layout import TokenLayout
-
-if TYPE_CHECKING:
-    from tokendrop.engine.head import LabelledRows
 
 
 @dataclass(eq=False)
@@ -77,7 +75,7 @@ class Frame:
     caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     ids: Tensor | None = None
     returns_tuple: bool = False
-    labelled: "LabelledRows | None" = None
+    labelled: LabelledRows | None = None
     losses: list[Tensor] = field(default_factory=list)
     seen: Seen = field(default_factory=dict)
     encode: Encode | None = None

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from tokendrop.unified.costs import Cost, costs
-from tokendrop.unified.study import Study
-from tokendrop.unified.train import Outcome, train
+from tokendrop.study.costs import Cost, costs
+from tokendrop.study.study import Study
+from tokendrop.study.train import Outcome, train
 
 Event = tuple[str, int, int | None]
 Watch = Callable[[str, int, int | None], None]

@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from tokendrop.engine.rows import Rows, Split, choose_rows, round_up, split_rows
+from tokendrop.engine.plan.rows import Rows, Split, choose_rows, round_up, split_rows
 from tokendrop.errors import NeededRowError
 from tokendrop.layout import IGNORED, TokenLayout, scoring_mask
 from tokendrop.roles import LayerRoute, Role, Route, Select, selections

@@ -19,11 +19,11 @@ from tokendrop.callbacks import SynergyMonitor
 from tokendrop.layout import IGNORED
 from tokendrop.methods import Drop, HiMix, HMGen
 from tokendrop.schedule import Schedule
+from tokendrop.study.study import Run, Study
+from tokendrop.study.train import train
 from tokendrop.synergy.history import append_history, read_history
 from tokendrop.unified.data import TASKS
 from tokendrop.unified.metrics import token_nll
-from tokendrop.unified.study import Run, Study
-from tokendrop.unified.train import train
 
 TABLE_3 = ("U-only", "G-only", "unified", "HiMix-U", "HMGen-G", "share-all", "share-partial")
 TWICE = "U-only, twice the updates"

@@ -12,9 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.decoder import LayerSpec, head_width, is_linear, linear_shape
-from tokendrop.engine.rows import Split
-from tokendrop.engine.swap import Swapped, swapped_class
+from tokendrop.engine.model.decoder import LayerSpec, head_width, is_linear, linear_shape
+from tokendrop.engine.model.swap import Swapped, swapped_class
+from tokendrop.engine.plan.rows import Split
 from tokendrop.roles import Method
 
 ROUTER = "router"

@@ -6,8 +6,8 @@ from typing import Any
 
 from tokendrop.analysis.noise import to_noise
 from tokendrop.analysis.report import Image, Section, Table, lines_png, pixels_png
+from tokendrop.study.runner import Finished
 from tokendrop.unified.data import TASKS
-from tokendrop.unified.runner import Finished
 
 Row = Mapping[str, Any]
 BASELINE = {"understanding": "U-only", "generation": "G-only"}

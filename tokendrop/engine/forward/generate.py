@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tokendrop.engine.rows import Split, split_rows
+from tokendrop.engine.plan.rows import Split, split_rows
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import Role, Route

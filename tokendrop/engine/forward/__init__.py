@@ -1,0 +1,1 @@
+"""One forward of a routed layer: spans entered and left, groups, arguments, attention rows, generation, head."""

@@ -1,0 +1,41 @@
+"""What ties a decoder layer to the handle of its model.
+
+Shape letters: B batch, L layers.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.plan.plan import Plan
+from tokendrop.layout import TokenLayout
+from tokendrop.roles import Route
+
+
+class Routing(Protocol):
+    """What a layer asks of its handle while it runs."""
+
+    key: str
+
+    def sets(self, index: int) -> nn.ModuleDict:
+        """The image-only projections of layer `index`."""
+        ...
+
+    def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:
+        """What each of the L layers computes on such tokens."""
+        ...
+
+    def served(self, layout: TokenLayout) -> tuple[list[Route], list[str | None]]:
+        """For each of the B samples, the route of its task and the projection set of its image tokens."""
+        ...
+
+
+@dataclass(eq=False)
+class Binding:
+    """What ties a decoder layer to its handle."""
+
+    handle: Routing
+    index: int
+    spec: LayerSpec

@@ -1,0 +1,1 @@
+"""Somebody else's model: read by inspection, and swapped."""

@@ -1,0 +1,1 @@
+"""From a layout and routes to index tensors; knows no model."""

@@ -1,0 +1,1 @@
+"""Runs of a study on the unified model: their costs, tables and reports."""
