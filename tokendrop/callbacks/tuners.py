@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 @contextmanager
@@ -23,22 +24,22 @@ def kept_in_tuners(trainer: L.Trainer, callback: Any, stage: str) -> Generator[N
     if not any(isinstance(one, BatchSizeFinder | LearningRateFinder) for one in getattr(trainer, "callbacks", ())):
         yield
         return
-    loop = getattr(trainer, f"{stage}_loop")
+    loop, listed = getattr(trainer, f"{TrainerFn(stage).value}_loop"), getattr(trainer, "callbacks", [])
     original = loop.run
 
     def run() -> Any:
         replaced: list[L.Callback] = getattr(trainer, "callbacks", [])
-        if callback in replaced:
+        if replaced is listed:
             return original()
+        if callback not in replaced:
+            replaced.append(callback)
         # The learning rate finder logs by a callback of its own; the batch size finder has none.
-        callback.tuned_strength = 1.0 if replaced else 0.0
-        if stage == "fit":
-            callback.on_fit_start(trainer, trainer.lightning_module)
-        replaced.append(callback)
+        callback.tuned_strength = 1.0 if len(replaced) > 1 else 0.0
         try:
+            if stage == "fit":
+                callback.on_fit_start(trainer, trainer.lightning_module)
             return original()
         finally:
-            replaced.remove(callback)
             callback.tuned_strength = None
 
     loop.run = run
