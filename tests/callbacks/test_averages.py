@@ -125,7 +125,7 @@ class OfItsOwn(L.Callback):
 
 def test_an_average_of_another_callback_is_refused_by_name():
     module = Lit()
-    with pytest.raises(td.UnsupportedError, match="OfItsOwn copied Lit before TokenDrop .* list TokenDrop before it"):
+    with pytest.raises(td.UnsupportedError, match=r"OfItsOwn copied Lit before TokenDrop .* list TokenDrop before it"):
         trainer(OfItsOwn(), td.TokenDrop(SHARED)).fit(module, loader())
     assert not hasattr(module, "tokendrop")
     trainer(td.TokenDrop(SHARED), OfItsOwn()).fit(module, loader())
