@@ -13,8 +13,12 @@ from torch import nn
 from typing_extensions import override
 
 from tokendrop.analysis.flops import task_costs
-from tokendrop.callbacks.batch import OURS, batch_layout
+from tokendrop.callbacks.averages import renew_averages
+from tokendrop.callbacks.batch import OURS, batch_layout, sub_batches
+from tokendrop.callbacks.launched import BeforeLaunch, check_home
+from tokendrop.callbacks.optimizers import check_optimizers
 from tokendrop.callbacks.strategies import check_strategy
+from tokendrop.callbacks.tuners import kept_in_tuners
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, check_methods
 from tokendrop.engine.model.decoder import decoders, find_layers
@@ -23,6 +27,7 @@ from tokendrop.errors import (
     DecoderError,
     LayoutTypeError,
     MethodError,
+    TokenDropError,
     UnsupportedError,
     check_flag,
     check_integer,
@@ -32,7 +37,7 @@ from tokendrop.roles import Method
 from tokendrop.schedule import Schedule
 
 
-class TokenDrop(L.Callback):
+class TokenDrop(BeforeLaunch):
     """Image tokens of each batch skip the work that their task's method says they do not need.
 
     Logged for each task of a batch, without unit, 1 = dense:
@@ -41,7 +46,8 @@ class TokenDrop(L.Callback):
 
     Args:
         methods: a method for whatever task, or task name -> method; None runs a task dense.
-        layout: batch -> TokenLayout; by default `tokendrop.callbacks.batch.batch_layout`.
+        layout: batch -> TokenLayout; by default `tokendrop.callbacks.batch.batch_layout`. For a batch of several
+            batches (`CombinedLoader`), none: the step enters one for each, by `tokendrop.handle(self).layout`.
         schedule: when dropping sets in; whole from the first step by default.
         image_ids: vocabulary ids of image tokens, where neither batch nor config says.
         consume: remove 'image_mask', 'segments' and 'task' from the batch before the user's step.
@@ -90,16 +96,26 @@ class TokenDrop(L.Callback):
         self.labelled_logits = labelled_logits
         self.handle: Handle | None = None
         self.current: TokenLayout | None = None  # of the last batch, for other callbacks
-        self._entered, self._wrapped = ExitStack(), ExitStack()
+        self.tuned_strength: float | None = None
+        self._entered, self._wrapped, self._tuned = ExitStack(), ExitStack(), ExitStack()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         others = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, TokenDrop) and one is not self]
         if others:
             raise AppliedError(f"the trainer has {len(others) + 1} TokenDrop callbacks; put all methods into one")
+        self._tuned.close()
+        self._tuned.enter_context(kept_in_tuners(trainer, self, stage))
+        before = self._existing(pl_module)
         if not self._inject(pl_module, trainer):
             for name in ("setup", "configure_model"):
                 self._inject_after(pl_module, name, trainer)
+        elif before is None and self.handle is not None:
+            check_home(trainer, self.handle)
+
+    @override
+    def before_launch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._inject(pl_module, trainer)
 
     def _inject(self, pl_module: L.LightningModule, trainer: L.Trainer) -> bool:
         handle = self._existing(pl_module)
@@ -109,6 +125,11 @@ class TokenDrop(L.Callback):
             num_layers = len(find_layers(pl_module, self.layers)[1])
             check_strategy(trainer.strategy, check_methods(self.methods).values(), num_layers)
             handle = apply(pl_module, self.methods, self.layers, self.multiple, self.labelled_logits)
+            try:
+                renew_averages(trainer, pl_module, handle)
+            except TokenDropError:
+                handle.remove()
+                raise
         if handle is not None and handle is not self.handle and self.schedule is not None:
             handle.strength = self.schedule.final
         self.handle = handle
@@ -168,6 +189,12 @@ class TokenDrop(L.Callback):
         self.handle.check_sharding()
 
     @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer, pl_module)
+        if self.handle is not None:
+            check_optimizers(trainer, pl_module, self.handle)
+
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not earlier: asking for the number of steps makes the loaders, whose place a checkpoint still has to restore.
         if self.schedule is not None:
@@ -178,7 +205,13 @@ class TokenDrop(L.Callback):
         if self.handle is None:
             raise AppliedError("TokenDrop has no handle; was it removed while the trainer runs?")
         if self.schedule is not None and trainer.state.fn == "fit":
-            self.handle.strength = self.schedule.strength(trainer.global_step, _total_steps(trainer, self.schedule))
+            total = _total_steps(trainer, self.schedule)
+            strength = self.schedule.strength(trainer.global_step, total)
+            self.handle.strength = strength if self.tuned_strength is None else self.tuned_strength
+        if self.layout is None and (hint := sub_batches(batch)):
+            self.current = None
+            self._entered.enter_context(self.handle.expecting(hint))
+            return
         layout = self.layout(batch) if self.layout else batch_layout(batch, pl_module, self.image_ids)
         if not isinstance(layout, TokenLayout):
             raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
@@ -216,6 +249,7 @@ class TokenDrop(L.Callback):
     def _stop(self, *_: Any, **__: Any) -> None:
         self._entered.close()
         self._wrapped.close()
+        self._tuned.close()
 
     @override
     def on_train_batch_start(
@@ -230,7 +264,7 @@ class TokenDrop(L.Callback):
         self._enter(trainer, pl_module, batch, batch_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-    on_fit_start = on_validation_start = on_test_start = on_predict_start = _start
+    on_validation_start = on_test_start = on_predict_start = _start
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _leave
     on_train_epoch_end = _leave
     on_exception = teardown = _stop

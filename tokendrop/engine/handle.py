@@ -62,7 +62,7 @@ class Handle(nn.Module):
         super().__init__()
         self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
         self.names = projections.set_names({task: m for task, m in methods.items() if m is not None})
-        self.strength, self.entered, self._sharded = 1.0, 0, False
+        self.strength, self.entered, self._sharded, self.hint = 1.0, 0, False, ""
         self.layers, self.labelled_logits, self.encoder = sets, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
         self._unknown: set[str] = set()
@@ -118,6 +118,15 @@ class Handle(nn.Module):
         """Run dense on purpose inside."""
         with self._entered(None):
             yield
+
+    @contextmanager
+    def expecting(self, hint: str) -> Generator[None]:
+        """Inside, a forward without a layout is also told this."""
+        before, self.hint = self.hint, hint
+        try:
+            yield
+        finally:
+            self.hint = before
 
     def auxiliary_loss(self) -> Tensor:
         """The loss of the routers in the last forward of the entered layout, to be added to the model's own.

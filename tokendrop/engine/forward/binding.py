@@ -18,6 +18,7 @@ class Routing(Protocol):
     """What a layer asks of its handle while it runs."""
 
     key: str
+    hint: str
 
     def sets(self, index: int) -> nn.ModuleDict:
         """The image-only projections of layer `index`."""

@@ -122,3 +122,14 @@ def frames(key: str) -> list[Frame | None]:
     """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
     by_key: dict[str, list[Frame | None]] = this_thread.__dict__.setdefault("frames", {})
     return by_key.setdefault(key, [])
+
+
+def in_thread() -> str:
+    """What to know of layouts in a thread that is not the main one."""
+    thread = threading.current_thread()
+    if thread is threading.main_thread():
+        return ""
+    return (
+        f". This is thread {thread.name!r}, and a layout holds in the thread that enters it: enter it inside the "
+        "function that the thread runs, around model.generate(..., streamer=streamer) for one that streams"
+    )
