@@ -136,7 +136,7 @@ def test_a_function_is_refused_with_the_way_out_and_named_in_a_checkpoint():
 def test_methods_of_somebody_else():
     method, schedule = Mine(2, ("b", "c")), td.Schedule(steps=4)
     config = json.loads(json.dumps(td.to_config({"u": method, "g": td.HiMix()}, schedule)))
-    with pytest.raises(td.MethodError, match="Mine' is unknown.*classes="):
+    with pytest.raises(td.MethodError, match=r"Mine' is unknown.*classes="):
         td.from_config(config)
     assert td.from_config(config, classes=[Mine]) == ({"u": method, "g": td.HiMix()}, schedule)
     # The script that trained calls it otherwise than the one that imports it.
@@ -149,10 +149,10 @@ def test_methods_of_somebody_else():
 
 
 def test_what_is_no_dataclass_is_refused_and_named_in_a_checkpoint():
-    with pytest.raises(td.MethodError, match="NoDataclass.*no dataclass"):
+    with pytest.raises(td.MethodError, match=r"NoDataclass.*no dataclass"):
         td.to_config(NoDataclass())
     assert described(NoDataclass())["methods"]["class_path"].endswith("NoDataclass")
-    with pytest.raises(td.MethodError, match="NoDataclass.*methods of your own, which are dataclasses|classes: expected"):
+    with pytest.raises(td.MethodError, match=r"classes: expected.*NoDataclass"):
         td.from_config(td.to_config(td.HiMix()), classes=[NoDataclass])
 
 
@@ -194,7 +194,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     ):
         with pytest.raises(td.MethodError, match=message):
             td.methods_of(tmp_path / name)
-    with pytest.raises(td.MethodError, match="found no file .*meta.pt"):
+    with pytest.raises(td.MethodError, match=r"found no file .*meta\.pt"):
         td.methods_of(tmp_path)
     with pytest.raises(td.MethodError, match="found 3"):
         td.methods_of(3)

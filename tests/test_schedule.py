@@ -33,7 +33,7 @@ def test_an_evaluation_knows_the_tail_where_it_knows_the_end():
 
 @pytest.mark.parametrize("direction", ["up", None, True, "IN"])
 def test_another_direction_is_refused(direction):
-    with pytest.raises(td.MethodError, match="direction=.*expected 'in' or 'out'"):
+    with pytest.raises(td.MethodError, match=r"direction=.*expected 'in' or 'out'"):
         td.Schedule(direction=direction)
 
 

@@ -15,7 +15,6 @@ METHODS = {"u": td.RandomLTD(":", keep=1), "g": td.RandomLTD("1:3", keep=0.5)}
 ALWAYS = {"u": td.Drop(":", keep=1), "g": td.HMGen("1:3")}
 
 
-
 def run(model, drop):
     """Logits and gradients, with the random choices of the first step."""
     with drop.layout(MADE.layout(), step=(0, 0)):

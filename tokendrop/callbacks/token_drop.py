@@ -94,7 +94,7 @@ class TokenDrop(L.Callback):
         self.handle: Handle | None = None
         self.current: TokenLayout | None = None  # of the last batch, for other callbacks
         self._entered, self._wrapped = ExitStack(), ExitStack()
-        self._removed = self._restored = False
+        self._alone = self._removed = self._restored = False
         self._said: set[str] = set()
 
     @override
@@ -102,7 +102,7 @@ class TokenDrop(L.Callback):
         others = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, TokenDrop) and one is not self]
         if others:
             raise AppliedError(f"the trainer has {len(others) + 1} TokenDrop callbacks; put all methods into one")
-        self._removed = self._restored = False
+        self._alone, self._removed, self._restored = True, False, False
         if not self._inject(pl_module, trainer):
             for name in ("setup", "configure_model"):
                 self._inject_after(pl_module, name, trainer)
@@ -208,7 +208,8 @@ class TokenDrop(L.Callback):
     @property
     @override
     def state_key(self) -> str:
-        return STATE_KEY
+        # Lightning refuses two equal keys when it is made, before setup can say what to do instead.
+        return STATE_KEY if self._alone else f"{STATE_KEY} {id(self)}"
 
     @override
     def state_dict(self) -> dict[str, Any]:
