@@ -35,12 +35,15 @@ def kept_in_tuners(trainer: L.Trainer, callback: Any, stage: str) -> Generator[N
             replaced.append(callback)
         # The learning rate finder logs by a callback of its own; the batch size finder has none.
         callback.tuned_strength = 1.0 if len(replaced) > 1 else 0.0
+        trained = None if callback.handle is None else callback.handle.progress
         try:
             if stage == "fit":
                 callback.on_fit_start(trainer, trainer.lightning_module)
             return original()
         finally:
             callback.tuned_strength = None
+            if callback.handle is not None:
+                callback.handle.progress = trained  # what a tuner did is undone
 
     loop.run = run
     try:

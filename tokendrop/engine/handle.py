@@ -63,6 +63,9 @@ class Handle(nn.Module):
         self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
         self.names = projections.set_names({task: m for task, m in methods.items() if m is not None})
         self.strength, self.entered, self._sharded, self.hint = 1.0, 0, False, ""
+        self.in_training = False  # whether layers in eval mode are trained all the same, as pretrained ones may be
+        self.progress: object | None = None  # of the training that set the strength, for the callback
+        self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
         self.layers, self.labelled_logits, self.encoder = sets, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
         self._unknown: set[str] = set()
@@ -102,7 +105,8 @@ class Handle(nn.Module):
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         seen = Seen()
         encode = None if self.encoder is None else partial(self.encoder.encoded, seen)
-        frame = Frame(layout, plan, at, first, seen=seen, encode=encode)
+        trained = self.trained(self.decoder_layers[0])
+        frame = Frame(layout, plan, at, first, trained=trained, seen=seen, encode=encode)
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
@@ -203,10 +207,16 @@ class Handle(nn.Module):
             )
         return task
 
+    def trained(self, layer: nn.Module) -> bool:
+        """Whether methods for training only hold now, by the mode of a decoder layer; True where there are none."""
+        return not self._training_only or self.in_training or layer.training
+
     def route_of(self, key: str | None) -> Route:
         """The route of image tokens through the L layers, at the schedule's present strength."""
         method = self.methods.get(key)
-        return (LayerRoute(),) * len(self.layers) if method is None else method.route(len(self.layers), self.strength)
+        if method is None or (getattr(method, "training_only", False) and not self.trained(self.decoder_layers[0])):
+            return (LayerRoute(),) * len(self.layers)
+        return method.route(len(self.layers), self.strength)
 
     def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:
         """What each layer computes on such tokens; `layout()` makes and enters it."""

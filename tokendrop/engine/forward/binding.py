@@ -24,6 +24,10 @@ class Routing(Protocol):
         """The image-only projections of layer `index`."""
         ...
 
+    def trained(self, layer: nn.Module) -> bool:
+        """Whether methods for training only hold now, by the mode of a decoder layer."""
+        ...
+
     def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:
         """What each of the L layers computes on such tokens."""
         ...

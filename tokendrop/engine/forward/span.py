@@ -52,6 +52,8 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
     frame, sets = entered[-1], binding.handle.sets(binding.index)
     if frame is not None and binding.index == 0:
         frame.check(binding.spec.bind(args, kwargs)[0])
+        if frame.trained != (trained := binding.handle.trained(layer)):  # the mode changed inside the layout
+            frame.plan, frame.trained = binding.handle.plan(frame.layout), trained
     if frame is None or frame.dense:
         if len(sets) == 0 or not torch.is_grad_enabled():
             return proceed(*args, **kwargs)

@@ -57,6 +57,7 @@ class Frame:
         plan: what each layer computes on them.
         step: (2,) int64, of training, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
+        trained: whether the plan is that of training, for methods that hold in training only.
         forward: the forward under way.
         caches: those that generations inside have filled.
         ids: vocabulary ids that the model embedded last, where the layout has image ids.
@@ -71,6 +72,7 @@ class Frame:
     plan: Plan
     step: Tensor
     first: int
+    trained: bool = True
     forward: Forward | None = None
     caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     ids: Tensor | None = None
