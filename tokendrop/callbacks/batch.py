@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from tokendrop.errors import BatchError
 from tokendrop.layout import TokenLayout
 
-OURS = ("image_mask", "segments", "task")
-
 
 def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ()) -> TokenLayout:
     """The layout of a batch: which tokens are images, and what else it says about them.

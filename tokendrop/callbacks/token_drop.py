@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from tokendrop.analysis.flops import task_costs
-from tokendrop.callbacks.batch import OURS, batch_layout
+from tokendrop.callbacks.batch import batch_layout
 from tokendrop.callbacks.strategies import check_strategy
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, check_methods
@@ -27,7 +27,7 @@ from tokendrop.errors import (
     check_flag,
     check_integer,
 )
-from tokendrop.layout import TokenLayout, id_tensor
+from tokendrop.layout import OURS, TokenLayout, id_tensor
 from tokendrop.roles import Method
 from tokendrop.schedule import Schedule
 

@@ -10,9 +10,9 @@ import yaml
 from typer.testing import CliRunner
 
 import tokendrop as td
-from tokendrop.analysis.analyze import SourceError, read_source
 from tokendrop.analysis.report import Section, render
 from tokendrop.cli import app
+from tokendrop.cli.source import SourceError, read_source
 from tokendrop.study import study
 from tokendrop.study.study import Study
 
