@@ -110,7 +110,7 @@ secret = 3
 WORKS = ["module", "one_argument", "one_batch", "a_loader", "a_task_in_the_batch", "outputs_as_loss"]
 REFUSED = {
     "by_hand": ("UnsupportedError", "Module optimises by hand"),
-    "no_batches": ("LayoutError", "found []; give a few of each task"),
+    "no_batches": ("LayoutError", "0 batches of a list; give a few of each task"),
     "batches_on_meta": ("LayoutError", "on the meta device"),
     "batches_of_text": ("LayoutTypeError", "found 'ab'"),
     "mixed": ("LayoutError", "the tasks ['g', 'u'] with 28 image tokens"),

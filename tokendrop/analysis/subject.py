@@ -52,7 +52,8 @@ class Subject:
         self.model, self.layout, self.loss = model, layout, loss
         self.batches: Sequence[Any] = list(batches)
         if not self.batches:
-            raise LayoutError("batches: found []; give a few of each task")
+            kind = type(batches).__name__
+            raise LayoutError(f"no batches: found no row to count in 0 batches of a {kind}; give a few of each task")
         if isinstance(model, L.LightningModule) and loss is None and not model.automatic_optimization:
             raise UnsupportedError(
                 f"{type(model).__name__} optimises by hand, so its training_step would train it; give the loss of a "
