@@ -14,6 +14,8 @@ from torch import Tensor
 from tokendrop.errors import LayoutError, LayoutTypeError
 
 IGNORED = -100
+# Keys of a batch that are for us and not for the model.
+OURS = ("image_mask", "segments", "task")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tokendrop.errors import BatchError
 from tokendrop.layout import TokenLayout
 
-OURS = ("image_mask", "segments", "task")
 IMAGES = ("image_mask", "mm_token_type_ids", "input_ids")
 
 

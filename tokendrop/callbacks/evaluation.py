@@ -12,10 +12,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from tokendrop.callbacks.batch import OURS
 from tokendrop.callbacks.tasks import TaskBatch
 from tokendrop.engine.handle import Handle
 from tokendrop.errors import TaskLossError
+from tokendrop.layout import OURS
 from tokendrop.synergy.evaluate import gradients, local, moved, summed
 from tokendrop.synergy.gradients import Compressed, compress, products
 

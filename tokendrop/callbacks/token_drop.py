@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from tokendrop.analysis.flops import task_costs
 from tokendrop.callbacks.averages import renew_averages
-from tokendrop.callbacks.batch import OURS, batch_layout, sub_batches
+from tokendrop.callbacks.batch import batch_layout, sub_batches
 from tokendrop.callbacks.launched import BeforeLaunch, check_home
 from tokendrop.callbacks.optimizers import check_optimizers
 from tokendrop.callbacks.saved import warn_of_difference
@@ -35,7 +35,7 @@ from tokendrop.errors import (
     check_flag,
     check_integer,
 )
-from tokendrop.layout import TokenLayout, id_tensor
+from tokendrop.layout import OURS, TokenLayout, id_tensor
 from tokendrop.schedule import Schedule
 
 
