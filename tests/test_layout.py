@@ -20,6 +20,7 @@ def test_tasks_of_each_sample():
 def test_everything_that_fits_is_kept():
     long = IMAGE.long()
     layout = TokenLayout(IMAGE, "u", segments=long, padding=IMAGE, labels=long, image_ids=torch.tensor([3]))
+    layout = dataclasses.replace(layout, packs=long, new="image")
     moved = layout.to(torch.device("cpu"))
     for field in dataclasses.fields(TokenLayout):
         assert getattr(moved, field.name) is getattr(layout, field.name)
@@ -49,7 +50,7 @@ def test_image_is_not_empty(shape):
         TokenLayout(torch.zeros(shape, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("name", ["segments", "padding", "labels"])
+@pytest.mark.parametrize("name", ["segments", "padding", "labels", "packs"])
 def test_other_tensors_have_the_shape_of_image(name):
     value = IMAGE if name == "padding" else IMAGE.long()
     with pytest.raises(LayoutError, match=rf"{name}: expected the shape of image, \(2, 3\); found \(2, 2\)"):
@@ -59,7 +60,7 @@ def test_other_tensors_have_the_shape_of_image(name):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("segments", IMAGE.float()), ("segments", IMAGE), ("padding", IMAGE.long()), ("labels", IMAGE.int()),
-     ("labels", IMAGE), ("labels", [[1]]), ("padding", 1)],
+     ("labels", IMAGE), ("labels", [[1]]), ("padding", 1), ("packs", IMAGE), ("packs", IMAGE.int())],
 )  # fmt: skip
 def test_other_tensors_have_their_types(name, value):
     with pytest.raises(LayoutTypeError, match=rf"{name}: expected .*; found"):
@@ -111,6 +112,13 @@ def test_from_wrong_image_ids(image_ids):
 def test_from_ids_with_a_mask_of_another_shape():
     with pytest.raises(LayoutError, match="padding"):
         TokenLayout.from_ids(torch.ones(2, 3, dtype=torch.long), 7, attention_mask=torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("new", ["video", None, 1])
+def test_new_tokens_are_text_or_images(new):
+    with pytest.raises(LayoutError, match=rf"new={new!r}: expected 'text' or 'image'"):
+        TokenLayout(IMAGE, new=new)
+    assert TokenLayout(IMAGE).new == "text"
 
 
 def test_segments():

@@ -4,9 +4,9 @@ Shape letters: B batch, T tokens.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -37,10 +37,13 @@ class TokenLayout:
         padding: (B, T) bool, True for real tokens.
         labels: (B, T) int64, unshifted: row t is trained on labels[t + 1]; -100 for none.
         image_ids: (V,) int64, the vocabulary ids of image tokens.
+        packs: (B, T) int64, the packed sample of its row that a token belongs to, any numbers; None where each row is
+            one sample. What a method keeps of a sample's image tokens is kept of each packed sample.
+        new: what generated tokens are where nobody sees their ids, "text" or "image".
 
     Raises:
         LayoutTypeError: a tensor of the wrong dtype, or a task that is no string.
-        LayoutError: shapes that differ, or a number of tasks other than B.
+        LayoutError: shapes that differ, a number of tasks other than B, or another `new`.
 
     Example:
         >>> layout = TokenLayout(torch.tensor([[True, True, False]]), task="understanding")
@@ -54,6 +57,8 @@ class TokenLayout:
     padding: Tensor | None = None
     labels: Tensor | None = None
     image_ids: Tensor | None = None
+    packs: Tensor | None = None
+    new: Literal["text", "image"] = "text"
 
     def __post_init__(self) -> None:
         if not isinstance(self.image, Tensor) or self.image.dtype != torch.bool or self.image.dim() != 2:
@@ -64,6 +69,7 @@ class TokenLayout:
         self._check("segments", self.segments, _INTEGERS, "integer")
         self._check("padding", self.padding, (torch.bool,), "bool")
         self._check("labels", self.labels, (torch.int64,), "int64")
+        self._check("packs", self.packs, (torch.int64,), "int64")
         self._check_values()
         self._check_task()
 
@@ -76,6 +82,8 @@ class TokenLayout:
             low, high = map(int, segments.aminmax())
             if low < 0 or high > max(Segment):
                 raise LayoutError(f"segments: expected values of Segment, 0 to {max(Segment):d}; found {low} to {high}")
+        if self.new not in ("text", "image"):
+            raise LayoutError(f"new={self.new!r}: expected 'text' or 'image', what generated tokens are")
 
     def _check(self, name: str, value: Tensor | None, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
         if value is None:
@@ -108,13 +116,8 @@ class TokenLayout:
 
     def to(self, device: torch.device) -> Self:
         """The same layout on another device."""
-
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device)
-
-        image, rest = self.image.to(device), map(move, (self.segments, self.padding, self.labels, self.image_ids))
-        segments, padding, labels, image_ids = rest
-        return type(self)(image, self.task, segments, padding, labels, image_ids)
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)})
 
     @classmethod
     def from_ids(
