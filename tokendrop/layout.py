@@ -3,10 +3,10 @@
 Shape letters: B batch, T tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from tokendrop.errors import LayoutError, LayoutTypeError
 
 IGNORED = -100
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -217,6 +218,42 @@ def scoring_mask(layout: TokenLayout, kind: str) -> Tensor:
         behind = layout.image.flip(1).cumsum(1).flip(1) == 0
         chosen = behind & real & ~labelled
     return chosen | (last & ~chosen.any(1, keepdim=True))
+
+
+def packed_samples(given: Mapping[str, Any], shape: tuple[int, int], padding: Tensor | None = None) -> Tensor | None:
+    """The packed sample of its row that each token belongs to, as a batch or the arguments of a model say it.
+
+    A sample begins where `cu_seq_lens_q` says, in a batch of one row; else where `position_ids` begin again.
+
+    Args:
+        given: `position_ids` (B or 1, T), or (3 or 4, B, T) as M-RoPE has them; `cu_seq_lens_q` (N + 1,).
+        shape: (B, T).
+        padding: (B, T) bool, True for real tokens.
+
+    Returns:
+        (B, T) int64, from 0 up in each row; None where each row is one sample, or nothing is said.
+
+    Example:
+        >>> packed_samples({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, (1, 5)).tolist()
+        [[0, 0, 0, 1, 1]]
+    """
+    lengths = next((given[name] for name in _LENGTHS if isinstance(given.get(name), Tensor)), None)
+    if lengths is not None and lengths.dim() == 1 and shape[0] == 1:
+        tokens = torch.arange(shape[1], device=lengths.device)
+        return torch.bucketize(tokens, lengths[1:], right=True)[None] if len(lengths) > 2 else None
+    at = given.get("position_ids")
+    if not isinstance(at, Tensor) or at.dim() not in (2, 3) or at.shape[-1] != shape[1]:
+        return None
+    text = at.dim() == 2 or len(at) == 4  # of three, the first is time, which stands still within an image
+    at = at if at.dim() == 2 else at[0]
+    begins = at.diff(dim=1) < 0
+    if text:  # behind a sample of one token; zeros in a row are padding
+        begins[:, :-1] |= (at[:, 1:-1] == 0) & (at[:, 2:] == 1)
+    if padding is not None:
+        begins = begins & padding[:, 1:] & padding[:, :-1]
+    if len(begins) not in (1, shape[0]) or not begins.any():
+        return None
+    return torch.cat([torch.zeros_like(begins[:, :1]), begins], 1).cumsum(1).expand(shape)
 
 
 def id_tensor(image_ids: object) -> Tensor:

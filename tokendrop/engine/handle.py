@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward import head
+from tokendrop.engine.forward.ids import SeenIds
 from tokendrop.engine.forward.state import Frame, frames, this_thread
 from tokendrop.engine.model import projections
 from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
@@ -106,10 +107,10 @@ class Handle(nn.Module):
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
-        embeddings = _input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
         with ExitStack() as stack:
-            if embeddings is not None:
-                stack.callback(embeddings.register_forward_pre_hook(frame.embedded).remove)
+            if layout.image_ids is not None and layout.labels is None:
+                frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
+                stack.enter_context(frame.given.watching(self.owner, self.path))
             stack.enter_context(self._entered(frame))
             yield plan
 
@@ -254,15 +255,6 @@ def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> N
     added = cast(Handle, model.tokendrop)
     path, layers = f"{prefix}{added.path}", added.decoder_layers
     projections.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.spec, state)
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    for module in model.modules():
-        find = getattr(module, "get_input_embeddings", None)
-        if callable(find):
-            found = find()
-            return found if isinstance(found, nn.Module) else None
-    return None
 
 
 def _named(methods: Mapping[Any, object]) -> str:

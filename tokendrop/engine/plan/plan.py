@@ -6,7 +6,7 @@ groups, L layers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -165,18 +165,17 @@ class Planner:
         self.layout, self.names, self.multiple, self.tokens = layout, names, multiple, layout.image.shape[1]
         self.needed = needed_rows(layout)
         self.computing = ~layout.image & (real_rows(layout) | self.needed)
-        unneeded_image = layout.image & self.needed
         self.packs = Packs.of(layout)
         alone = layout if self.packs is None else self.packs.layout(layout)
         kinds: list[str] = sorted({select.queries.rows for select in selections(routes) if select.queries is not None})
         asked = {kind: scoring_mask(alone, kind) for kind in kinds}
-        masks = self.computing, layout.image, unneeded_image, self.needed
+        masks = self.computing, layout.image, layout.image & self.needed, self.needed
         rows = torch.stack([before_one_image(layout, self.computing), *(mask.sum(1) for mask in masks)])
         samples = torch.stack([mask.sum(1) for mask in (alone.image, *asked.values())])
-        # The one transfer from the device: everything the shapes of this forward depend on.
-        found, cut = torch.cat([rows.flatten(), samples.flatten()]).tolist(), rows.numel()
-        self.before, self.text, self.images, self.needed_images, needed = _cut(found[:cut], len(rows))
-        self.candidates, *counts = _cut(found[cut:], len(samples))
+        # All that the shapes of this forward depend on; the one transfer from the device, but for those of packs.
+        found = iter(torch.cat([rows.flatten(), samples.flatten()]).tolist())
+        each = [list(islice(found, one.shape[1])) for one in (rows, samples) for _ in range(len(one))]
+        self.before, self.text, self.images, self.needed_images, needed, self.candidates, *counts = each
         # Powers of two, so that shapes stay few.
         sizes = [min(alone.image.shape[1], 1 << (max(count) - 1).bit_length()) for count in counts]
         pairs = zip(asked.items(), samples[1:], sizes, strict=True)
@@ -296,8 +295,3 @@ def span_rows(groups: tuple[Group, ...], tokens: int) -> Rows | None:
         indices.append((group.samples[:, None] * tokens + rows.index).flatten())
         valids.append(rows.valid.flatten())
     return Rows(torch.cat(indices)[None], torch.cat(valids)[None])
-
-
-def _cut(flat: list[int], parts: int) -> list[list[int]]:
-    size = len(flat) // parts
-    return [flat[at : at + size] for at in range(0, len(flat), size)]
