@@ -22,7 +22,7 @@ from tokendrop.engine.forward.state import Forward, Frame, frames
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.projections import ROUTER
 from tokendrop.engine.plan.plan import Group, Plan, Span
-from tokendrop.errors import MissingLayoutError, UnsupportedError
+from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import packed_samples
 from tokendrop.roles import Role
@@ -73,7 +73,7 @@ def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, n
     name, forward = f"{type(layer).__name__} {binding.index}", frame.forward
     if binding.index == 0:
         check_packing(named, binding.spec.backend(layer))
-        forward = frame.forward = _begin(binding, frame, hidden, named)
+        forward = frame.forward = _begin(layer, binding, frame, hidden, named)
     elif forward is None or binding.index != forward.next_layer:
         due = 0 if forward is None else forward.next_layer
         raise UnsupportedError(
@@ -89,11 +89,11 @@ def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, n
     return forward
 
 
-def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
+def _begin(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
     handle, (batch, tokens) = binding.handle, hidden.shape[:2]
     cache = named.get(binding.spec.cache) if binding.spec.cache else None
     stored = 0 if cache is None else int(cache.get_seq_length())
-    plan = frame.plan if stored else _prompt(binding, frame, (batch, tokens), named)
+    plan = frame.plan if stored else _prompt(layer, binding, frame, (batch, tokens), named)
     layout = plan.layout
     if not frame.generates:
         if stored:
@@ -126,14 +126,22 @@ def _refuse_packs(plan: Plan) -> None:
         )
 
 
-def _prompt(binding: Binding, frame: Frame, shape: tuple[int, int], named: dict[str, Any]) -> Plan:
+def _prompt(layer: nn.Module, binding: Binding, frame: Frame, shape: tuple[int, int], named: dict[str, Any]) -> Plan:
     # The plan of the layout, and of the packed samples that a mask may keep apart and the layout does not know of.
     plan, layout = frame.plan, frame.layout
     check_rows(layout, frame.ids, shape)
     mask = named.get(binding.spec.mask or "")
-    if shape != plan.shape or layout.packs is not None or mask is None or torch.compiler.is_compiling():
+    if shape != plan.shape or torch.compiler.is_compiling():
         return plan
-    if not any(span.selects for span in plan.spans):
+    if mask is None and plan.packs is not None and binding.spec.backend(layer) in ("sdpa", "eager"):
+        message = (
+            f"the layout has {len(plan.packs.rows)} samples packed into {shape[0]} rows, but the layers are given no "
+            "mask, so that a sample sees those before it; call the model with position_ids that begin again in each, "
+            "without attention_mask, and with use_cache=False, or transformers does not look for them"
+        )
+        binding.handle.say_once("packs", message, LayoutWarning, 1)
+    selects = any(span.selects for span in plan.spans)
+    if mask is None or layout.packs is not None or not selects:
         return plan
     packs = packed_samples(named, shape, layout.padding)
     return plan if packs is None else binding.handle.plan(replace(layout, packs=packs))
