@@ -98,3 +98,7 @@ class NoEffectWarning(UserWarning):
 
 class MethodChangedWarning(UserWarning):
     """A checkpoint was made under other methods than those in force."""
+
+
+class LayoutWarning(UserWarning):
+    """A token layout that says too little to train on, or something else than the model does."""
