@@ -18,7 +18,7 @@ from tokendrop.engine.forward.calls import group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.state import Forward, Frame, frames
 from tokendrop.engine.model.decoder import reentrant
-from tokendrop.engine.model.projections import ROUTER
+from tokendrop.engine.model.sets import ROUTER
 from tokendrop.engine.plan.plan import Group, Span
 from tokendrop.errors import MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
