@@ -99,8 +99,8 @@ def apply(
     path, found = find_layers(model, layers)
     if any("_tokendrop" in layer.__dict__ for layer in found):
         raise AppliedError(
-            f"the layers of {path!r} are dropped already, through another module; call tokendrop.handle(model).remove() "
-            "first"
+            f"the layers of {path!r} are dropped already, through another module; remove that first, by "
+            "tokendrop.handle(model).remove()"
         )
     if hasattr(model, "tokendrop"):
         raise AppliedError(f"{type(model).__name__} has an attribute 'tokendrop' of its own; rename it")

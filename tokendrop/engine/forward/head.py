@@ -103,7 +103,7 @@ def settle(model: nn.Module) -> None:
     for module in model.modules():
         loss = module.__dict__.get("_loss_function")
         if isinstance(loss, _LabelledLoss):
-            head: Any = module.get_output_embeddings()  # ty: ignore[call-non-callable]
+            head: Any = module.get_output_embeddings()  # ty: ignore[not-callable]
             if not isinstance(head, _LabelledHead):
                 _unlabel(module)
                 _label(head, loss.key)

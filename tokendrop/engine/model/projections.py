@@ -115,7 +115,7 @@ class _SplitLinear(Swapped):
         # A fused linear that is packed or adapted is right only as a whole.
         whole = _using.queries or (len(parts.letters) > 1 and not is_plain(self))
         if whole and not own.keys() & set(parts.letters):
-            return super().forward(x)
+            return self._text(x)
         outputs: list[Tensor | None] = [self._letter(x, own, letter) for letter in parts.letters]
         made = next((out for out in outputs if out is not None), x)
         # Queries that nobody reads: zeros without memory, which the layer may reshape and rotate.
@@ -133,10 +133,17 @@ class _SplitLinear(Swapped):
         if letter in own:
             return own[letter](x)
         if len(self._tokendrop_parts.letters) == 1:
-            return super().forward(x)
+            return self._text(x)
         if is_plain(self):
             return nn.functional.linear(x, *self._tokendrop_parts.cut(self, letter))
-        return self._tokendrop_parts.piece(super().forward(x), letter)
+        return self._tokendrop_parts.piece(self._text(x), letter)
+
+    def _text(self, x: Tensor) -> Tensor:
+        if x.numel() or is_plain(self):
+            return super().forward(x)
+        # Kernels of quantised linears divide by the number of rows: one row, of which nothing is kept.
+        out = super().forward(x.new_zeros(1, x.shape[-1]))[:0]
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def parts_of(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:

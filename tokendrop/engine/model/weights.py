@@ -5,7 +5,7 @@ Shape letters: D hidden.
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def readable(linear: nn.Module) -> bool:
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a linear computes x W^T + b, so that a part of W makes that part of its output."""
-    forward = getattr(type(linear), "_tokendrop_base", type(linear)).forward
+    forward: Any = getattr(type(linear), "_tokendrop_base", type(linear)).forward
     return readable(linear) and (forward is nn.Linear.forward or forward.__qualname__.startswith("Conv1D."))
 
 
@@ -77,27 +77,35 @@ def weights_of(linear: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor | No
         return weight.detach().clone(memory_format=torch.contiguous_format), bias
 
 
-@torch.no_grad()
 def _probed(linear: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     # What a linear makes of unit vectors is its weight, whoever packed it and whatever adapts it.
     (out, width), (device, dtype) = linear_shape(linear), home(linear, layer)
-    training = [(module, module.training) for module in linear.modules()]
-    linear.eval()  # no dropout of adapters
-    weight = torch.empty(out, width, device=device, dtype=dtype)
+    dropouts = [module for module in linear.modules() if isinstance(module, nn.Dropout) and module.training]
+    weight, has_bias = torch.empty(out, width, device=device, dtype=dtype), _biased(linear)
     try:
-        with torch.autocast(device.type, enabled=False):
-            bias = linear(torch.zeros(1, width, device=device, dtype=dtype))[0]
-            for start in range(0, width, _ROWS):
-                units = torch.zeros(min(_ROWS, width - start), width, device=device, dtype=dtype)
-                units.diagonal(start).fill_(1)
-                weight[:, start : start + len(units)] = (linear(units) - bias).T
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        for dropout in dropouts:
+            dropout.training = False
+        bias = _output(linear, torch.zeros(1, width, device=device, dtype=dtype))[0]
+        for start in range(0, width, _ROWS):
+            units = torch.zeros(min(_ROWS, width - start), width, device=device, dtype=dtype)
+            units.diagonal(start).fill_(1)
+            weight[:, start : start + len(units)] = (_output(linear, units) - bias).T
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ImportError) as error:
         raise UnsupportedError(
             f"image-only projections are copies of the text's, and {type(linear).__name__} of {out} x {width} features "
             f"does not give its weights, nor run on {device} to show them: {error}; use separate='none'"
         ) from error
     finally:
-        for module, mode in training:
-            module.training = mode
-    has_bias = getattr(base_linear(linear), "bias", None) is not None or bool(bias.is_meta or bias.any())
+        for dropout in dropouts:
+            dropout.training = True
     return weight, bias.to(dtype) if has_bias else None
+
+
+def _output(linear: nn.Module, rows: Tensor) -> Tensor:
+    # As in training: for inference, some kernels repack the weight and round.
+    with torch.enable_grad(), torch.autocast(rows.device.type, enabled=False):
+        return linear(rows.requires_grad_()).detach()
+
+
+def _biased(linear: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "bias" for name, _ in linear.named_parameters())
