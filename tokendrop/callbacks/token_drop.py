@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -91,6 +92,7 @@ class TokenDrop(L.Callback):
         self.handle: Handle | None = None
         self.current: TokenLayout | None = None  # of the last batch, for other callbacks
         self._entered, self._wrapped = ExitStack(), ExitStack()
+        self._told = False  # how such a checkpoint is loaded
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -197,6 +199,18 @@ class TokenDrop(L.Callback):
                 pl_module.log(
                     f"tokendrop/{kind}/{name}", value, on_step=training, on_epoch=not training, batch_size=plan.shape[0]
                 )
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        added = [name for name in checkpoint.get("state_dict", {}) if "tokendrop.layers." in name]
+        if added and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"The checkpoint holds {len(added)} parameters that TokenDrop added, such as {added[0]}. A module that "
+                "is not dropped has no place for them: load_from_checkpoint refuses them, or leaves them out with "
+                "strict=False. Make the module, call tokendrop.apply(module, tokendrop.methods_of(path)[0]), and then "
+                "module.load_state_dict(torch.load(path)['state_dict'])."
+            )
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

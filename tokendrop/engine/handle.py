@@ -17,7 +17,7 @@ from tokendrop.engine.forward import head
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.state import Frame, frames, this_thread
 from tokendrop.engine.model import projections, sets
-from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
+from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, input_embeddings, is_sharded
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.plan.labelled import LabelledRows
@@ -111,7 +111,7 @@ class Handle(nn.Module):
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
-        embeddings = _input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
+        embeddings = input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
         with ExitStack() as stack:
             if embeddings is not None:
                 stack.callback(embeddings.register_forward_pre_hook(frame.embedded).remove)
@@ -270,15 +270,6 @@ def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> N
     added = cast(Handle, model.tokendrop)
     path, layers = f"{prefix}{added.path}", added.decoder_layers
     sets.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.spec, state)
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    for module in model.modules():
-        find = getattr(module, "get_input_embeddings", None)
-        if callable(find):
-            found = find()
-            return found if isinstance(found, nn.Module) else None
-    return None
 
 
 def _named(methods: Mapping[Any, object]) -> str:

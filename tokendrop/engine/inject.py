@@ -24,8 +24,10 @@ from tokendrop.engine.model.decoder import (
     is_sharded,
     layer_spec,
 )
+from tokendrop.engine.model.saved import notice_saving, take_saved
 from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
+from tokendrop.engine.model.weights import check_one_device
 from tokendrop.errors import AppliedError, MethodError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import Method, Role, selections
 
@@ -43,6 +45,19 @@ class _RoutedLayer(Swapped):
             return reach(self, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self._tell()
+        return super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._tell()
+        return super().state_dict(*args, **kwargs)
+
+    def _tell(self) -> None:
+        binding = self.__dict__["_tokendrop"]
+        if binding.index == 0:
+            notice_saving(binding.handle, binding.handle.layers)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         reached(self)
         forward, work = self._tokendrop_base.forward, kwargs.pop(WORK, None)
@@ -55,6 +70,9 @@ def apply(
     model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64, labelled_logits: bool = False
 ) -> Handle:
     """Make the image tokens of a model skip work; call it before `fully_shard`, `torch.compile` or DDP.
+
+    Image-only projections are copies of the text's. Where `from_pretrained` loaded the model from a folder into which a
+    dropped model was saved, they and routers are those of the folder.
 
     Args:
         model: any module with one decoder.
@@ -107,6 +125,7 @@ def apply(
     spec = layer_spec(found[0], type(found[0]))
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, spec, given)
+    check_one_device(found, path)
     for index, layer in enumerate(found):
         check_forward(layer, f"layer {index} of {path!r}")
     projections.check(found, spec)
@@ -115,6 +134,7 @@ def apply(
     looked = {index for select in selects for index in select.encoder}
     encoder = Encoder(model, looked) if looked else None
     added = sets.make_sets(found, spec, given, sets.set_names(given))
+    take_saved(model, added)
     handle = Handle(model, path, spec, checked, multiple, added, labelled_logits, encoder)
     if encoder is not None:
         encoder.watch(partial(_seen, handle.key))

@@ -226,6 +226,16 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The input embeddings of the first Hugging Face model in `model`, if it says."""
+    for module in model.modules():
+        find = getattr(module, "get_input_embeddings", None)
+        if callable(find):
+            found = find()
+            return found if isinstance(found, nn.Module) else None
+    return None
+
+
 def deepstack_layers(model: nn.Module) -> int:
     """How many first layers a vision-language decoder adds visual features between, at full length."""
     for module in model.modules():

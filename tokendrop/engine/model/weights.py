@@ -29,6 +29,23 @@ def onloaded(module: nn.Module) -> Generator[None]:
         yield
 
 
+def check_one_device(layers: nn.ModuleList, path: str) -> None:
+    """Refuse layers on several devices: compact rows and what they are put back into would lie on different ones.
+
+    Raises:
+        UnsupportedError: with the devices.
+    """
+    hooks = [vars(module).get("_hf_hook") for module in layers.modules()]
+    named = [*(p.device for p in layers.parameters()), *(getattr(hook, "execution_device", None) for hook in hooks)]
+    found = {torch.device(device) for device in named if device is not None}
+    devices = sorted({f"{device.type}:{device.index or 0}" for device in found if device.type != "meta"})
+    if len(devices) > 1:
+        raise UnsupportedError(
+            f"the layers of {path!r} run on {len(devices)} devices, {', '.join(devices)}; load the decoder on one, as "
+            "with device_map={'': 0}, or shard it with fully_shard"
+        )
+
+
 def readable(linear: nn.Module) -> bool:
     """Whether a linear's `weight` is the numbers it multiplies with, and not packed or beneath an adapter."""
     weight = getattr(linear, "weight", None)
