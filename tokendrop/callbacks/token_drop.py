@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -101,6 +102,7 @@ class TokenDrop(BeforeLaunch):
         self.current: TokenLayout | None = None  # of the last batch, for other callbacks
         self.tuned_strength: float | None = None
         self._entered, self._wrapped, self._tuned = ExitStack(), ExitStack(), ExitStack()
+        self._told = False  # how a checkpoint with added parameters is loaded
         self._alone = self._removed = self._restored = False
         self._said: set[str] = set()
 
@@ -256,6 +258,15 @@ class TokenDrop(BeforeLaunch):
         state = checkpoint["callbacks"].get(self.state_key)
         if state and self.handle is not None:
             state |= progress_state(self.handle, trainer)
+        added = [name for name in checkpoint.get("state_dict", {}) if "tokendrop.layers." in name]
+        if added and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"The checkpoint holds {len(added)} parameters that TokenDrop added, such as {added[0]}. A module that "
+                "is not dropped has no place for them: load_from_checkpoint refuses them, or leaves them out with "
+                "strict=False. Make the module, call tokendrop.apply(module, tokendrop.methods_of(path)[0]), and then "
+                "module.load_state_dict(torch.load(path)['state_dict'])."
+            )
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from tokendrop.engine.forward.groups import run
 from tokendrop.engine.forward.span import WORK, call
 from tokendrop.engine.forward.state import frames
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model import projections
+from tokendrop.engine.model import projections, sets
 from tokendrop.engine.model.decoder import (
     LayerSpec,
     check_module,
@@ -26,8 +26,10 @@ from tokendrop.engine.model.decoder import (
     layer_spec,
     uncompiled,
 )
-from tokendrop.engine.model.swap import Swapped, swapped_class
+from tokendrop.engine.model.saved import notice_saving, take_saved
+from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
+from tokendrop.engine.model.weights import check_one_device
 from tokendrop.errors import AppliedError, MethodError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import Method, Role, selections
 
@@ -38,9 +40,28 @@ class _RoutedLayer(Swapped):
     """Mixin of a decoder layer whose tokens are routed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return call(self, super().__call__, args, kwargs)
+        return call(self, self._proceed, args, kwargs)
+
+    def _proceed(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" in self.__dict__ and WORK in kwargs:
+            return reach(self, super().__call__, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self._tell()
+        return super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._tell()
+        return super().state_dict(*args, **kwargs)
+
+    def _tell(self) -> None:
+        binding = self.__dict__["_tokendrop"]
+        if binding.index == 0:
+            notice_saving(binding.handle, binding.handle.layers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        reached(self)
         forward, work = self._tokendrop_base.forward, kwargs.pop(WORK, None)
         if work is None:
             return forward(self, *args, **kwargs)
@@ -51,6 +72,9 @@ def apply(
     model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64, labelled_logits: bool = False
 ) -> Handle:
     """Make the image tokens of a model skip work; call it before `fully_shard`, `torch.compile` or DDP.
+
+    Image-only projections are copies of the text's. Where `from_pretrained` loaded the model from a folder into which a
+    dropped model was saved, they and routers are those of the folder.
 
     Args:
         model: any module with one decoder.
@@ -100,27 +124,33 @@ def apply(
             "in place by layer.compile()"
         )
     if any("_tokendrop" in layer.__dict__ for layer in found):
-        raise AppliedError(f"the layers of {path!r} are dropped already, through another module; remove that first")
+        raise AppliedError(
+            f"the layers of {path!r} are dropped already, through another module; remove that first, by "
+            "tokendrop.handle(model).remove()"
+        )
     if hasattr(model, "tokendrop"):
         raise AppliedError(f"{type(model).__name__} has an attribute 'tokendrop' of its own; rename it")
     spec = layer_spec(found[0], type(found[0]))
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, spec, given)
+    check_one_device(found, path)
+    for index, layer in enumerate(found):
+        check_forward(layer, f"layer {index} of {path!r}")
+    projections.check(found, spec)
     headed = head.find_head(model) if labelled_logits else None
     selects = selections(method.route(len(found)) for method in given.values())
     looked = {index for select in selects for index in select.encoder}
     encoder = Encoder(model, looked) if looked else None
-    sets = projections.make_sets(found, spec, given, projections.set_names(given))
-    handle = Handle(model, path, spec, checked, multiple, sets, labelled_logits, encoder)
+    added = sets.make_sets(found, spec, given, sets.set_names(given))
+    take_saved(model, added)
+    handle = Handle(model, path, spec, checked, multiple, added, labelled_logits, encoder)
     if encoder is not None:
         encoder.watch(partial(_seen, handle.key))
     for index, layer in enumerate(found):
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
-        layer.__class__ = swapped_class(_RoutedLayer, type(layer))
-    if any(
-        m.separate != "none" or any(one.image is Role.CONTEXT for one in m.route(len(found))) for m in given.values()
-    ):
-        projections.swap(found, spec)
+        swap(layer, _RoutedLayer)
+    if handle.splits:
+        projections.settle(found, spec)
     if headed is not None:
         head.inject(*headed, handle.key)
     model.tokendrop = handle

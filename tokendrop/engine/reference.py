@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokendrop.engine.forward.attention_rows import caught_logits, probabilities
 from tokendrop.engine.model.context import keys_values
 from tokendrop.engine.model.decoder import LayerSpec, find_layers, head_width, layer_spec
+from tokendrop.engine.model.sets import make_sets
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.layout import IGNORED, TokenLayout
@@ -52,7 +53,8 @@ def reference(
         model: an untouched model.
         methods: task -> method.
         layout: of the (B, T) tokens that run inside.
-        sets: image-only projections of each layer, as `handle.layers`.
+        sets: image-only projections and router of each layer, as `handle.layers`; by default the text's, and the
+            routers that `apply` would make.
         names: task -> projection set, as `handle.names`.
         layers: dotted path of the decoder's layer list.
         step: the optimiser step and the micro-batch.
@@ -65,6 +67,7 @@ def reference(
     dense = (LayerRoute(),) * len(found)
     by_task = {task: method.route(len(found)) for task, method in methods.items()}
     routes = [by_task.get(task, dense) for task in layout.tasks]
+    sets = sets or list(make_sets(found, spec, methods, {}))
     roles = _Roles(routes, layout, step, sets)
     with ExitStack() as stack:
         if looked := {index for select in selections(routes) for index in select.encoder}:

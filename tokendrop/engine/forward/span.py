@@ -20,7 +20,7 @@ from tokendrop.engine.forward.groups import Call, Work, joined_output, split_out
 from tokendrop.engine.forward.ids import check_rows
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.model.decoder import reentrant
-from tokendrop.engine.model.projections import ROUTER
+from tokendrop.engine.model.sets import ROUTER
 from tokendrop.engine.plan.plan import Group, Plan, Span
 from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
