@@ -35,6 +35,7 @@ def test_every_error_is_ours_and_a_builtin():
         assert issubclass(getattr(td, name), (td.TokenDropError, builtin))
         assert issubclass(getattr(td, name), builtin)
     assert issubclass(td.NoEffectWarning, UserWarning)
+    assert issubclass(td.MethodChangedWarning, UserWarning)
     assert str(td.BatchError("a sentence")) == "a sentence"
 
 
