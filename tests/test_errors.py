@@ -37,6 +37,7 @@ def test_every_error_is_ours_and_a_builtin():
         assert issubclass(getattr(td, name), builtin)
     assert issubclass(td.NoEffectWarning, UserWarning)
     assert issubclass(td.LayoutWarning, UserWarning)
+    assert issubclass(td.MethodChangedWarning, UserWarning)
     assert str(td.BatchError("a sentence")) == "a sentence"
 
 
