@@ -122,33 +122,73 @@ def attention_allocation(
     check_callable("loss", loss or (lambda: None))
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str):
         raise LayoutTypeError(f"batches: expected a list of them, or a loader; found {batches!r}")
-    batches, found = list(batches), find_layers(model, layers)[1]
+    batches = list(batches)
+    totals = attention_totals(model, batches, layout, rows, blocks, loss, layers)
+    return totals.allocation(rows, heads, (model, batches, layout, loss))
+
+
+@dataclass
+class Totals:
+    """Attention by task, summed over counted rows: what shares are made of. Those of several ranks add up.
+
+    Args:
+        sums: task -> (L, H, S) float64.
+        counts: task -> number of counted rows.
+        maps: task -> heat map of its first sample.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    maps: dict[str, HeatMap] = field(default_factory=dict)
+
+    def add(self, task: str, total: Tensor, count: int) -> None:
+        """Take more rows of a task."""
+        self.sums[task] = self.sums.get(task, 0) + total
+        self.counts[task] = self.counts.get(task, 0) + count
+
+    def allocation(self, rows: str, heads: bool = False, measured: tuple[Any, ...] = ()) -> Allocation:
+        """The shares.
+
+        Raises:
+            LayoutError: a task without a counted row, or no task.
+        """
+        empty = [name for name, count in self.counts.items() if count == 0]
+        if not self.counts or empty:
+            raise LayoutError(
+                f"rows={rows!r}: found no row to count in the batches of the tasks {empty or list(self.counts)}; "
+                "give batches with labels, or rows='all'"
+            )
+        each_head = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
+        kept = each_head if heads else None
+        return Allocation(each_head.mean(2), tuple(self.sums), SEGMENTS, kept, self.maps, measured)
+
+
+def attention_totals(
+    model: nn.Module,
+    batches: Sequence[Any],
+    layout: Callable[[Any], TokenLayout],
+    rows: str,
+    blocks: int = 0,
+    loss: Loss | None = None,
+    layers: str | None = None,
+) -> Totals:
+    """The sums of `attention_allocation`, whose arguments these are."""
+    found, totals = find_layers(model, layers)[1], Totals()
     run: Loss = loss or (lambda batch: model(**batch))
     drop = next((one for one in model.modules() if isinstance(one, Handle)), None)
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    maps: dict[str, HeatMap] = {}
     for batch in batches:
         made = layout(batch)
-        each = _Batch(made, rows, len(found), blocks if blocks and made.tasks[0] not in maps else 0)
+        names = [task or "all" for task in made.tasks]
+        first = {name: at for at, name in reversed(list(enumerate(names))) if blocks and name not in totals.maps}
+        each = _Batch(made, rows, len(found), blocks, list(first.values()))
         dense = nullcontext() if drop is None else drop.disabled()
         with torch.no_grad(), preserved(model), dense, attention_seen(found, made.image.shape[1], each.add):
             run(batch)
-        for sample, task in enumerate(made.tasks):
-            name = task or "all"
-            sums[name] = sums.get(name, 0) + each.sums[:, sample]
-            counts[name] = counts.get(name, 0) + int(each.counted[sample].sum())
-        if each.map is not None:
-            maps[made.tasks[0] or "all"] = HeatMap(each.map, borders(each.segments[0], blocks))
-    empty = [name for name, count in counts.items() if count == 0]
-    if not counts or empty:
-        raise LayoutError(
-            f"rows={rows!r}: found no row to count in {len(batches)} batches of the tasks {empty or list(counts)}; "
-            "give batches with labels, or rows='all'"
-        )
-    each_head = torch.stack([sums[name] / counts[name] for name in sums])
-    kept = each_head if heads else None
-    return Allocation(each_head.mean(2), tuple(sums), SEGMENTS, kept, maps, (model, batches, layout, loss))
+        for at, name in enumerate(names):
+            totals.add(name, each.sums[:, at], int(each.counted[at].sum()))
+        for name, at in first.items():
+            totals.maps[name] = HeatMap(each.maps[at], borders(each.segments[at], blocks))
+    return totals
 
 
 def check_rows(rows: object) -> None:
@@ -164,15 +204,15 @@ def check_rows(rows: object) -> None:
 class _Batch:
     """Sums over the counted rows of one batch, (L, B, H, S) float64."""
 
-    def __init__(self, layout: TokenLayout, rows: str, depth: int, blocks: int) -> None:
+    def __init__(self, layout: TokenLayout, rows: str, depth: int, blocks: int, mapped: Sequence[int]) -> None:
         self.segments = segments_of(layout)
         self.into = torch.nn.functional.one_hot(self.segments, len(SEGMENTS)).float()
         real = torch.ones_like(layout.image) if layout.padding is None else layout.padding
         self.counted = real if rows == "all" else needed_rows(layout)
         self.depth, self.blocks, self.sums = depth, blocks, torch.zeros(0)
         tokens = layout.image.shape[1]
-        self.map = torch.zeros(depth, blocks, blocks) if blocks else None
-        self.block = torch.arange(tokens) * blocks // tokens if blocks else None
+        self.maps = {sample: torch.zeros(depth, blocks, blocks) for sample in mapped}
+        self.block = torch.arange(tokens) * blocks // tokens
 
     def add(self, layer: int, start: int, seen: Tensor) -> None:
         """The probabilities (B, H, C, T) of rows from `start` on."""
@@ -184,12 +224,13 @@ class _Batch:
         seen = seen.masked_fill(~counted[:, None, :, None], 0)
         into = torch.einsum("bhct,bts->bhs", seen, self.into.to(seen.device))
         self.sums[layer] += into.double().cpu()
-        if self.map is not None and self.block is not None:
+        for sample, values in self.maps.items():
             size = torch.bincount(self.block, minlength=self.blocks).clamp(min=1)
-            rows = torch.zeros(self.blocks, seen.shape[3]).index_add(0, self.block[start:stop], seen[0].mean(0).cpu())
-            self.map[layer].index_add_(1, self.block, rows)
+            mean = seen[sample].mean(0).cpu()
+            rows = torch.zeros(self.blocks, seen.shape[3]).index_add(0, self.block[start:stop], mean)
+            values[layer].index_add_(1, self.block, rows)
             if stop == len(self.block):
-                self.map[layer] /= size[:, None] * size
+                values[layer] /= size[:, None] * size
 
 
 def segments_of(layout: TokenLayout) -> Tensor:
