@@ -134,11 +134,13 @@ class Totals:
     Args:
         sums: task -> (L, H, S) float64.
         counts: task -> number of counted rows.
+        batches: how many were looked at.
         maps: task -> heat map of its first sample.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    batches: int = 0
     maps: dict[str, HeatMap] = field(default_factory=dict)
 
     def add(self, task: str, total: Tensor, count: int) -> None:
@@ -154,9 +156,10 @@ class Totals:
         """
         empty = [name for name, count in self.counts.items() if count == 0]
         if not self.counts or empty:
+            tasks = empty or list(self.counts)
             raise LayoutError(
-                f"rows={rows!r}: found no row to count in the batches of the tasks {empty or list(self.counts)}; "
-                "give batches with labels, or rows='all'"
+                f"rows={rows!r}: found no row to count in {self.batches} batches of the tasks {tasks}; give batches "
+                "with labels, or rows='all'"
             )
         each_head = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
         kept = each_head if heads else None
@@ -176,7 +179,7 @@ def attention_totals(
     found, totals = find_layers(model, layers)[1], Totals()
     run: Loss = loss or (lambda batch: model(**batch))
     drop = next((one for one in model.modules() if isinstance(one, Handle)), None)
-    for batch in batches:
+    for totals.batches, batch in enumerate(batches, 1):
         made = layout(batch)
         names = [task or "all" for task in made.tasks]
         first = {name: at for at, name in reversed(list(enumerate(names))) if blocks and name not in totals.maps}

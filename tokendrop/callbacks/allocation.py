@@ -171,6 +171,7 @@ def _of_all_ranks(trainer: L.Trainer, own: Totals | str) -> Totals:
     for one in every:
         if isinstance(one, str):
             raise LayoutError(one)
+        together.batches += one.batches
         for task, total in one.sums.items():
             together.add(task, total, one.counts[task])
     return together

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import MLFlowLogger
 
-from tokendrop.errors import NoEffectWarning
+from tokendrop.errors import NoEffectWarning, UnsupportedError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,6 +47,20 @@ def warn_of_unknown(trainer: L.Trainer, prefix: str) -> None:
                 "unknown, which is logged as NaN; give it check_finite=False",
                 NoEffectWarning,
                 stacklevel=2,
+            )
+
+
+def check_loggers(trainer: L.Trainer, name: str) -> None:
+    """Refuse a logger that cannot hold both a figure and the ends of its interval.
+
+    Raises:
+        UnsupportedError: MLflow's store of files, in which one would be a file and a folder.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, MLFlowLogger) and logger.save_dir is not None:
+            raise UnsupportedError(
+                f"MLflow's store of files in {logger.save_dir!r} cannot hold {name!r} beside '{name}/low'; use its "
+                "database, such as tracking_uri='sqlite:///mlflow.db'"
             )
 
 

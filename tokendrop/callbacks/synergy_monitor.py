@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tokendrop.callbacks.evaluation import Evaluation, as_given, model_loss
-from tokendrop.callbacks.loggers import log_figure, warn_of_unknown
+from tokendrop.callbacks.loggers import check_loggers, log_figure, warn_of_unknown
 from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks, check_names
 from tokendrop.callbacks.token_drop import TokenDrop
 from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError, check_flag, check_integer
@@ -115,6 +115,7 @@ class SynergyMonitor(L.Callback):
             )
         self._drop = next((one for one in trainer.callbacks if isinstance(one, TokenDrop)), None)  # ty: ignore
         if stage == "fit":
+            check_loggers(trainer, f"synergy/alignment/{next(iter(self.products.pairs))}")
             warn_of_unknown(trainer, "synergy/")
 
     @override
