@@ -282,6 +282,14 @@ def test_a_picture_every_window_and_at_the_end(tmp_path, monkeypatch):
     assert drawn == [("synergy/alignment/u/g", step) for step in (5, 7, 8)]
 
 
+def test_a_resumed_run_without_an_event_draws_nothing(tmp_path):
+    watch = monitor(tmp_path / "gone")
+    watch.load_state_dict(td.SynergyMonitor(TASKS).state_dict() | {"events": 3, "grams": (), "shares": ()})
+    logger = TensorBoardLogger(tmp_path)
+    trainer(watch, logger=logger, log_every_n_steps=1).fit(Lit(), Batches(batch(0, "u"), batch(1, "g")))
+    assert not (tmp_path / "gone").exists()
+
+
 def test_the_picture_is_blank_where_nothing_is_known():
     def event(step, values, names=("a", "b", "c")):
         return {"step": step, "groups": {"names": list(names), "alignment": {"u/g": values}}}

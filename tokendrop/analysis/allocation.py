@@ -3,9 +3,9 @@
 Shape letters: B batch, T tokens, C rows of a chunk, H heads, S segments, L layers, N blocks of a heat map.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -51,6 +51,7 @@ class Allocation:
         segments: names, in order.
         heads: (tasks, L, H, S) float64, the same of each head; None where it was not asked for.
         maps: task -> heat map of its first sample; empty where it was not asked for.
+        counts: of each task, the rows that were counted.
     """
 
     share: Tensor
@@ -58,6 +59,7 @@ class Allocation:
     segments: tuple[str, ...] = SEGMENTS
     heads: Tensor | None = None
     maps: Mapping[str, HeatMap] = field(default_factory=dict)
+    counts: tuple[int, ...] = ()
     _measured: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     def plot(self) -> "Figure":
@@ -122,76 +124,47 @@ def attention_allocation(
     check_callable("loss", loss or (lambda: None))
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str):
         raise LayoutTypeError(f"batches: expected a list of them, or a loader; found {batches!r}")
-    batches = list(batches)
-    totals = attention_totals(model, batches, layout, rows, blocks, loss, layers)
-    return totals.allocation(rows, heads, (model, batches, layout, loss))
-
-
-@dataclass
-class Totals:
-    """Attention by task, summed over counted rows: what shares are made of. Those of several ranks add up.
-
-    Args:
-        sums: task -> (L, H, S) float64.
-        counts: task -> number of counted rows.
-        batches: how many were looked at.
-        maps: task -> heat map of its first sample.
-    """
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    batches: int = 0
-    maps: dict[str, HeatMap] = field(default_factory=dict)
-
-    def add(self, task: str, total: Tensor, count: int) -> None:
-        """Take more rows of a task."""
-        self.sums[task] = self.sums.get(task, 0) + total
-        self.counts[task] = self.counts.get(task, 0) + count
-
-    def allocation(self, rows: str, heads: bool = False, measured: tuple[Any, ...] = ()) -> Allocation:
-        """The shares.
-
-        Raises:
-            LayoutError: a task without a counted row, or no task.
-        """
-        empty = [name for name, count in self.counts.items() if count == 0]
-        if not self.counts or empty:
-            tasks = empty or list(self.counts)
-            raise LayoutError(
-                f"rows={rows!r}: found no row to count in {self.batches} batches of the tasks {tasks}; give batches "
-                "with labels, or rows='all'"
-            )
-        each_head = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-        kept = each_head if heads else None
-        return Allocation(each_head.mean(2), tuple(self.sums), SEGMENTS, kept, self.maps, measured)
-
-
-def attention_totals(
-    model: nn.Module,
-    batches: Sequence[Any],
-    layout: Callable[[Any], TokenLayout],
-    rows: str,
-    blocks: int = 0,
-    loss: Loss | None = None,
-    layers: str | None = None,
-) -> Totals:
-    """The sums of `attention_allocation`, whose arguments these are."""
-    found, totals = find_layers(model, layers)[1], Totals()
+    batches, found = list(batches), find_layers(model, layers)[1]
     run: Loss = loss or (lambda batch: model(**batch))
     drop = next((one for one in model.modules() if isinstance(one, Handle)), None)
-    for totals.batches, batch in enumerate(batches, 1):
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    maps: dict[str, HeatMap] = {}
+    for batch in batches:
         made = layout(batch)
-        names = [task or "all" for task in made.tasks]
-        first = {name: at for at, name in reversed(list(enumerate(names))) if blocks and name not in totals.maps}
-        each = _Batch(made, rows, len(found), blocks, list(first.values()))
+        each = _Batch(made, rows, len(found), blocks, maps)
         dense = nullcontext() if drop is None else drop.disabled()
         with torch.no_grad(), preserved(model), dense, attention_seen(found, made.image.shape[1], each.add):
             run(batch)
-        for at, name in enumerate(names):
-            totals.add(name, each.sums[:, at], int(each.counted[at].sum()))
-        for name, at in first.items():
-            totals.maps[name] = HeatMap(each.maps[at], borders(each.segments[at], blocks))
-    return totals
+        for sample, name in enumerate(each.tasks):
+            sums[name] = sums.get(name, 0) + each.sums[:, sample]
+            counts[name] = counts.get(name, 0) + int(each.counted[sample].sum())
+        maps |= {each.tasks[at]: HeatMap(one, borders(each.segments[at], blocks)) for at, one in each.maps.items()}
+    empty = [name for name, count in counts.items() if count == 0]
+    if not counts or empty:
+        raise LayoutError(
+            f"rows={rows!r}: found no row to count in {len(batches)} batches of the tasks {empty or list(counts)}; "
+            "give batches with labels, or rows='all'"
+        )
+    each_head = torch.stack([sums[name] / counts[name] for name in sums])
+    kept = each_head if heads else None
+    measured, rows_of = (model, batches, layout, loss), tuple(counts.values())
+    return Allocation(each_head.mean(2), tuple(sums), SEGMENTS, kept, maps, rows_of, measured)
+
+
+def of_all(found: Sequence[Allocation]) -> Allocation:
+    """The allocation of all batches, from those of some of them each: shares weighted by counted rows.
+
+    Args:
+        found: one or more; what they were measured on is the first one's.
+    """
+    tasks = tuple(dict.fromkeys(task for one in found for task in one.tasks))
+    sums, counts = dict.fromkeys(tasks, torch.zeros(())), dict.fromkeys(tasks, 0)
+    for one in found:
+        for task, share, count in zip(one.tasks, one.share, one.counts, strict=True):
+            sums[task], counts[task] = sums[task] + share * count, counts[task] + count
+    share = torch.stack([sums[task] / counts[task] for task in tasks])
+    return replace(found[0], share=share, tasks=tasks, heads=None, maps={}, counts=tuple(counts.values()))
 
 
 def check_rows(rows: object) -> None:
@@ -205,20 +178,27 @@ def check_rows(rows: object) -> None:
 
 
 class _Batch:
-    """Sums over the counted rows of one batch, (L, B, H, S) float64."""
+    """Sums over the counted rows of one batch, (L, B, H, S) float64, and a map of the first sample of each new task."""
 
-    def __init__(self, layout: TokenLayout, rows: str, depth: int, blocks: int, mapped: Sequence[int]) -> None:
+    def __init__(self, layout: TokenLayout, rows: str, depth: int, blocks: int, known: Container[str]) -> None:
+        self.tasks = [task or "all" for task in layout.tasks]
         self.segments = segments_of(layout)
         self.into = torch.nn.functional.one_hot(self.segments, len(SEGMENTS)).float()
         real = torch.ones_like(layout.image) if layout.padding is None else layout.padding
         self.counted = real if rows == "all" else needed_rows(layout)
         self.depth, self.blocks, self.sums = depth, blocks, torch.zeros(0)
         tokens = layout.image.shape[1]
-        self.maps = {sample: torch.zeros(depth, blocks, blocks) for sample in mapped}
+        new = [self.tasks.index(name) for name in dict.fromkeys(self.tasks) if blocks and name not in known]
+        self.maps = {sample: torch.zeros(depth, blocks, blocks) for sample in new}
         self.block = torch.arange(tokens) * blocks // tokens
 
     def add(self, layer: int, start: int, seen: Tensor) -> None:
         """The probabilities (B, H, C, T) of rows from `start` on."""
+        if (len(seen), seen.shape[3]) != tuple(self.counted.shape):
+            raise LayoutError(
+                f"layer {layer} looks at {len(seen)} x {seen.shape[3]} tokens, and the layout has "
+                f"{tuple(self.counted.shape)}; give the layout of the very tokens that the model runs on"
+            )
         stop = start + seen.shape[2]
         if self.sums.numel() == 0:
             self.sums = torch.zeros(self.depth, len(seen), seen.shape[1], len(SEGMENTS), dtype=torch.float64)
@@ -227,13 +207,13 @@ class _Batch:
         seen = seen.masked_fill(~counted[:, None, :, None], 0)
         into = torch.einsum("bhct,bts->bhs", seen, self.into.to(seen.device))
         self.sums[layer] += into.double().cpu()
-        for sample, values in self.maps.items():
+        for sample, one in self.maps.items():
             size = torch.bincount(self.block, minlength=self.blocks).clamp(min=1)
-            mean = seen[sample].mean(0).cpu()
-            rows = torch.zeros(self.blocks, seen.shape[3]).index_add(0, self.block[start:stop], mean)
-            values[layer].index_add_(1, self.block, rows)
+            rows = torch.zeros(self.blocks, seen.shape[3])
+            rows.index_add_(0, self.block[start:stop], seen[sample].mean(0).cpu())
+            one[layer].index_add_(1, self.block, rows)
             if stop == len(self.block):
-                values[layer] /= size[:, None] * size
+                one[layer] /= size[:, None] * size
 
 
 def segments_of(layout: TokenLayout) -> Tensor:

@@ -12,13 +12,13 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from tokendrop.analysis.allocation import Allocation, Totals, attention_totals, check_rows
+from tokendrop.analysis.allocation import Allocation, attention_allocation, check_rows, of_all
 from tokendrop.callbacks.batch import batch_layout
 from tokendrop.callbacks.evaluation import as_given, run_model, runnable
 from tokendrop.callbacks.loggers import log_figure, warn_of_unknown
 from tokendrop.callbacks.token_drop import TokenDrop
 from tokendrop.engine.model.decoder import decoders, find_layers
-from tokendrop.errors import LayoutError, NoEffectWarning, TokenDropError, check_callable, check_integer
+from tokendrop.errors import NoEffectWarning, TokenDropError, check_callable, check_integer
 from tokendrop.layout import TokenLayout
 
 
@@ -130,21 +130,22 @@ class AttentionAllocation(L.Callback):
     def _measured(
         self, trainer: L.Trainer, pl_module: L.LightningModule, held: list[tuple[Any, TokenLayout]]
     ) -> Allocation | None:
+        run = self._run(pl_module)
+        own: Allocation | str | None = None
         try:
-            own: Totals | str = attention_totals(
-                pl_module, held, lambda pair: pair[1], self.rows, 0, self._run(pl_module), self._layers
-            )
+            if held:
+                own = attention_allocation(
+                    pl_module, held, lambda pair: pair[1], self.rows, loss=run, layers=self._layers
+                )
         except TokenDropError as gap:
             own = str(gap)
-        try:
-            totals = _of_all_ranks(trainer, own)
-            measured = (pl_module, held, lambda pair: pair[1], self._run(pl_module))
-            return totals.allocation(self.rows, measured=measured) if totals.counts else None
-        except LayoutError as gap:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(f"AttentionAllocation has measured nothing: {gap}", NoEffectWarning, stacklevel=2)
-        return None
+        every = _of_ranks(trainer, own)
+        gap = next((one for one in every if isinstance(one, str)), None)
+        if gap is not None and not self._warned:
+            self._warned = True
+            warnings.warn(f"AttentionAllocation has measured nothing: {gap}", NoEffectWarning, stacklevel=2)
+        found = [one for one in every if isinstance(one, Allocation)]
+        return of_all(found) if found and gap is None else None
 
     def _run(self, pl_module: L.LightningModule) -> Callable[[tuple[Any, TokenLayout]], Any]:
         loss = self.loss
@@ -157,21 +158,11 @@ class AttentionAllocation(L.Callback):
         self._held, self._given = [], None
 
 
-def _of_all_ranks(trainer: L.Trainer, own: Totals | str) -> Totals:
-    """The totals of all ranks together; every rank gets here, also one without batches or with a gap.
-
-    Raises:
-        LayoutError: a gap of any rank.
-    """
-    every: list[Any] = [own]
-    if trainer.world_size > 1:
-        every = [None] * trainer.world_size
-        torch.distributed.all_gather_object(every, own)
-    together = Totals()
-    for one in every:
-        if isinstance(one, str):
-            raise LayoutError(one)
-        together.batches += one.batches
-        for task, total in one.sums.items():
-            together.add(task, total, one.counts[task])
-    return together
+def _of_ranks(trainer: L.Trainer, own: Allocation | str | None) -> list[Allocation | str | None]:
+    """What each rank has, this one's as it is; every rank gets here, also one without batches or with a gap."""
+    if trainer.world_size == 1:
+        return [own]
+    every: list[Any] = [None] * trainer.world_size
+    sent = Allocation(own.share, own.tasks, counts=own.counts) if isinstance(own, Allocation) else own
+    torch.distributed.all_gather_object(every, sent)
+    return every

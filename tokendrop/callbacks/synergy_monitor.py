@@ -21,7 +21,7 @@ from tokendrop.callbacks.loggers import check_loggers, log_figure, warn_of_unkno
 from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks, check_names
 from tokendrop.callbacks.token_drop import TokenDrop
 from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError, check_flag, check_integer
-from tokendrop.synergy.estimates import RANGES, UNKNOWN, Estimate, affinity, over_events
+from tokendrop.synergy.estimates import RANGES, UNKNOWN, Estimate, affinities, over_events
 from tokendrop.synergy.evaluate import local, preserved, shared_parameters, summed
 from tokendrop.synergy.gradients import Compressed, products
 from tokendrop.synergy.groups import by_group, groups_of
@@ -104,6 +104,7 @@ class SynergyMonitor(L.Callback):
         self._warned: set[str] = set()
         self._clock: tuple[float, int] | None = None
         self._given: Any = None  # this step's batch, before the step
+        self._undrawn = False  # whether events have come since the last picture
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -145,7 +146,7 @@ class SynergyMonitor(L.Callback):
         entry: dict[str, Any] = {"step": step, "tasks": self.tasks}
         try:
             entry |= self._measured(trainer, pl_module, batches)
-            self.events += 1
+            self.events, self._undrawn = self.events + 1, True
         except TaskLossError as gap:
             entry["gap"] = str(gap)
             self._warn(f"the monitor left out step {step}: {gap}", "gap")
@@ -154,7 +155,7 @@ class SynergyMonitor(L.Callback):
         path = self._path(trainer)
         if trainer.is_global_zero:
             append_history(path, entry)
-        if "gap" not in entry and self.events % self.window == 0:
+        if self.events % self.window == 0:
             self._draw(trainer, path)
         self._schedule(trainer, step, start)
 
@@ -182,31 +183,25 @@ class SynergyMonitor(L.Callback):
         gram, opposed = products(samples)
         sizes = torch.tensor([local(x).numel() for x in tensors], dtype=torch.float64)[:, None, None]
         gram, opposed = summed(gram, tensors), summed(opposed * sizes, tensors)
-        names, sizes = list(parameters), [x.numel() for x in tensors]
-        self.products.update(*by_group(names, sizes, gram, opposed, self.tasks))
+        names = list(parameters)
+        self.products.update(*by_group(names, [x.numel() for x in tensors], gram, opposed, self.tasks))
         entry: dict[str, Any] = {"losses": losses, **self.products.compute(), "noise_floor": self.products.floor()}
         entry["products"] = self.products.parts()
         entry["groups"] = {"names": list(groups_of(names)), "alignment": self.products.by_group()}
         if fidelity:
-            entry["fidelity"] = {task: self._over_events(f"fidelity/{task}", x) for task, (x, _) in fidelity.items()}
+            entry["fidelity"] = self._over_events("fidelity", {task: cosine for task, (cosine, _) in fidelity.items()})
             entry["norm_ratio"] = {task: ratio for task, (_, ratio) in fidelity.items()}
-        return entry | (self._affinity(ahead, losses, gram.sum(0)) if ahead else {})
+        if self.affinity is not None:
+            found, entry["affinity_first_order"] = affinities(self.tasks, self.affinity, ahead, losses, gram.sum(0))
+            entry["affinity"] = self._over_events("affinity", found)
+        return entry
 
-    def _affinity(self, ahead: dict[str, list[float]], losses: dict[str, float], gram: Tensor) -> dict[str, Any]:
-        found, first_order = {}, {}
-        for (i, source), (j, target) in product(enumerate(self.tasks), repeat=2):
-            name, before = f"{source}/{target}", losses[target]
-            found[name] = self._over_events(f"affinity/{name}", affinity(ahead[source][j], before))
-            # The first sample of the one and the second of the other, as in the look-ahead.
-            slope = (self.affinity or 0.0) * gram[2 * i, 2 * j + 1].item()
-            first_order[name] = slope / before if before > 0 else math.nan
-        return {"affinity": found, "affinity_first_order": first_order}
-
-    def _over_events(self, name: str, value: float) -> Estimate:
-        held = self.direct.setdefault(name, [])
-        held.append(value)
-        del held[: -self.window]
-        return over_events(held)
+    def _over_events(self, kind: str, values: dict[str, float]) -> dict[str, Estimate]:
+        for name, value in values.items():
+            held = self.direct.setdefault(f"{kind}/{name}", [])
+            held.append(value)
+            del held[: -self.window]
+        return {name: over_events(self.direct[f"{kind}/{name}"]) for name in values}
 
     def _log(self, pl_module: L.LightningModule, entry: dict[str, Any]) -> None:
         # What is unknown is logged as such: loggers, and callbacks that look at a figure, would go on with the last.
@@ -228,7 +223,8 @@ class SynergyMonitor(L.Callback):
         return names
 
     def _draw(self, trainer: L.Trainer, path: Path) -> None:
-        for pair in self.products.pairs:
+        pairs, self._undrawn = self.products.pairs if self._undrawn else (), False
+        for pair in pairs:
             log_figure(trainer, f"synergy/alignment/{pair}", lambda pair=pair: heat_map(read_history(path), pair))
 
     def _warn(self, message: str, cause: str) -> None:
@@ -263,9 +259,7 @@ class SynergyMonitor(L.Callback):
                 "measured. Name the tasks as the batches do",
                 "missing",
             )
-        path = self._path(trainer)
-        if self.events % self.window:
-            self._draw(trainer, path)
+        self._draw(trainer, self._path(trainer))
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -6,7 +6,8 @@ Shape letters: E events, N tasks, S = 2 N samples.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -208,3 +209,23 @@ def affinity(ahead: float, loss: float) -> float:
     Source: Fifty et al. 2021, arXiv 2109.04617.
     """
     return 1 - ahead / loss if loss > 0 else math.nan
+
+
+def affinities(
+    tasks: Sequence[str], rate: float, ahead: Mapping[str, Sequence[float]], losses: Mapping[str, float], gram: Tensor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The affinity of each task to each, and its first order: rate * <g_from, g_to> / loss.
+
+    Args:
+        tasks: N names.
+        rate: of the step.
+        ahead: task -> losses of the N tasks' second samples after a step down its first sample's gradient.
+        losses: task -> its second sample's loss before it.
+        gram: (S, S) products of the samples' gradients.
+    """
+    found, first_order = {}, {}
+    for (i, source), (j, target) in product(enumerate(tasks), repeat=2):
+        name, before = f"{source}/{target}", losses[target]
+        found[name] = affinity(ahead[source][j], before)
+        first_order[name] = rate * gram[2 * i, 2 * j + 1].item() / before if before > 0 else math.nan
+    return found, first_order
