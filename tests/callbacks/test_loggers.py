@@ -99,7 +99,7 @@ OUTSIDE = [(1.0, 0.0), (0.1, 1.0), (1.0, 0.0), (0.1, 1.0)]  # (1 + .1 + .1 + 1.0
 NEGATIVE = [(1.0, 0.0), (-1.0, 0.1), (1.0, 0.0), (1.0, 0.0)]
 
 
-def measured(*events, callbacks=(), folder, **options):
+def measured(*events, callbacks=(), folder, window=1, **options):
     """A run whose monitor makes one event of each four vectors."""
     batches = [
         batch(0, "uugg"[at]) | {"vector": torch.tensor(vector)}
@@ -107,7 +107,7 @@ def measured(*events, callbacks=(), folder, **options):
         for at, vector in enumerate(vectors)
     ]
     watch = td.SynergyMonitor(
-        TASKS, every_n_steps=4, window=1, loss=loss, affinity=0.1, history=str(folder / "synergy.jsonl")
+        TASKS, every_n_steps=4, window=window, loss=loss, affinity=0.1, history=str(folder / "synergy.jsonl")
     )
     watch.next_step = 4
     made = trainer(watch, *callbacks, log_every_n_steps=1, **options)
@@ -122,9 +122,15 @@ def test_what_is_unknown_is_not_the_last_value(bad, tmp_path):
         rows = {int(row["step"]): row for row in csv.DictReader(file) if row[ALIGNMENT]}
     assert float(rows[3][ALIGNMENT]) == pytest.approx(0.6)
     assert math.isnan(float(rows[7][ALIGNMENT]))
-    for end in ("", "/low", "/high"):
-        assert math.isnan(made.callback_metrics[ALIGNMENT + end])
     assert math.isfinite(made.callback_metrics["synergy/conflict/u/g"])
+    assert not {ALIGNMENT + "/low", ALIGNMENT + "/high"} & made.callback_metrics.keys()  # there was no interval
+
+
+def test_an_interval_that_is_gone_is_not_the_last_one(tmp_path):
+    made = measured(KNOWN, KNOWN, KNOWN, window=3, folder=tmp_path / "known").callback_metrics
+    assert [float(made[ALIGNMENT + end]) for end in ("", "/low", "/high")] == pytest.approx([0.6] * 3)
+    made = measured(KNOWN, KNOWN, KNOWN, *[OUTSIDE] * 3, window=3, folder=tmp_path).callback_metrics
+    assert all(math.isnan(made[ALIGNMENT + end]) for end in ("", "/low", "/high"))
 
 
 def test_the_history_keeps_the_raw_parts(tmp_path):

@@ -104,6 +104,7 @@ class SynergyMonitor(L.Callback):
         self._warned: set[str] = set()
         self._clock: tuple[float, int] | None = None
         self._given: Any = None  # this step's batch, before the step
+        self._logged: set[str] = set()
         self._undrawn = False  # whether events have come since the last picture
 
     @override
@@ -204,23 +205,21 @@ class SynergyMonitor(L.Callback):
         return {name: over_events(self.direct[f"{kind}/{name}"]) for name in values}
 
     def _log(self, pl_module: L.LightningModule, entry: dict[str, Any]) -> None:
-        # What is unknown is logged as such: loggers, and callbacks that look at a figure, would go on with the last.
-        for kind, names in self._figures().items():
-            for name in names:
-                found = entry.get(kind, {}).get(name, UNKNOWN).within(*RANGES[kind])
-                for end, value in {"": found.value, "/low": found.low, "/high": found.high}.items():
-                    pl_module.log(f"synergy/{kind}/{name}{end}", value, on_step=True, on_epoch=False)
-                if kind == "alignment" and found.high < 0:
-                    self._warn(f"the gradients of {name} point away from each other: cosine {found}", name)
-
-    def _figures(self) -> dict[str, list[str]]:
-        pairs = list(self.products.pairs)
-        names = dict.fromkeys(("alignment", "conflict", "magnitude"), pairs)
+        names = dict.fromkeys(("alignment", "conflict", "magnitude"), list(self.products.pairs))
         if self.fidelity and self._drop is not None and self._drop.handle is not None:
             names["fidelity"] = list(self.tasks)
         if self.affinity is not None:
-            names["affinity"] = [f"{source}/{target}" for source, target in product(self.tasks, repeat=2)]
-        return names
+            names["affinity"] = list(map("/".join, product(self.tasks, repeat=2)))
+        # What is unknown is logged as such: loggers, and callbacks that look at a figure, would go on with the last.
+        for kind, name in ((kind, name) for kind, named in names.items() for name in named):
+            found = entry.get(kind, {}).get(name, UNKNOWN).within(*RANGES[kind])
+            for end, value in {"": found.value, "/low": found.low, "/high": found.high}.items():
+                key = f"synergy/{kind}/{name}{end}"
+                if not end or math.isfinite(value) or key in self._logged:
+                    self._logged.add(key)
+                    pl_module.log(key, value, on_step=True, on_epoch=False)
+            if kind == "alignment" and found.high < 0:
+                self._warn(f"the gradients of {name} point away from each other: cosine {found}", name)
 
     def _draw(self, trainer: L.Trainer, path: Path) -> None:
         pairs, self._undrawn = self.products.pairs if self._undrawn else (), False
