@@ -205,7 +205,7 @@ class SynergyMonitor(L.Callback):
         return {name: over_events(self.direct[f"{kind}/{name}"]) for name in values}
 
     def _log(self, pl_module: L.LightningModule, entry: dict[str, Any]) -> None:
-        names = dict.fromkeys(("alignment", "conflict", "magnitude"), list(self.products.pairs))
+        names = {kind: list(self.products.pairs) for kind in ("alignment", "conflict", "magnitude")}
         if self.fidelity and self._drop is not None and self._drop.handle is not None:
             names["fidelity"] = list(self.tasks)
         if self.affinity is not None:
