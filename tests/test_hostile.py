@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens, D hidden.
 
 import contextlib
 import inspect
+import tempfile
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ BASE = llama()
 IMAGE = torch.tensor([[False, True, True, False]])
 ROWS, META = torch.zeros(1, 4, 2), torch.zeros(1, 4, device="meta")
 NAN = float("nan")
+SAVED = tempfile.NamedTemporaryFile()  # noqa: SIM115, which lives as long as this module
+torch.save({"callbacks": {"TokenDrop": td.to_config(td.HiMix())}}, SAVED.name)
 METHOD = (td.MethodError, [None, 3, "HiMix", {}, {3: td.HiMix()}, {"u": 3}, {"a.b": None}, td.HiMix])
 LAYERS = (td.LayerRangeError, ["1-3", "3:2", "2:24", (9,), (1, 1), (), 1.5, None, ("1",), (True,)])
 STAGES = (
@@ -30,6 +33,8 @@ SEED = (td.MethodError, [1.5, "0", None, True])
 COUNT = (td.MethodError, [0, -4, 1.5, "64", True, [64]])
 FLAG = (td.MethodError, [1, "no", None])
 SEPARATE = (td.MethodError, ["sometimes", None, 1, ["none"]])
+SCHEDULE = (td.MethodError, [3, "late", {"start": 3}])
+CLASSES = (td.MethodError, [None, 3, "HiMix", [3], [int]])
 STEPS = (td.MethodError, [-1, 1.5, "1", None, True])
 MODEL = (td.DecoderError, [None, "llama", 3, [BASE], nn.Linear(2, 2)])
 PATH = (td.DecoderError, ["model.blocks", "lm_head", "", 3, ["model"]])
@@ -81,14 +86,17 @@ CATALOGUE = {
     "AttentionAllocation.loss": (FUNCTION,),
     "attention_allocation.model": (MODEL,),
     "attention_allocation.batches": (
-        (td.LayoutTypeError, [None, 3, "ab", {"input_ids": IMAGE}]),
-        (td.LayoutError, [[]]),
+        (td.LayoutTypeError, [None, 3, "ab", {"input_ids": IMAGE}, IMAGE, [IMAGE]]),
+        (td.LayoutError, [[], [{"input_ids": META.long()}]]),
     ),
-    "attention_allocation.layout": ((td.MethodError, ["image_mask", 3, None]),),
+    "attention_allocation.layout": (
+        (td.MethodError, ["image_mask", 3, None, lambda: None]),
+        (td.LayoutTypeError, [type]),
+    ),
     "attention_allocation.rows": (ROW_KINDS,),
     "attention_allocation.heads": (FLAG,),
     "attention_allocation.blocks": ((td.MethodError, [-1, 1.5, "2", None, True]),),
-    "attention_allocation.loss": (FUNCTION,),
+    "attention_allocation.loss": (FUNCTION, (td.MethodError, [lambda: None, lambda one, two: None])),
     "attention_allocation.layers": (PATH,),
     "DuetVLM.dominant": (KEEP,),
     "DuetVLM.contextual": (KEEP,),
@@ -135,6 +143,14 @@ CATALOGUE = {
     "Schedule.start": (STEPS,),
     "Schedule.steps": (STEPS,),
     "Schedule.dense_tail": (STEPS,),
+    "Schedule.direction": ((td.MethodError, ["up", "IN", None, True, 1, ["in"]]),),
+    "Schedule.dense_every": (STEPS,),
+    "to_config.methods": (METHOD,),
+    "to_config.schedule": (SCHEDULE,),
+    "from_config.config": ((td.MethodError, [None, 3, "HiMix", {}, {"methods": 3}, {"methods": {"class_path": "x"}}]),),
+    "from_config.classes": (CLASSES,),
+    "methods_of.path": ((td.MethodError, [None, 3, b"a.ckpt", "no/such.ckpt", ["a.ckpt"]]),),
+    "methods_of.classes": (CLASSES,),
     "Segment.value": ((ValueError, [9, "IMAGE", None]),),
     "SynergyMonitor.tasks": ((td.MethodError, ["u", ("u",), ("u", "u"), (1, 2), None, 3, ()]),),
     "SynergyMonitor.every_n_steps": (COUNT,),
@@ -148,7 +164,7 @@ CATALOGUE = {
     "SynergyMonitor.seed": (SEED,),
     "TokenDrop.methods": (METHOD,),
     "TokenDrop.layout": ((td.MethodError, ["image_mask", 3]),),
-    "TokenDrop.schedule": ((td.MethodError, [3, "late", {"start": 3}]),),
+    "TokenDrop.schedule": (SCHEDULE,),
     "TokenDrop.image_ids": ((td.LayoutTypeError, [["a"], [1.5], [True], "ab", torch.tensor([1.5])]),),
     "TokenDrop.consume": (FLAG,),
     "TokenDrop.layers": ((td.MethodError, [3, ["model"], ("a",)]),),
@@ -163,6 +179,8 @@ CATALOGUE = {
     "TokenLayout.padding": tensors(torch.bool, IMAGE.long()),
     "TokenLayout.labels": tensors(torch.int64, IMAGE, IMAGE.int(), ROWS[..., 0]),
     "TokenLayout.image_ids": ((td.LayoutTypeError, [3, [3], torch.tensor([1.5]), torch.zeros(0).long()]),),
+    "TokenLayout.packs": tensors(torch.int64, IMAGE, IMAGE.int(), ROWS[..., 0]),
+    "TokenLayout.new": ((td.LayoutError, ["video", 3, None, ["text"], IMAGE]),),
     "TokenLayout.from_ids.input_ids": ((td.LayoutTypeError, [None, [[1]], IMAGE, ROWS, torch.zeros(4).long()]),),
     "TokenLayout.from_ids.image_ids": ((td.LayoutTypeError, [None, 1.5, "a", [], [True], torch.tensor([0.5])]),),
     "TokenLayout.from_ids.task": TASK,
@@ -206,8 +224,9 @@ MADE_BY_OTHERS = {
     "FlopReport": "flops",
     "Handle": "apply",
     "Inspection": "inspect",
+    "Method": "HiMix",  # a protocol
 }
-METHODS = {name for name, value in vars(td).items() if isinstance(value, type) and hasattr(value, "route")}
+METHODS = {name for name, value in vars(td).items() if isinstance(value, type) and hasattr(value, "route")} - {"Method"}
 GOOD = {
     "AttentionAllocation": {},
     "attention_allocation": {
@@ -230,6 +249,9 @@ GOOD = {
     "RandomLTD": {},
     "Role": {"value": 1},
     "Schedule": {},
+    "to_config": {"methods": {"u": td.HiMix()}},
+    "from_config": {"config": td.to_config(td.HiMix())},
+    "methods_of": {"path": SAVED.name},
     "Segment": {"value": 1},
     "SynergyMonitor": {"tasks": ("u", "g")},
     "TokenDrop": {"methods": {"u": td.HiMix()}},

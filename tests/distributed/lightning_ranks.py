@@ -2,8 +2,10 @@
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -103,12 +105,21 @@ def train(rank: int, case: Case) -> tuple[float, list[str], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.fit(module, RankBatches(rank), RankBatches(rank))
+    check_saved(run, case)
     found = {name.removeprefix("model."): whole(value.detach()) for name, value in module.named_parameters()}
     expected = by_hand(case)
     if found.keys() != expected.keys():
         raise AssertionError(f"parameters {found.keys() ^ expected.keys()}")
     worst = max(relative(found[name], value.detach()) for name, value in expected.items())
     return worst, sorted(run.callback_metrics), sorted({str(one.message) for one in caught})
+
+
+def check_saved(run: L.Trainer, case: Case) -> None:
+    """The checkpoint, one file or a folder of shards, says under which methods it was made."""
+    with tempfile.TemporaryDirectory() as folder:
+        run.save_checkpoint(Path(folder) / "it.ckpt")
+        if run.is_global_zero and td.methods_of(Path(folder) / "it.ckpt") != (case.methods, None):
+            raise AssertionError(f"the checkpoint says {td.methods_of(Path(folder) / 'it.ckpt')}")
 
 
 def refusal(rank: int, case: Case) -> str:

@@ -13,9 +13,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 
-from tokendrop.callbacks.batch import OURS
 from tokendrop.errors import BatchError
-from tokendrop.layout import IGNORED, TokenLayout
+from tokendrop.layout import IGNORED, OURS, TokenLayout
 
 
 @dataclass(frozen=True, eq=False)

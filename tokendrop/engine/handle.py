@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from tokendrop.engine.forward import head
 from tokendrop.engine.forward.binding import Binding
+from tokendrop.engine.forward.ids import SeenIds
 from tokendrop.engine.forward.state import Frame, frames, this_thread
 from tokendrop.engine.model import projections, sets
-from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, input_embeddings, is_sharded
+from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
-from tokendrop.engine.plan.labelled import LabelledRows
+from tokendrop.engine.plan.labelled import LabelledRows, unknown_without_labels
 from tokendrop.engine.plan.plan import Plan, Planner
 from tokendrop.errors import (
     AppliedError,
     LayoutError,
     LayoutTypeError,
+    LayoutWarning,
     MissingLayoutError,
     NoEffectWarning,
     UnsupportedError,
@@ -63,13 +65,16 @@ class Handle(nn.Module):
         super().__init__()
         self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
         self.names = sets.set_names({task: m for task, m in methods.items() if m is not None})
-        self.strength, self.entered, self._sharded = 1.0, 0, False
+        self.strength, self.entered, self._sharded, self.hint = 1.0, 0, False, ""
+        self.in_training = False  # whether layers in eval mode are trained all the same, as pretrained ones may be
+        self.progress: object | None = None  # of the training that set the strength, for the callback
+        self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
         self.layers, self.labelled_logits, self.encoder = added, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
-        self._unknown: set[str] = set()
         routes = [method.route(len(added)) for method in methods.values() if method is not None]
         # Whether rows of the linears take ways of their own, so that their classes are swapped.
         self.splits = bool(self.names) or any(one.image is Role.CONTEXT for route in routes for one in route)
+        self._said: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in added.parameters()) else None
 
     @property
@@ -104,25 +109,44 @@ class Handle(nn.Module):
         for part in (0, 0) if step is None else _pair(step):
             check_integer("step", part, 0, LayoutTypeError)
         plan = self.plan(layout)
+        trains = torch.is_grad_enabled() and self.owner.training and not plan.dense
+        if trains and layout.labels is None and (unknown := unknown_without_labels(self.served(layout)[0])):
+            self.say_once("labels", unknown, LayoutWarning, 2)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         seen = Seen()
         encode = None if self.encoder is None else partial(self.encoder.encoded, seen)
-        frame = Frame(layout, plan, at, first, seen=seen, encode=encode)
+        trained = self.trained(self.decoder_layers[0])
+        frame = Frame(layout, plan, at, first, trained=trained, seen=seen, encode=encode)
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
-        embeddings = input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
         with ExitStack() as stack:
-            if embeddings is not None:
-                stack.callback(embeddings.register_forward_pre_hook(frame.embedded).remove)
+            if layout.image_ids is not None and layout.labels is None:
+                frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
+                stack.enter_context(frame.given.watching(self.owner, self.path))
             stack.enter_context(self._entered(frame))
             yield plan
+
+    def say_once(self, kind: str, message: str, category: type[Warning], level: int) -> None:
+        """Warn, the first time for each kind, at `level` frames above the caller."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, category, stacklevel=level + 2)
 
     @contextmanager
     def disabled(self) -> Generator[None]:
         """Run dense on purpose inside."""
         with self._entered(None):
             yield
+
+    @contextmanager
+    def expecting(self, hint: str) -> Generator[None]:
+        """Inside, a forward without a layout is also told this."""
+        before, self.hint = self.hint, hint
+        try:
+            yield
+        finally:
+            self.hint = before
 
     def auxiliary_loss(self) -> Tensor:
         """The loss of the routers in the last forward of the entered layout, to be added to the model's own.
@@ -200,20 +224,24 @@ class Handle(nn.Module):
             if len(self.methods) == 1:
                 return next(iter(self.methods))
             raise LayoutError(f"task: found none, and the methods are for {_named(self.methods)}; name the task")
-        if task not in self.methods and task not in self._unknown:
-            self._unknown.add(task)
-            warnings.warn(
+        if task not in self.methods:
+            message = (
                 f"no method for task {task!r}, which runs dense; methods are for {_named(self.methods)}. Give it None "
-                "to run it dense without this warning",
-                NoEffectWarning,
-                stacklevel=6,
+                "to run it dense without this warning"
             )
+            self.say_once(f"task {task}", message, NoEffectWarning, 5)
         return task
+
+    def trained(self, layer: nn.Module) -> bool:
+        """Whether methods for training only hold now, by the mode of a decoder layer; True where there are none."""
+        return not self._training_only or self.in_training or layer.training
 
     def route_of(self, key: str | None) -> Route:
         """The route of image tokens through the L layers, at the schedule's present strength."""
         method = self.methods.get(key)
-        return (LayerRoute(),) * len(self.layers) if method is None else method.route(len(self.layers), self.strength)
+        if method is None or (getattr(method, "training_only", False) and not self.trained(self.decoder_layers[0])):
+            return (LayerRoute(),) * len(self.layers)
+        return method.route(len(self.layers), self.strength)
 
     def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:
         """What each layer computes on such tokens; `layout()` makes and enters it."""

@@ -18,9 +18,14 @@ class Routing(Protocol):
     """What a layer asks of its handle while it runs."""
 
     key: str
+    hint: str
 
     def sets(self, index: int) -> nn.ModuleDict:
         """The image-only projections of layer `index`."""
+        ...
+
+    def trained(self, layer: nn.Module) -> bool:
+        """Whether methods for training only hold now, by the mode of a decoder layer."""
         ...
 
     def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:
@@ -29,6 +34,10 @@ class Routing(Protocol):
 
     def served(self, layout: TokenLayout) -> tuple[list[Route], list[str | None]]:
         """For each of the B samples, the route of its task and the projection set of its image tokens."""
+        ...
+
+    def say_once(self, kind: str, message: str, category: type[Warning], level: int) -> None:
+        """Warn, the first time for each kind, at `level` frames above the caller."""
         ...
 
 
