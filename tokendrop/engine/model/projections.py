@@ -96,7 +96,8 @@ class _SplitLinear(Swapped):
         split, sets = _using.split, _using.sets
         if split is None or sets is None:
             return super().forward(x, *args, **kwargs) if _using.queries else self._letters(x, {})
-        if given := sorted(name for name, value in kwargs.items() if value is not None):
+        given = [name for name in kwargs if kwargs[name] is not None]
+        if given:
             raise UnsupportedError(
                 f"{type(self).__name__} is called with {', '.join(given)}, by sample, and image-only projections split "
                 "its rows; use one adapter for the batch, or separate='none'"
