@@ -164,7 +164,7 @@ def _run(
     span = forward.span
     if span is None or index == span.stop:
         sets = binding.handle.sets(index)
-        router = sets[ROUTER] if ROUTER in sets else None  # dynamo cannot make a dict of a ModuleDict
+        router = sets[ROUTER] if ROUTER in sets else None  # noqa: SIM401
         span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
         forward.span = span
         hidden = _enter(forward, span, hidden)
