@@ -5,7 +5,7 @@ Shape letters: B batch, T tokens, L layers.
 
 import uuid
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -40,7 +40,7 @@ class Handle(nn.Module):
     Args:
         model: the module that `apply` was given; the handle is its child `tokendrop`.
         path: dotted path of the decoder's layer list.
-        spec: how its layers are made.
+        specs: how its layers are made.
         methods: by task name; the key None serves every task.
         multiple: row counts are rounded up to it.
         sets: image-only projections of each layer.
@@ -52,7 +52,7 @@ class Handle(nn.Module):
         self,
         model: nn.Module,
         path: str,
-        spec: LayerSpec,
+        specs: Sequence[LayerSpec],
         methods: dict[str | None, Method | None],
         multiple: int,
         sets: nn.ModuleList,
@@ -60,13 +60,24 @@ class Handle(nn.Module):
         encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
-        self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
+        self.key, self.path, self.specs, self.methods, self.multiple = uuid.uuid4().hex, path, specs, methods, multiple
         self.names = projections.set_names({task: m for task, m in methods.items() if m is not None})
         self.strength, self.entered, self._sharded = 1.0, 0, False
         self.layers, self.labelled_logits, self.encoder = sets, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
         self._unknown: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in sets.parameters()) else None
+
+    @property
+    def spec(self) -> LayerSpec:
+        """How the first layer is made."""
+        return self.specs[0]
+
+    @property
+    def backend(self) -> str:
+        """The attention implementation of the first layer that has attention."""
+        pairs = zip(self.specs, self.decoder_layers, strict=True)
+        return next((spec.backend(layer) for spec, layer in pairs if spec.attention is not None), "sdpa")
 
     @property
     def owner(self) -> nn.Module:
@@ -234,14 +245,21 @@ class Handle(nn.Module):
             raise AppliedError(
                 f"{type(layers[0]).__name__} was wrapped after apply (fully_shard does that); remove before sharding"
             )
-        for module in swapped:
-            restore(module)
+        self.undo()
+        this_thread.__dict__.get("frames", {}).pop(self.key, None)
+
+
+    def undo(self) -> None:
+        """Take back what `apply` did, or began to do."""
+        model, layers = self.owner, self.decoder_layers
+        for module in [*layers, *(self.encoder.watched.values() if self.encoder else ())]:
+            if "_tokendrop_base" in vars(type(module)):
+                restore(module)
         projections.restore(layers)
         head.restore(model)
         if self._hook is not None:
             self._hook.remove()
-        del model._modules["tokendrop"]
-        this_thread.__dict__.get("frames", {}).pop(self.key, None)
+        model._modules.pop("tokendrop", None)
 
 
 def _pair(step: object) -> tuple[object, ...]:
@@ -253,7 +271,7 @@ def _pair(step: object) -> tuple[object, ...]:
 def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     added = cast(Handle, model.tokendrop)
     path, layers = f"{prefix}{added.path}", added.decoder_layers
-    projections.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.spec, state)
+    projections.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.specs, state)
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -3,7 +3,7 @@
 Shape letters: T tokens, L layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from tokendrop.engine.model.decoder import (
     deepstack_layers,
     find_layers,
     is_sharded,
-    layer_spec,
+    layer_specs,
 )
 from tokendrop.engine.model.swap import Swapped, swapped_class
 from tokendrop.engine.model.vision import Encoder, Seen
@@ -93,30 +93,38 @@ def apply(
     path, found = find_layers(model, layers)
     if any("_tokendrop" in layer.__dict__ for layer in found):
         raise AppliedError(f"the layers of {path!r} are dropped already, through another module; remove that first")
+    check_shared(found, path)
     if hasattr(model, "tokendrop"):
         raise AppliedError(f"{type(model).__name__} has an attribute 'tokendrop' of its own; rename it")
-    spec = layer_spec(found[0], type(found[0]))
+    specs = layer_specs(found)
     given = {task: method for task, method in checked.items() if method is not None}
-    check_support(model, found, spec, given)
+    check_support(model, found, specs, given)
     headed = head.find_head(model) if labelled_logits else None
     selects = selections(method.route(len(found)) for method in given.values())
     looked = {index for select in selects for index in select.encoder}
     encoder = Encoder(model, looked) if looked else None
-    sets = projections.make_sets(found, spec, given, projections.set_names(given))
-    handle = Handle(model, path, spec, checked, multiple, sets, labelled_logits, encoder)
-    if encoder is not None:
-        encoder.watch(partial(_seen, handle.key))
-    for index, layer in enumerate(found):
-        layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
+    sets = projections.make_sets(found, specs, given, projections.set_names(given))
+    handle = Handle(model, path, specs, checked, multiple, sets, labelled_logits, encoder)
+    try:
+        _swap(handle, found, headed)
+    except BaseException:
+        handle.undo()  # somebody else's class may refuse to be derived from, or its instances to change
+        raise
+    return handle
+
+
+def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Module] | None) -> None:
+    if handle.encoder is not None:
+        handle.encoder.watch(partial(_seen, handle.key))
+    for index, (layer, spec) in enumerate(zip(layers, handle.specs, strict=True)):
         layer.__class__ = swapped_class(_RoutedLayer, type(layer))
-    if any(
-        m.separate != "none" or any(one.image is Role.CONTEXT for one in m.route(len(found))) for m in given.values()
-    ):
-        projections.swap(found, spec)
+        layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
+    routes = [(m, m.route(len(layers))) for m in handle.methods.values() if m is not None]
+    if any(m.separate != "none" or any(one.image is Role.CONTEXT for one in route) for m, route in routes):
+        projections.swap(layers, handle.specs)
     if headed is not None:
         head.inject(*headed, handle.key)
-    model.tokendrop = handle
-    return handle
+    handle.owner.tokendrop = handle
 
 
 def _seen(key: str) -> Seen | None:
@@ -144,8 +152,24 @@ def check_methods(methods: Methods) -> dict[str | None, Method | None]:
     return dict(methods)
 
 
+def check_shared(layers: nn.ModuleList, path: str) -> None:
+    """Refuse a layer that stands in the list twice: it would not know which of its calls comes when.
+
+    Raises:
+        UnsupportedError: with the first two places.
+    """
+    places: dict[nn.Module, int] = {}
+    for index, layer in enumerate(layers):
+        first = places.setdefault(layer, index)
+        if first != index:
+            raise UnsupportedError(
+                f"layers {first} and {index} of {path!r} are one {type(layer).__name__}, and a layer has one place in "
+                "a route; put a module of its own at each place, which may share its parameters with another's"
+            )
+
+
 def check_support(
-    model: nn.Module, layers: nn.ModuleList, spec: LayerSpec, methods: Mapping[str | None, Method]
+    model: nn.Module, layers: nn.ModuleList, specs: Sequence[LayerSpec], methods: Mapping[str | None, Method]
 ) -> None:
     """Refuse roles and projections that such layers cannot have.
 
@@ -155,15 +179,16 @@ def check_support(
     deepstack = deepstack_layers(model)
     for method in methods.values():
         route = method.route(len(layers))
-        context = any(layer.image is Role.CONTEXT for layer in route)
-        if context and (refusal := spec.context_refusal(layers[0])):
+        context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
+        if refusal := _refusal(layers, specs, context):
             raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
-        looks = any(layer.select is not None and layer.select.queries is not None for layer in route)
-        if looks and (refusal := spec.context_refusal(layers[0])):
+        looked = {one.select.queries.layer for one in route if one.select is not None and one.select.queries}
+        if refusal := _refusal(layers, specs, sorted(looked)):
             raise UnsupportedError(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
-        if method.separate != "none" and (refusal := spec.separate_refusal()):
+        own = [specs[index].separate_refusal() for index, layer in enumerate(route) if layer.separate]
+        if refusal := next(filter(None, own), None):
             raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
         learned = any(layer.select is not None and layer.select.learned for layer in route)
         if (learned or method.separate != "none") and is_sharded(model):
@@ -177,3 +202,14 @@ def check_support(
                     f"{type(model).__name__} adds visual features at full length (deepstack); start at layer "
                     f"{deepstack}: layers='{deepstack}:'"
                 )
+
+
+def _refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec], wanted: Sequence[int]) -> str | None:
+    # Why rows of some layer cannot be keys and values only, and in which layers they can.
+    for index in wanted:
+        refusal = specs[index].context_refusal(layers[index])
+        if refusal is not None:
+            able = [at for at, spec in enumerate(specs) if spec.context_refusal(layers[at]) is None]
+            where = f"; layers {able} can" if able else ""
+            return refusal if all(one == specs[0] for one in specs) else f"in layer {index} {refusal}{where}"
+    return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokendrop.engine.forward.attention_rows import caught_logits, probabilities
 from tokendrop.engine.model.context import keys_values
-from tokendrop.engine.model.decoder import LayerSpec, find_layers, head_width, layer_spec
+from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.layout import IGNORED, TokenLayout
@@ -47,7 +47,7 @@ def reference(
     Source: ours.
     """
     found = find_layers(model, layers)[1]
-    spec = layer_spec(found[0], type(found[0]))
+    specs = layer_specs(found)
     names = names or {}
     dense = (LayerRoute(),) * len(found)
     by_task = {task: method.route(len(found)) for task, method in methods.items()}
@@ -58,7 +58,7 @@ def reference(
             roles.encoder = Encoder(model, looked)
             roles.encoder.watch(lambda: roles.seen)
             stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched.values())
-        for index, layer in enumerate(found):
+        for index, (layer, spec) in enumerate(zip(found, specs, strict=True)):
             for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec), roles):
                 stack.callback(hook.remove)
             rows = [
@@ -198,16 +198,16 @@ def _replace(
     layer: nn.Module, spec: LayerSpec, letters: str, layout: TokenLayout, own: list[tuple[int, Any]]
 ) -> Callable[..., Tensor]:
     widths = [spec.widths(layer)[letter] for letter in letters]
-    heads = widths[0] // head_width(layer, spec) if spec.interleaved else 1
+    groups = spec.groups(layer)
 
     def hook(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
         (x,) = args
         for sample, by_letter in own:
-            # With heads interleaved, each letter is a slice within each head; else within the whole.
-            pieces = list(out[sample].unflatten(-1, (heads, -1)).split([width // heads for width in widths], -1))
+            # In a grouped linear each letter is a slice within each group; else within the whole.
+            pieces = list(out[sample].unflatten(-1, (groups, -1)).split([width // groups for width in widths], -1))
             for at, letter in enumerate(letters):
                 if letter in by_letter:
-                    pieces[at] = by_letter[letter](x[sample]).unflatten(-1, (heads, -1))
+                    pieces[at] = by_letter[letter](x[sample]).unflatten(-1, (groups, -1))
             replaced = torch.where(layout.image[sample][:, None], torch.cat(pieces, -1).flatten(-2), out[sample])
             out = torch.cat([out[:sample], replaced[None], out[sample + 1 :]])
         return out

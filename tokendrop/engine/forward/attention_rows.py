@@ -1,6 +1,6 @@
 """What the scoring rows of a layer look at, by the layer's own code up to its attention.
 
-Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and values, D hidden.
+Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and values, W width, S sinks.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class _CaughtError(Exception):
 
 
 class _Logits(TorchFunctionMode):
-    """Ends a layer where its attention begins, and keeps the logits (B, H, R, T)."""
+    """Ends a layer where its attention begins, and keeps the logits (B, H, R, T + S); sinks are columns at the end."""
 
     logits: Tensor | None = None
 
@@ -82,6 +82,8 @@ def attention_rows(
 
     Source: ours.
     """
+    if refusal := spec.context_refusal(layer):
+        raise UnsupportedError(f"image tokens are scored by the attention of {type(layer).__name__}, but {refusal}")
     unshard: Any = getattr(layer, "unshard", None)
     if unshard is not None:
         # FSDP2 gathers parameters in a hook of the layer's call, which these runs go without. They stay gathered for
@@ -91,7 +93,7 @@ def attention_rows(
     shape = (states.shape[0], states.shape[1])
     named = {spec.mask or "": None} | named
     _check_mask(named[spec.mask or ""], shape[1])
-    maskless = {name: value for name, value in named.items() if name != spec.mask}
+    maskless = {name: None if name == spec.mask else value for name, value in named.items()}
     if not group.whole:
         states = states[group.samples]
         maskless = {name: select(value, group, None, shape, name) for name, value in maskless.items()}
@@ -106,7 +108,7 @@ def attention_rows(
         everyone = {cache: _AllKeys(keys, values)}
         logits = caught_logits(lambda: forward(layer, chosen, **(arguments | everyone)))
     # A single row of grouped queries comes as (B, G, H / G, T), where transformers packs it for decoding.
-    logits = logits.reshape(len(states), -1, rows.index.shape[1], shape[1])
+    logits = logits.reshape(len(states), -1, rows.index.shape[1], logits.shape[-1])
     return Attention(probabilities(logits, live), rows.valid, values)
 
 
@@ -119,7 +121,7 @@ def _check_mask(mask: Any, tokens: int) -> None:
 
 
 def caught_logits(run: Callable[[], Any]) -> Tensor:
-    """The attention logits (B, H, R, T) that a layer makes when it is run; nothing behind them runs.
+    """The attention logits (B, H, R, T + S) that a layer makes when it is run; nothing behind them runs.
 
     Raises:
         UnsupportedError: it makes none that can be caught.
@@ -136,6 +138,10 @@ def caught_logits(run: Callable[[], Any]) -> Tensor:
 
 
 def probabilities(logits: Tensor, live: Tensor) -> Tensor:
-    """Softmax in float32 over the live ones (B, T) of the T columns of logits (B, H, R, T)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.masked_fill(~live[:, None, None], -torch.inf).softmax(-1)
+    """Softmax in float32 over the live ones (B, T) of the T columns of logits (B, H, R, T + S), and over S sinks.
+
+    What the sinks take is left out of the result (B, H, R, T).
+    """
+    tokens, logits = live.shape[1], logits.to(torch.promote_types(logits.dtype, torch.float32))
+    seen = F.pad(live, (0, logits.shape[-1] - tokens), value=True)
+    return logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)[..., :tokens]

@@ -17,7 +17,7 @@ from tokendrop.errors import DecoderError, UnsupportedError
 _ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
 _MASKS = ("attention_mask", "attn_mask", "mask", "src_mask")
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
-_FUSED = {"qkv_proj": False, "c_attn": False, "query_key_value": True}  # True: interleaved by head
+_FUSED = ("qkv_proj", "c_attn", "query_key_value")
 _OUTPUTS = ("o_proj", "dense", "c_proj", "out_proj")
 
 
@@ -32,7 +32,9 @@ class LayerSpec:
         cache: name of the argument that takes the key and value cache, if any.
         attention: name of the attention child, if any.
         linears: attention children that make queries, keys and values, with the letters each makes.
-        interleaved: whether a fused linear orders its outputs by head, then by letter.
+        grouped: whether a fused linear orders its outputs by group of heads, then by letter; each group has one head of
+            keys and one of values.
+        recurrent: what carries a state from row to row in such layers, if anything.
     """
 
     layer_class: type[nn.Module]
@@ -41,7 +43,8 @@ class LayerSpec:
     cache: str | None
     attention: str | None
     linears: tuple[tuple[str, str], ...]
-    interleaved: bool
+    grouped: bool
+    recurrent: str | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The hidden states of a layer call, and its other arguments by name."""
@@ -54,7 +57,9 @@ class LayerSpec:
         return getattr(config, "_attn_implementation", None) or "sdpa"
 
     def context_refusal(self, layer: nn.Module) -> str | None:
-        """Why image tokens cannot be CONTEXT in such layers, or None."""
+        """Why image tokens cannot be CONTEXT in a layer, or None."""
+        if self.recurrent:
+            return f"{self.recurrent} carries a state from row to row there, which keys and values alone do not enter"
         backend = self.backend(layer)
         if backend not in ("sdpa", "eager"):
             return f"the {backend!r} attention takes no rectangular mask; load it with attn_implementation='sdpa'"
@@ -90,6 +95,10 @@ class LayerSpec:
         queries = next(linear_shape(getattr(attention, name))[1] for name in _OUTPUTS if hasattr(attention, name))
         return {"q": queries, "k": (fused - queries) // 2, "v": (fused - queries) // 2}
 
+    def groups(self, layer: nn.Module) -> int:
+        """In how many groups a fused linear orders its outputs, each with all letters."""
+        return self.widths(layer)["k"] // head_width(layer, self) if self.grouped else 1
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear, also one that stores its weight transposed, such as GPT-2's Conv1D."""
@@ -113,8 +122,18 @@ def head_width(layer: nn.Module, spec: LayerSpec) -> int:
     return getattr(attention, "head_dim", None) or attention.head_size
 
 
-def layer_spec(layer: nn.Module, layer_class: type[nn.Module]) -> LayerSpec:
-    """Learn a layer's argument names and parts.
+def layer_specs(layers: nn.ModuleList) -> list[LayerSpec]:
+    """Learn each layer's argument names and parts; layers of one class may hold different attentions.
+
+    Raises:
+        UnsupportedError: their forward takes no hidden states by position.
+    """
+    causal = any(_is_causal(layer) for layer in layers)
+    return [layer_spec(layer, type(layer), causal and not _is_causal(layer)) for layer in layers]
+
+
+def layer_spec(layer: nn.Module, layer_class: type[nn.Module], recurrent: bool = False) -> LayerSpec:
+    """Learn a layer's argument names and parts; `recurrent` for one without attention, among others that have it.
 
     Raises:
         UnsupportedError: its forward takes no hidden states by position.
@@ -129,12 +148,28 @@ def layer_spec(layer: nn.Module, layer_class: type[nn.Module]) -> LayerSpec:
     attention = next((name for name in _ATTENTIONS if isinstance(getattr(layer, name, None), nn.Module)), None)
     children = dict(getattr(layer, attention).named_children()) if attention else {}
     linears = tuple((f"{x}_proj", x) for x in "qkv" if _is_projection(children.get(f"{x}_proj")))
-    fused = next((name for name in _FUSED if name in children and any(o in children for o in _OUTPUTS)), None)
-    if fused is not None:
-        linears = ((fused, "qkv"),)
+    fused = next((name for name in _FUSED if _is_projection(children.get(name))), None)
+    if fused is not None and any(name in children for name in _OUTPUTS):
+        # The order of a "qkv_proj" is known in attention of transformers' present form; CodeGen's is another.
+        linears = ((fused, "qkv"),) if fused != "qkv_proj" or _is_causal(layer) else ()
+    # Also GPTBigCode's "c_attn", where each head has keys of its own.
+    by_head = fused == "c_attn" and getattr(attention_of(layer), "multi_query", True) is False
+    if recurrent or len({id(children[name]) for name, _ in linears}) < len(linears):
+        linears = ()
     cache = next((name for name in _CACHES if name in names), None)
     mask = next((name for name in _MASKS if name in names), None)
-    return LayerSpec(layer_class, names, mask, cache, attention, linears, _FUSED.get(fused or "", False))
+    mixer = type(attention_of(layer) or layer).__name__ if recurrent else _convolution(layer)
+    return LayerSpec(layer_class, names, mask, cache, attention, linears, by_head or fused == "query_key_value", mixer)
+
+
+def _convolution(layer: nn.Module) -> str | None:
+    # What holds a short convolution over rows, as state space models do.
+    holders = (one for one in layer.modules() for child in one.children() if _mixes(child))
+    return next((type(one).__name__ for one in holders), None)
+
+
+def _mixes(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and module.kernel_size != (1,)
 
 
 def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -193,7 +228,11 @@ def decoders(model: nn.Module, causal: bool = True) -> list[tuple[str, nn.Module
 def _attends(layers: nn.ModuleList, causal: bool) -> bool:
     if len(layers) == 0 or len({type(layer) for layer in layers}) > 1:
         return False
-    return getattr(attention_of(layers[0]), "is_causal", None) is causal
+    return any(getattr(attention_of(layer), "is_causal", None) is causal for layer in layers)
+
+
+def _is_causal(layer: nn.Module) -> bool:
+    return getattr(attention_of(layer), "is_causal", None) is True
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:

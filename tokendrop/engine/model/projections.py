@@ -4,7 +4,7 @@ Shape letters: B batch, K rows, D hidden.
 """
 
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.model.decoder import LayerSpec, head_width, is_linear, linear_shape
+from tokendrop.engine.model.decoder import LayerSpec, is_linear, linear_shape
 from tokendrop.engine.model.swap import Swapped, swapped_class
 from tokendrop.engine.plan.rows import Split
 from tokendrop.roles import Method
@@ -50,13 +50,13 @@ class Parts:
     Args:
         letters: what it makes, of "qkv".
         widths: output features of each letter.
-        heads: number of heads the letters alternate in, 0 where they follow one another.
+        groups: number of groups the letters alternate in, 1 where they follow one another.
         transposed: whether the weight is stored (in, out).
     """
 
     letters: str
     widths: tuple[int, ...]
-    heads: int
+    groups: int
     transposed: bool
 
     def cut(self, linear: nn.Module, letter: str) -> tuple[Tensor, Tensor | None]:
@@ -66,16 +66,16 @@ class Parts:
         return self._rows(weight, letter), None if bias is None else self._rows(bias, letter)
 
     def _rows(self, value: Tensor, letter: str) -> Tensor:
-        at = self.letters.index(letter)
-        if self.heads:
-            return value.unflatten(0, (self.heads, len(self.letters), -1))[:, at].flatten(0, 1)
-        return value.split(self.widths)[at]
+        parts = value.unflatten(0, (self.groups, -1)).split([width // self.groups for width in self.widths], 1)
+        return parts[self.letters.index(letter)].flatten(0, 1)
 
     def join(self, outputs: list[Tensor]) -> Tensor:
         """The linear's output from that of each letter."""
-        if self.heads:
-            return torch.stack([out.unflatten(-1, (self.heads, -1)) for out in outputs], -2).flatten(-3)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        if len(outputs) == 1:
+            return outputs[0]
+        if self.groups == 1:
+            return torch.cat(outputs, -1)
+        return torch.cat([out.unflatten(-1, (self.groups, -1)) for out in outputs], -1).flatten(-2)
 
 
 class _SplitLinear(Swapped):
@@ -123,9 +123,8 @@ class _SplitLinear(Swapped):
 
 def _parts(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
     widths = spec.widths(layer)
-    heads = widths["q"] // head_width(layer, spec) if spec.interleaved else 0
     transposed = not isinstance(spec.linear(layer, letters[0]), nn.Linear)
-    return Parts(letters, tuple(widths[letter] for letter in letters), heads, transposed)
+    return Parts(letters, tuple(widths[letter] for letter in letters), spec.groups(layer), transposed)
 
 
 def set_names(methods: Mapping[str | None, Method]) -> dict[str | None, str]:
@@ -135,18 +134,21 @@ def set_names(methods: Mapping[str | None, Method]) -> dict[str | None, str]:
 
 
 def make_sets(
-    layers: nn.ModuleList, spec: LayerSpec, methods: Mapping[str | None, Method], names: Mapping[str | None, str]
+    layers: nn.ModuleList,
+    specs: Sequence[LayerSpec],
+    methods: Mapping[str | None, Method],
+    names: Mapping[str | None, str],
 ) -> nn.ModuleList:
     """The image-only projections of each layer, by set and letter, as copies of the text's, and its router.
 
     Args:
         layers: the decoder's L layers.
-        spec: how they are made.
+        specs: how they are made.
         methods: by task.
         names: the set of each task, from `set_names`.
     """
     sets = nn.ModuleList()
-    for index, layer in enumerate(layers):
+    for index, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
         wanted: dict[str, set[str]] = {}
         for task, name in names.items():
             wanted.setdefault(name, set()).update(methods[task].route(len(layers))[index].separate)
@@ -188,13 +190,16 @@ def _copy(layer: nn.Module, spec: LayerSpec, letter: str) -> nn.Linear:
     return copied.train(layer.training)
 
 
-def swap(layers: nn.ModuleList, spec: LayerSpec) -> None:
-    """Swap the class of the linears that make queries, keys and values."""
-    for layer in layers:
+def swap(layers: nn.ModuleList, specs: Sequence[LayerSpec]) -> None:
+    """Swap the class of the linears that make queries, keys and values; layers may share one."""
+    for layer, spec in zip(layers, specs, strict=True):
         for _, letters in spec.linears:
             linear = spec.linear(layer, letters[0])
-            linear.__dict__["_tokendrop_parts"] = _parts(layer, spec, letters)
+            if isinstance(linear, _SplitLinear):
+                continue
+            parts = _parts(layer, spec, letters)
             linear.__class__ = swapped_class(_SplitLinear, type(linear))
+            linear.__dict__["_tokendrop_parts"] = parts
 
 
 def restore(layers: nn.ModuleList) -> None:
@@ -215,7 +220,12 @@ def touch(sets: nn.ModuleDict, out: Tensor) -> Tensor:
 
 
 def fill_missing(
-    sets: nn.ModuleList, prefix: str, path: str, layers: nn.ModuleList, spec: LayerSpec, state: dict[str, Tensor]
+    sets: nn.ModuleList,
+    prefix: str,
+    path: str,
+    layers: nn.ModuleList,
+    specs: Sequence[LayerSpec],
+    state: dict[str, Tensor],
 ) -> None:
     """Give a dense checkpoint what it lacks: image-only weights as copies of its text weights, and present routers.
 
@@ -224,7 +234,7 @@ def fill_missing(
         prefix: key prefix of `sets` in `state`.
         path: key prefix of the decoder's layer list.
         layers: that list.
-        spec: how the layers are made.
+        specs: how the layers are made.
         state: the checkpoint; changed only if it holds no key under `prefix`.
     """
     if any(key.startswith(prefix) for key in state):
@@ -234,6 +244,7 @@ def fill_missing(
             state[prefix + key] = present
             continue
         index, _, letter, kind = key.split(".")
+        spec = specs[int(index)]
         name, letters = next((name, letters) for name, letters in spec.linears if letter in letters)
         source = f"{path}.{index}.{spec.attention}.{name}.{kind}"
         if source in state:

@@ -25,7 +25,7 @@ def swapped_class(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Modu
 
 def restore(module: nn.Module) -> None:
     """Give a module its own class back, and take what we hung on it."""
-    del module.__dict__["_tokendrop"]
+    module.__dict__.pop("_tokendrop", None)
     module.__class__ = vars(type(module))["_tokendrop_base"]
 
 

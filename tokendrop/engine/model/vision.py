@@ -98,14 +98,19 @@ class Encoder:
                     f"the whole image, of {whole}"
                 )
         attentions = {at: cast(nn.Module, attention_of(layers[at])) for at in self.layers.values()}
+        if len(set(attentions.values())) < len(attentions):
+            raise UnsupportedError(
+                f"layers {sorted(attentions)} of the vision encoder share an attention, so they cannot be told apart; "
+                "look at one layer"
+            )
         self.watched: dict[int | None, nn.Module] = {None: self.tower, **attentions}
 
     def watch(self, find: Callable[[], Seen | None]) -> None:
         """Write what is seen into what `find` returns, wherever the encoder runs."""
         names = {name.rpartition(".")[2] for name, _ in self.tower.named_parameters()}
         for layer, module in self.watched.items():
-            module.__dict__["_tokendrop"] = find, layer, bool(names & {"class_embedding", "cls_token"})
             module.__class__ = swapped_class(_Watched, type(module))
+            module.__dict__["_tokendrop"] = find, layer, bool(names & {"class_embedding", "cls_token"})
 
     def encoded(self, seen: Seen, layers: tuple[int, ...], image: Tensor, times: int = 1) -> Encoded:
         """What was seen in some layers, at the image tokens (B, T).
