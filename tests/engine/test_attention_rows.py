@@ -19,7 +19,7 @@ import tokendrop as td
 from tokendrop import layout as layouts
 from tokendrop.engine.forward import arguments
 from tokendrop.engine.forward import attention_rows as attention
-from tokendrop.engine.forward.attention_rows import caught_logits
+from tokendrop.engine.forward.attention_rows import caught_attention
 from tokendrop.engine.plan import plan, selection
 from tokendrop.engine.plan.selection import highest
 from tokendrop.layout import TokenLayout, scoring_mask
@@ -107,12 +107,12 @@ def test_scoring_rows_of_samples_with_different_turns() -> None:
 def test_attention_is_never_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
-    def watched(run: Any) -> Tensor:
-        logits = caught_logits(run)
-        shapes.append(logits.numel())
-        return logits
+    def watched(run: Any) -> Any:
+        caught = caught_attention(run)
+        shapes.append(caught.logits.numel())
+        return caught
 
-    monkeypatch.setattr("tokendrop.engine.forward.attention_rows.caught_logits", watched)
+    monkeypatch.setattr("tokendrop.engine.forward.attention_rows.caught_attention", watched)
     for backend in ("sdpa", "eager"):
         made = written(["ttiiiitttt", "ttttiiiitt"], "uu")
         module = llama(backend)
@@ -179,7 +179,7 @@ def test_layers_that_cannot_be_looked_into(case: str, method: Any) -> None:
 
 def test_attention_of_an_unknown_kind() -> None:
     with pytest.raises(td.UnsupportedError, match="without a call of scaled_dot_product_attention or softmax"):
-        caught_logits(lambda: torch.ones(2).exp())
+        caught_attention(lambda: torch.ones(2).exp())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.forward.attention_rows import caught_logits, probabilities
+from tokendrop.engine.forward.attention_rows import caught_attention, probabilities
 from tokendrop.engine.model.context import keys_values
 from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs
 from tokendrop.engine.model.swap import restore
@@ -134,8 +134,10 @@ class _Roles:
         mask = _mask(named.get("attention_mask"), live, ~live, states, spec.backend(layer))
         named = named | {"attention_mask": mask, spec.cache or "": None}
         rows = torch.tensor(self._rows(sample, queries.rows), dtype=torch.int64)
-        seen = probabilities(caught_logits(lambda: type(layer).forward(layer, states, **named)), live)
-        values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
+        caught = caught_attention(lambda: type(layer).forward(layer, states, **named))
+        seen, values = probabilities(caught.logits, live), caught.values
+        if values is None:
+            values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
         valid = torch.ones(1, len(rows), dtype=torch.bool)
         return Attention(seen[sample : sample + 1, :, rows], valid, values[sample : sample + 1])
 

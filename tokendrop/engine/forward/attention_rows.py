@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and v
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,42 @@ from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Attention
 
 
+_PRODUCTS: tuple[Any, ...] = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+
+
 class _CaughtError(Exception):
-    """Raised where a layer has made its attention logits, to end it there."""
+    """Raised where a layer has made its attention, to end it there."""
 
 
-class _Logits(TorchFunctionMode):
-    """Ends a layer where its attention begins, and keeps the logits (B, H, R, T + S); sinks are columns at the end."""
+class Caught(NamedTuple):
+    """What a layer's attention is made of.
+
+    Args:
+        logits: (B, H, R, T + S); sinks are columns at the end.
+        values: (B, H or G, T, W); None where nothing is multiplied with them in a way that is known.
+    """
+
+    logits: Tensor
+    values: Tensor | None
+
+
+class _Catch(TorchFunctionMode):
+    """Ends a layer where its attention ends, and keeps what it is made of."""
 
     logits: Tensor | None = None
+    values: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.logits = products(*args, **(kwargs or {}))
+            self.logits, self.values = products(*args, **(kwargs or {})), args[2]
             raise _CaughtError
-        if func in SOFTMAX:  # of eager attention
+        if self.logits is not None and func in _PRODUCTS:
+            self.values = args[1]
+            raise _CaughtError
+        if self.logits is None and func in SOFTMAX:  # of eager attention
             self.logits = args[0]
-            raise _CaughtError
         return func(*args, **(kwargs or {}))
 
 
@@ -106,9 +124,11 @@ def attention_rows(
     with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
         keys, values = keys_values(layer, forward, states, maskless, cache)
         everyone = {cache: _AllKeys(keys, values)}
-        logits = caught_logits(lambda: forward(layer, chosen, **(arguments | everyone)))
+        logits, attended = caught_attention(lambda: forward(layer, chosen, **(arguments | everyone)))
     # A single row of grouped queries comes as (B, G, H / G, T), where transformers packs it for decoding.
     logits = logits.reshape(len(states), -1, rows.index.shape[1], logits.shape[-1])
+    # What a cache is given for values may be something they are made of, as in latent attention.
+    values = values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:])
     return Attention(probabilities(logits, live), rows.valid, values)
 
 
@@ -120,13 +140,13 @@ def _check_mask(mask: Any, tokens: int) -> None:
         )
 
 
-def caught_logits(run: Callable[[], Any]) -> Tensor:
-    """The attention logits (B, H, R, T + S) that a layer makes when it is run; nothing behind them runs.
+def caught_attention(run: Callable[[], Any]) -> Caught:
+    """What the attention of a layer is made of when it is run; nothing behind it runs.
 
     Raises:
         UnsupportedError: it makes none that can be caught.
     """
-    catch = _Logits()
+    catch = _Catch()
     with suppress(_CaughtError), catch:
         run()
     if catch.logits is None:
@@ -134,7 +154,7 @@ def caught_logits(run: Callable[[], Any]) -> Tensor:
             "the layer ran without a call of scaled_dot_product_attention or softmax, so the attention that scores "
             "image tokens was not found; use a score that needs none, such as 'norm'"
         )
-    return catch.logits
+    return Caught(catch.logits, catch.values)
 
 
 def probabilities(logits: Tensor, live: Tensor) -> Tensor:
