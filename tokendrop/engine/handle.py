@@ -248,7 +248,6 @@ class Handle(nn.Module):
         self.undo()
         this_thread.__dict__.get("frames", {}).pop(self.key, None)
 
-
     def undo(self) -> None:
         """Take back what `apply` did, or began to do."""
         model, layers = self.owner, self.decoder_layers

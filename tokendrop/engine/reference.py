@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokendrop.engine.forward.attention_rows import caught_attention, probabilities
 from tokendrop.engine.model.context import keys_values
-from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs
+from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs, sees_both_sides
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.layout import IGNORED, TokenLayout
@@ -131,7 +131,8 @@ class _Roles:
         live = ~self.layout.image
         for row, tokens in zip(live, self.alive, strict=True):
             row[tokens] = True
-        mask = _mask(named.get("attention_mask"), live, ~live, states, spec.backend(layer))
+        both = sees_both_sides(layer)
+        mask = _mask(named.get("attention_mask"), live, ~live, states, spec.backend(layer), not both)
         named = named | {"attention_mask": mask, spec.cache or "": None}
         rows = torch.tensor(self._rows(sample, queries.rows), dtype=torch.int64)
         caught = caught_attention(lambda: type(layer).forward(layer, states, **named))
@@ -170,7 +171,8 @@ def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], stat
         roles, states = roles_of(states, named)
         active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
         entered[:] = [states, active]
-        named["attention_mask"] = _mask(named.get("attention_mask"), active, hidden, states, spec.backend(module))
+        mask, causal = named.get("attention_mask"), not sees_both_sides(module)
+        named["attention_mask"] = _mask(mask, active, hidden, states, spec.backend(module), causal)
         return (states,), named
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
@@ -184,10 +186,11 @@ def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], stat
     yield layer.register_forward_hook(after)
 
 
-def _mask(mask: Tensor | None, active: Tensor, hidden: Tensor, states: Tensor, backend: str) -> Tensor:
+def _mask(mask: Tensor | None, active: Tensor, hidden: Tensor, states: Tensor, backend: str, causal: bool) -> Tensor:
     tokens = states.shape[1]
     if mask is None:
-        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(len(states), 1, -1, -1)
+        every = torch.ones(tokens, tokens, dtype=torch.bool)
+        mask = (every.tril() if causal else every).expand(len(states), 1, -1, -1)
         if backend == "eager":
             mask = torch.zeros(mask.shape, dtype=states.dtype).masked_fill(~mask, torch.finfo(states.dtype).min)
     # A row whose output is thrown away sees itself, so that its softmax stays finite.

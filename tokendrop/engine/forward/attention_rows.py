@@ -15,13 +15,12 @@ from torch.overrides import TorchFunctionMode
 
 from tokendrop.engine.forward.arguments import Form, compact, select
 from tokendrop.engine.model.context import keys_values
-from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.decoder import LayerSpec, sees_both_sides
 from tokendrop.engine.model.logits import SOFTMAX, products
 from tokendrop.engine.plan.plan import Group
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Attention
-
 
 _PRODUCTS: tuple[Any, ...] = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 
@@ -111,6 +110,9 @@ def attention_rows(
     shape = (states.shape[0], states.shape[1])
     named = {spec.mask or "": None} | named
     _check_mask(named[spec.mask or ""], shape[1])
+    if named[spec.mask or ""] is None and sees_both_sides(layer):
+        seen = torch.ones(1, 1, shape[1], shape[1], dtype=torch.bool, device=states.device)
+        named[spec.mask or ""] = states.new_zeros(seen.shape) if spec.backend(layer) == "eager" else seen
     maskless = {name: None if name == spec.mask else value for name, value in named.items()}
     if not group.whole:
         states = states[group.samples]

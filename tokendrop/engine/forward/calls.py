@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokendrop.engine.forward.arguments import Form, compact, select
 from tokendrop.engine.forward.generate import growing_layer, holed_layer
 from tokendrop.engine.forward.groups import Call
-from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.decoder import LayerSpec, sees_both_sides
 from tokendrop.engine.plan.plan import Group, Span
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
@@ -59,6 +59,8 @@ def group_calls(
             raise UnsupportedError(f"image tokens are CONTEXT in layer {index}, but {refusal}; or use HMGen")
         named.setdefault(spec.mask, None)
         named.setdefault(spec.cache or "", cache)
+    if spec.mask is not None and named.get(spec.mask) is None and sees_both_sides(layer):
+        named[spec.mask] = _everyone(made, tokens_shape[1], hidden, spec.backend(layer) == "eager")
     if cache is not None:
         _fill(spec, span, index, cache, tokens_shape[1])
     float_mask = hidden.dtype if spec.backend(layer) == "eager" else None
@@ -99,6 +101,15 @@ def _once(
             same.append((value, group.active, found))
         out[name] = found
     return out
+
+
+def _everyone(made: Made, tokens: int, hidden: Tensor, additive: bool) -> Tensor:
+    # The mask that says what None means where attention sees both sides, once per forward.
+    same = made.setdefault((-1, "both sides", ""), [])
+    if not same:
+        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=hidden.device)
+        same.append((None, None, hidden.new_zeros(seen.shape) if additive else seen))
+    return same[0][2]
 
 
 def _same(one: Any, other: Any) -> bool:

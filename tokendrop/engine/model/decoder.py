@@ -197,7 +197,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
             names = sorted({type(layer).__name__ for layer in layers})
             raise DecoderError(f"layers={path!r}: expected layers of one class; found {', '.join(names)}")
         return path, layers
-    found = decoders(model)
+    found = decoders(model) or _prefixed(model)
     if not found:
         raise DecoderError(
             f"{type(model).__name__} has no list of layers with causal self-attention that inspection can find; give "
@@ -233,6 +233,21 @@ def _attends(layers: nn.ModuleList, causal: bool) -> bool:
 
 def _is_causal(layer: nn.Module) -> bool:
     return getattr(attention_of(layer), "is_causal", None) is True
+
+
+def _prefixed(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    # Decoders whose masks let a prefix be seen from both sides, such as PaliGemma's.
+    found = decoders(model, causal=False)
+    return [(name, one) for name, one in found if getattr(_config(one[0]), "use_bidirectional_attention", False)]
+
+
+def _config(layer: nn.Module) -> Any:
+    return getattr(attention_of(layer), "config", None)
+
+
+def sees_both_sides(layer: nn.Module) -> bool:
+    """Whether the attention of a layer sees every row where it is given no mask."""
+    return getattr(attention_of(layer), "is_causal", None) is False
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
