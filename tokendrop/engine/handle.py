@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.forward import head
+from tokendrop.engine.forward import head, routers
 from tokendrop.engine.forward.state import Frame, frames, this_thread
 from tokendrop.engine.model import projections
 from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
@@ -178,6 +178,7 @@ class Handle(nn.Module):
             if frame is not None:
                 frame.forward = None
                 frame.seen.clear()
+                frame.ran.clear()
 
     def sets(self, index: int) -> nn.ModuleDict:
         """The image-only projections of layer `index`."""
@@ -240,7 +241,7 @@ class Handle(nn.Module):
         model, layers = self.owner, self.decoder_layers
         if model._modules.get("tokendrop") is not self:
             raise AppliedError(f"this handle is not on {type(model).__name__} any more; it was removed before")
-        swapped = [*layers, *(self.encoder.watched.values() if self.encoder else ())]
+        swapped = [*layers, *(self.encoder.watched.values() if self.encoder else ()), *routers.injected(model)]
         if any("_tokendrop_base" not in vars(type(module)) for module in swapped):
             raise AppliedError(
                 f"{type(layers[0]).__name__} was wrapped after apply (fully_shard does that); remove before sharding"
@@ -251,7 +252,8 @@ class Handle(nn.Module):
     def undo(self) -> None:
         """Take back what `apply` did, or began to do."""
         model, layers = self.owner, self.decoder_layers
-        for module in [*layers, *(self.encoder.watched.values() if self.encoder else ())]:
+        watched = self.encoder.watched.values() if self.encoder else ()
+        for module in [*layers, *watched, *routers.injected(model)]:
             if "_tokendrop_base" in vars(type(module)):
                 restore(module)
         projections.restore(layers)

@@ -131,6 +131,7 @@ def _run(
         hidden = _enter(forward, span, hidden)
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)
+    frame.ran.append(span)
     shape, made = forward.plan.shape, forward.made
     calls = group_calls(layer, spec, index, span, shape, forward.context, cache, made, named, hidden)
     out = proceed(hidden, **{WORK: Work(spec, calls, binding.handle.sets(index))})

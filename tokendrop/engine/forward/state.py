@@ -65,6 +65,9 @@ class Frame:
         losses: of the routers in the last forward.
         seen: what was seen of the vision encoder, when it last ran.
         encode: what it says of the image tokens; None where no method looks at it.
+        ran: the span of each layer that ran in the last forward, its rows chosen.
+        mask: the padding mask (B, T) that a model is given while its loss for experts is to see none.
+        routed: router logits of all rows that ran, by layer, for its output.
     """
 
     layout: TokenLayout
@@ -79,6 +82,9 @@ class Frame:
     losses: list[Tensor] = field(default_factory=list)
     seen: Seen = field(default_factory=dict)
     encode: Encode | None = None
+    ran: list[Span] = field(default_factory=list)
+    mask: Tensor | None = None
+    routed: tuple[Tensor, ...] | None = None
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A pre-hook of the input embeddings, which remembers the ids."""
@@ -87,6 +93,7 @@ class Frame:
 
     def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
         """Begin a forward."""
+        self.ran = []
         times = plan.shape[0] // len(self.layout.image)
         return Forward(
             plan, Selections(plan, self.plan.scoring, self.step, self.first, times, self.encode), cache, step
