@@ -320,11 +320,11 @@ NAMES = sorted(FAMILIES.keys() - HYBRID)
 
 
 @lru_cache
-def model(name: str, attention: str) -> Any:
+def model(name: str, attention: str = "") -> Any:
     """A tiny random model in training mode, without dropout; shared, so copy it before you change it."""
     family = FAMILIES[name]
     config = family.config()
-    config._attn_implementation = attention
+    config._attn_implementation = attention or family.attentions[0]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = family.model(config)

@@ -91,7 +91,7 @@ class Case:
     def __init__(
         self, name: str, method: str, attention: str = "", padding: str | None = None, separate: str = "none"
     ) -> None:
-        self.base, self.data = model(name, attention or FAMILIES[name].attentions[0]), batch(name, padding)
+        self.base, self.data = model(name, attention), batch(name, padding)
         self.methods = VISION[method[1:]] if method[0] == "@" else METHODS[method](FAMILIES[name].first, separate)
         if name == "gpt2" and attention == "eager" and "u" in self.methods:
             self.skip_old_gpt2()
@@ -407,7 +407,7 @@ def test_a_compact_range_over_deepstack_layers_is_refused(method: Any, start: in
 
 @pytest.mark.parametrize("name", NAMES)
 def test_context_is_refused_for_other_attention(name: str, refusal: Any) -> None:
-    module = copy.deepcopy(model(name, FAMILIES[name].attentions[0]))
+    module = copy.deepcopy(model(name))
     for one in find_layers(module)[1].modules():
         if hasattr(one, "config"):
             one.config._attn_implementation = "flex_attention"

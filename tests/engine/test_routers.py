@@ -78,7 +78,9 @@ def test_the_balance_loss_is_that_of_the_rows_that_compute(name: str, method: st
     torch.testing.assert_close(found.loss, out.loss + COEFFICIENT * expected, rtol=1e-5, atol=1e-6)
     largest = max(parameter.grad.abs().max() for parameter in plain.parameters() if parameter.grad is not None)
     pairs = zip(dropped.parameters(), plain.parameters(), strict=True)
-    assert max((ours.grad - theirs.grad).abs().max() for ours, theirs in pairs if theirs.grad is not None) < 1e-5 * largest
+    assert (
+        max((ours.grad - theirs.grad).abs().max() for ours, theirs in pairs if theirs.grad is not None) < 1e-5 * largest
+    )
     # All rows that ran, by layer.
     assert len(found.router_logits) == len(ROUTED[name])
     assert found.router_logits[0].shape == (data.image.numel(), EXPERTS)
@@ -126,7 +128,9 @@ def test_logits_of_gates_that_cannot_be_told_apart_are_refused(monkeypatch: pyte
     monkeypatch.setattr(gates, lambda *_: False)
     drop = td.apply(module, td.HMGen("1:3"))
     with drop.layout(td.TokenLayout(data.image, labels=data.labels)):
-        with pytest.raises(td.UnsupportedError, match=r"router logits of \[.*expected \[\].*output_router_logits=False"):
+        with pytest.raises(
+            td.UnsupportedError, match=r"router logits of \[.*expected \[\].*output_router_logits=False"
+        ):
             module(**data.inputs, output_router_logits=True)
         module(**data.inputs)
 
