@@ -4,6 +4,7 @@ from tokendrop.analysis.allocation import Allocation, attention_allocation
 from tokendrop.analysis.flop_report import FlopReport, flops
 from tokendrop.analysis.inspection import Inspection, inspect
 from tokendrop.callbacks import AttentionAllocation, SynergyMonitor, TokenDrop
+from tokendrop.config import from_config, methods_of, to_config
 from tokendrop.engine.drop_layers import DropLayers
 from tokendrop.engine.handle import Handle, handle
 from tokendrop.engine.inject import apply
@@ -14,6 +15,7 @@ from tokendrop.errors import (
     LayerRangeError,
     LayoutError,
     LayoutTypeError,
+    MethodChangedWarning,
     MethodError,
     MissingLayoutError,
     NeededRowError,
@@ -38,7 +40,7 @@ from tokendrop.methods import (
     SVDPrune,
     VScan,
 )
-from tokendrop.roles import Role
+from tokendrop.roles import Method, Role
 from tokendrop.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -62,6 +64,8 @@ __all__ = [
     "LayerRangeError",
     "LayoutError",
     "LayoutTypeError",
+    "Method",
+    "MethodChangedWarning",
     "MethodError",
     "MissingLayoutError",
     "MixtureOfDepths",
@@ -84,8 +88,11 @@ __all__ = [
     "apply",
     "attention_allocation",
     "flops",
+    "from_config",
     "gather_tokens",
     "handle",
     "inspect",
+    "methods_of",
     "scatter_tokens",
+    "to_config",
 ]

@@ -80,3 +80,7 @@ class SynergyWarning(UserWarning):
 
 class NoEffectWarning(UserWarning):
     """Something was asked for and nothing will happen."""
+
+
+class MethodChangedWarning(UserWarning):
+    """A checkpoint was made under other methods than those in force."""

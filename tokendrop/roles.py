@@ -195,7 +195,11 @@ def selections(routes: Iterable[Route]) -> list[Select]:
 
 @runtime_checkable
 class Method(Protocol):
-    """A rule that gives image tokens a role in each of L layers."""
+    """A rule that gives image tokens a role in each of L layers; any class with these two is one.
+
+    Where it also has `training_only = True`, image tokens are ACTIVE while the decoder's layers are in eval mode. As a
+    dataclass with fields of plain data it is written into checkpoints and read back; see `td.to_config`.
+    """
 
     @property
     def separate(self) -> Separate:

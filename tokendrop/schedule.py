@@ -1,42 +1,54 @@
 """When dropping sets in, grows and ends during training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from tokendrop.errors import MethodError
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When dropping sets in: dense before `start`, growing for `steps`, dense again for the last `dense_tail` steps.
+    """When dropping sets in, grows and ends, in optimiser steps t = 0, 1, ... of `total`.
 
-    strength(t) = clip((t - start) / steps, 0, 1), and 0 for t >= total - dense_tail
+    grown(t) = clip((t - start) / steps, 0, 1), or t >= start where steps = 0
+    strength(t) = grown(t) for "in", 1 - grown(t) for "out";
+                  0 for t >= total - dense_tail, and where dense_every divides t + 1
 
     Args:
-        start: first optimiser step of the growth.
-        steps: optimiser steps until the method is whole; 0 switches it on at once.
+        start: optimiser step at which the change begins.
+        steps: optimiser steps that it takes; 0 changes at once.
         dense_tail: optimiser steps at the end of training that run dense.
+        direction: "in" goes from dense to the method; "out" from the method to dense, as random-LTD does.
+        dense_every: every so many optimiser steps one runs dense; 0 for none.
 
     Raises:
-        MethodError: a negative number.
+        MethodError: a negative number, or another direction.
 
     Example:
-        >>> Schedule(start=100, steps=200).strength(150)
-        0.25
+        >>> Schedule(start=100, steps=200).strength(150), Schedule(steps=200, direction="out").strength(50)
+        (0.25, 0.75)
+
+    Source: ours; "out" after arXiv 2211.11586 section 3.
     """
 
     start: int = 0
     steps: int = 0
     dense_tail: int = 0
+    direction: Literal["in", "out"] = "in"
+    dense_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in ("start", "steps", "dense_tail", "dense_every"):
+            value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise MethodError(f"Schedule({name}={value!r}): expected a number of steps, 0 or more")
+        if self.direction not in ("in", "out"):
+            raise MethodError(f"Schedule(direction={self.direction!r}): expected 'in' or 'out'")
 
     @property
     def final(self) -> float:
-        """The strength that training ends with, and that a model is therefore evaluated with."""
-        return 0.0 if self.dense_tail else 1.0
+        """The strength that training ends with; a model of whose training nothing is known is evaluated with it."""
+        return 0.0 if self.dense_tail or self.direction == "out" else 1.0
 
     def strength(self, step: int, total_steps: int | None = None) -> float:
         """The share of the method that is on at optimiser step `step` of `total_steps`.
@@ -52,6 +64,15 @@ class Schedule:
                 )
             if step >= total_steps - self.dense_tail:
                 return 0.0
-        if step < self.start:
+        if self.dense_every and (step + 1) % self.dense_every == 0:
             return 0.0
-        return min(1.0, (step - self.start) / self.steps) if self.steps else 1.0
+        grown = min(1.0, max(0, step - self.start) / self.steps) if self.steps else float(step >= self.start)
+        return grown if self.direction == "in" else 1.0 - grown
+
+    def evaluated(self, step: int, total_steps: int | None = None) -> float:
+        """The strength that a model is evaluated with after `step` optimiser steps.
+
+        It is that of the next step, unless that is dense for `dense_every`, or for a tail whose place is not known.
+        """
+        tail = 0 if total_steps is None else self.dense_tail
+        return replace(self, dense_tail=tail, dense_every=0).strength(step, total_steps)

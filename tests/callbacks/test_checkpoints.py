@@ -87,7 +87,8 @@ def test_dense_training_goes_on_dropped_and_back_where_no_parameter_is_added(tmp
     assert len(dropped.losses) == 3
     run.save_checkpoint(tmp_path / "dropped.ckpt")
     again = Lit()
-    trainer(max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "dropped.ckpt")
+    with pytest.warns(UserWarning, match=r"Please add the following callbacks: \['TokenDrop'\]"):
+        trainer(max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "dropped.ckpt")
     assert len(again.losses) == 3
 
 

@@ -134,7 +134,7 @@ def test_selections_do_not_depend_on_threads_or_on_how_a_batch_is_cut(monkeypatc
         torch.set_num_threads(before)
         return torch.stack(chosen, 1)
 
-    model, drop = dropped(llama(), td.RandomLTD(":", keep=0.5, seed=7), multiple=2)
+    model, drop = dropped(llama().train(), td.RandomLTD(":", keep=0.5, seed=7), multiple=2)
     whole = run(slice(0, 4), 0, (3, 1))
     assert torch.equal(whole, run(slice(0, 4), 0, (3, 1), threads=3))
     parts = [run(slice(at, at + size), at, (3, 1)) for at, size in ((0, 1), (1, 1), (2, 2))]

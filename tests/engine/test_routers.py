@@ -141,7 +141,10 @@ def test_a_vision_language_model_of_experts() -> None:
     config = hf.Qwen3VLMoeConfig(
         text_config={
             **_TEXT,
-            **{"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": 16, "head_dim": 8},
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": CHOSEN,
+            "moe_intermediate_size": 16,
+            "head_dim": 8,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
         },
         vision_config=vision(**shape, patch_size=4, deepstack_visual_indexes=[0]).to_dict(),

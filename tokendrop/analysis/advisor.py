@@ -99,6 +99,8 @@ class Trials:
     def under(self, method: Method | None) -> Generator[Handle | None]:
         """The model under a method inside, and as it was again."""
         drop = None if method is None else apply(self.model, {self.task: method})
+        if drop is not None:
+            drop.in_training = True  # plans are for training, whatever mode the model is in
         try:
             with preserved(self.model):
                 yield drop

@@ -134,6 +134,7 @@ def flops(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake if counted else torch.device("meta"):
         drop = apply(_weightless(model_or_config), methods, layers, multiple)
+    drop.in_training = True  # a method for training only is costed as it trains
     _check(drop)
     rows = text + image if labelled is None else round_up(_count("labelled", labelled), text + image, multiple)
     plan = drop.plan(layout)

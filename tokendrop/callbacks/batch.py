@@ -12,6 +12,7 @@ from tokendrop.errors import BatchError
 from tokendrop.layout import TokenLayout
 
 OURS = ("image_mask", "segments", "task")
+IMAGES = ("image_mask", "mm_token_type_ids", "input_ids")
 
 
 def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ()) -> TokenLayout:
@@ -26,10 +27,12 @@ def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ())
         image_ids: vocabulary ids of image tokens.
 
     Raises:
-        BatchError: none of these keys.
+        BatchError: none of these keys, or several batches in one.
         LayoutTypeError: tensors of the wrong dtype.
         LayoutError: tensors whose shapes differ.
     """
+    if hint := sub_batches(batch):
+        raise BatchError(f"batch: expected one batch, found {type(batch).__name__}{hint}")
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"batch: expected a mapping with 'image_mask', 'mm_token_type_ids' or 'input_ids'; found "
@@ -53,6 +56,23 @@ def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ())
     raise BatchError(
         f"the batch has the keys {sorted(map(str, batch))}{unknown}; it needs 'image_mask' (B, T) bool, or "
         "'mm_token_type_ids', or 'input_ids' with known image ids. Add one, or give TokenDrop a layout=fn(batch)"
+    )
+
+
+def sub_batches(batch: Any) -> str:
+    """What to do with a batch of several batches, as `CombinedLoader` makes; empty where it is one batch.
+
+    Args:
+        batch: a mapping, list or tuple of mappings, if it is such a batch.
+    """
+    parts = batch if isinstance(batch, Mapping) else dict(enumerate(batch)) if isinstance(batch, list | tuple) else {}
+    several = [name for name, part in parts.items() if isinstance(part, Mapping) and any(key in part for key in IMAGES)]
+    if not several or any(key in parts for key in IMAGES):
+        return ""
+    return (
+        f". The batch is {len(several)} batches, {', '.join(map(repr, several))}, which no one layout describes: in "
+        f"the step, enter one for each, `with tokendrop.handle(self).layout(batch_layout(batch[{several[0]!r}], "
+        "self)):`, with batch_layout from tokendrop.callbacks.batch"
     )
 
 

@@ -45,13 +45,14 @@ class Evaluation:
     """How tasks are evaluated at one step.
 
     Args:
-        trainer: whose precision and step hold.
+        trainer: whose precision holds.
         pl_module: that is trained.
         loss: (pl_module, batch) -> scalar.
         handle: of the dropped model, if it is.
         parameters: P, by name.
         sketch: see `compress`.
         seed: of dropout, and of sketches.
+        step: optimiser steps done.
     """
 
     trainer: L.Trainer
@@ -61,13 +62,14 @@ class Evaluation:
     parameters: dict[str, nn.Parameter]
     sketch: int | None
     seed: int
+    step: int
 
     def loss_of(self, batch: TaskBatch, dense: bool = False) -> Tensor:
         """The loss of a batch, dropped or dense, always with the same random numbers."""
         torch.manual_seed(self.seed)
         with ExitStack() as stack:
             if self.handle is not None and batch.layout is not None:
-                layout = self.handle.layout(batch.layout, (self.trainer.global_step, 0))
+                layout = self.handle.layout(batch.layout, (self.step, 0))
                 stack.enter_context(self.handle.disabled() if dense else layout)
             stack.enter_context(self.trainer.precision_plugin.forward_context())
             return self.loss(self.pl_module, batch.inputs)

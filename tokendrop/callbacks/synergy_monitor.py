@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from tokendrop.callbacks.evaluation import Evaluation, model_loss
+from tokendrop.callbacks.progress import Progress
+from tokendrop.callbacks.standing import evaluating
 from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks
 from tokendrop.callbacks.token_drop import TokenDrop
 from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError, check_flag, check_integer
@@ -98,6 +101,7 @@ class SynergyMonitor(L.Callback):
         self._seen: set[str | None] = set()
         self._warned: set[str] = set()
         self._clock: tuple[float, int] | None = None
+        self.progress = Progress()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -117,11 +121,12 @@ class SynergyMonitor(L.Callback):
         tasks = batch_tasks(batch) if layout is None else layout.tasks
         self._seen.update(tasks)
         self.recent.add(batch, layout, tasks)
-        if trainer.global_step >= self.next_step:
+        self.progress = self.progress.now(trainer)
+        if self.progress.steps >= self.next_step:
             self._event(trainer, pl_module)
 
     def _event(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step, start = trainer.global_step, time.perf_counter()
+        step, start = self.progress.steps, time.perf_counter()
         batches = self.recent.gathered(trainer, pl_module.device)
         if any(len(held) < 2 for held in batches.values()):
             self.next_step = step + (self.every_n_steps or 1)
@@ -143,12 +148,13 @@ class SynergyMonitor(L.Callback):
     ) -> dict[str, Any]:
         handle = None if self._drop is None else self._drop.handle
         parameters = shared_parameters(pl_module, self.params)
-        one = Evaluation(trainer, pl_module, self.loss, handle, parameters, self.sketch, self.seed)
+        step, sketch = self.progress.steps, self.sketch
+        one = Evaluation(trainer, pl_module, self.loss, handle, parameters, sketch, self.seed, step)
         samples: list[list[Compressed]] = []
         ahead: dict[str, list[float]] = {}
         losses: dict[str, float] = {}
         fidelity: dict[str, tuple[float, float]] = {}
-        with preserved(pl_module):
+        with preserved(pl_module), evaluating(handle, None if self._drop is None else self._drop.schedule):
             for task, (first, second) in batches.items():
                 _, gradient = one.gradients(first, task)
                 samples.append(one.compressed(gradient))
@@ -266,11 +272,14 @@ class SynergyMonitor(L.Callback):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Here and not in state_dict, which knows no ranks: each has batches of its own, and one file holds them all.
-        checkpoint["callbacks"][self.state_key]["recent"] = self.recent.saved(trainer)
+        state = checkpoint["callbacks"][self.state_key]
+        state |= {"recent": self.recent.saved(trainer), "progress": asdict(self.progress.now(trainer))}
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.recent.load(trainer, checkpoint["callbacks"].get(self.state_key, {}).get("recent", []))
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        self.recent.load(trainer, state.get("recent", []))
+        self.progress = Progress(**state.get("progress", {}))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,26 +13,33 @@ from torch import nn
 from typing_extensions import override
 
 from tokendrop.analysis.flops import task_costs
-from tokendrop.callbacks.batch import OURS, batch_layout
+from tokendrop.callbacks.averages import renew_averages
+from tokendrop.callbacks.batch import OURS, batch_layout, sub_batches
+from tokendrop.callbacks.launched import BeforeLaunch, check_home
+from tokendrop.callbacks.optimizers import check_optimizers
+from tokendrop.callbacks.saved import warn_of_difference
+from tokendrop.callbacks.standing import begin, count, end, evaluated_strength, progress_state, saved_progress
 from tokendrop.callbacks.strategies import check_strategy
+from tokendrop.callbacks.tuners import kept_in_tuners
+from tokendrop.config import STATE_KEY, described, saved_state
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import apply, check_methods
+from tokendrop.engine.inject import Methods, apply, check_methods
 from tokendrop.engine.model.decoder import decoders, find_layers
 from tokendrop.errors import (
     AppliedError,
     DecoderError,
     LayoutTypeError,
     MethodError,
+    TokenDropError,
     UnsupportedError,
     check_flag,
     check_integer,
 )
 from tokendrop.layout import TokenLayout, id_tensor
-from tokendrop.roles import Method
 from tokendrop.schedule import Schedule
 
 
-class TokenDrop(L.Callback):
+class TokenDrop(BeforeLaunch):
     """Image tokens of each batch skip the work that their task's method says they do not need.
 
     Logged for each task of a batch, without unit, 1 = dense:
@@ -41,8 +48,10 @@ class TokenDrop(L.Callback):
 
     Args:
         methods: a method for whatever task, or task name -> method; None runs a task dense.
-        layout: batch -> TokenLayout; by default `tokendrop.callbacks.batch.batch_layout`.
-        schedule: when dropping sets in; whole from the first step by default.
+        layout: batch -> TokenLayout; by default `tokendrop.callbacks.batch.batch_layout`. For a batch of several
+            batches (`CombinedLoader`), none: the step enters one for each, by `tokendrop.handle(self).layout`.
+        schedule: when dropping sets in and ends; whole from the first step by default. An evaluation has the strength
+            at which training is, or, where no training or checkpoint says it, `schedule.final`.
         image_ids: vocabulary ids of image tokens, where neither batch nor config says.
         consume: remove 'image_mask', 'segments' and 'task' from the batch before the user's step.
         layers: dotted path of the decoder's layer list, where inspection finds several.
@@ -64,7 +73,7 @@ class TokenDrop(L.Callback):
 
     def __init__(
         self,
-        methods: Method | dict[str, Method | None],
+        methods: Methods,
         layout: Callable[[Any], TokenLayout] | None = None,
         schedule: Schedule | None = None,
         image_ids: list[int] | None = None,
@@ -90,16 +99,29 @@ class TokenDrop(L.Callback):
         self.labelled_logits = labelled_logits
         self.handle: Handle | None = None
         self.current: TokenLayout | None = None  # of the last batch, for other callbacks
-        self._entered, self._wrapped = ExitStack(), ExitStack()
+        self.tuned_strength: float | None = None
+        self._entered, self._wrapped, self._tuned = ExitStack(), ExitStack(), ExitStack()
+        self._alone = self._removed = self._restored = False
+        self._said: set[str] = set()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         others = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, TokenDrop) and one is not self]
         if others:
             raise AppliedError(f"the trainer has {len(others) + 1} TokenDrop callbacks; put all methods into one")
+        self._alone, self._removed, self._restored = True, False, False
+        self._tuned.close()
+        self._tuned.enter_context(kept_in_tuners(trainer, self, stage))
+        before = self._existing(pl_module)
         if not self._inject(pl_module, trainer):
             for name in ("setup", "configure_model"):
                 self._inject_after(pl_module, name, trainer)
+        elif before is None and self.handle is not None:
+            check_home(trainer, self.handle)
+
+    @override
+    def before_launch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._inject(pl_module, trainer)
 
     def _inject(self, pl_module: L.LightningModule, trainer: L.Trainer) -> bool:
         handle = self._existing(pl_module)
@@ -109,9 +131,14 @@ class TokenDrop(L.Callback):
             num_layers = len(find_layers(pl_module, self.layers)[1])
             check_strategy(trainer.strategy, check_methods(self.methods).values(), num_layers)
             handle = apply(pl_module, self.methods, self.layers, self.multiple, self.labelled_logits)
-        if handle is not None and handle is not self.handle and self.schedule is not None:
-            handle.strength = self.schedule.final
-        self.handle = handle
+            try:
+                renew_averages(trainer, pl_module, handle)
+            except TokenDropError:
+                handle.remove()
+                raise
+        other, self.handle = handle is not self.handle, handle
+        if handle is not None and other and (self.schedule is not None or handle.progress is not None):
+            handle.strength = evaluated_strength(handle, self.schedule)
         return handle is not None
 
     def _existing(self, pl_module: L.LightningModule) -> Handle | None:
@@ -156,10 +183,12 @@ class TokenDrop(L.Callback):
             raise AppliedError("TokenDrop has dropped nothing yet; it does so in setup, when a Trainer runs")
         self._entered.close()
         self.handle.remove()
-        self.handle = None
+        self.handle, self._removed = None, True
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._wrapped.close()
+        if self.handle is not None and trainer.ckpt_path and not self._restored:
+            self.handle.progress = None  # weights were loaded, and nothing says how far their training was
         if self.handle is None:
             raise DecoderError(
                 f"{type(pl_module).__name__} has no decoder at the start of the stage; make it in __init__, setup or "
@@ -168,22 +197,33 @@ class TokenDrop(L.Callback):
         self.handle.check_sharding()
 
     @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer, pl_module)
+        if self.handle is not None:
+            check_optimizers(trainer, pl_module, self.handle)
+
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not earlier: asking for the number of steps makes the loaders, whose place a checkpoint still has to restore.
-        if self.schedule is not None:
-            self.schedule.strength(0, _total_steps(trainer, self.schedule))
+        if self.schedule is not None and self.handle is not None:
+            self.schedule.strength(0, count(self.handle, trainer).ending(trainer, 0).total)
 
     def _enter(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self._entered.close()
         if self.handle is None:
             raise AppliedError("TokenDrop has no handle; was it removed while the trainer runs?")
-        if self.schedule is not None and trainer.state.fn == "fit":
-            self.handle.strength = self.schedule.strength(trainer.global_step, _total_steps(trainer, self.schedule))
+        done = begin(self.handle, self.schedule, trainer, batch_idx)
+        if self.schedule is not None and self.tuned_strength is not None:
+            self.handle.strength = self.tuned_strength
+        if self.layout is None and (hint := sub_batches(batch)):
+            self.current = None
+            self._entered.enter_context(self.handle.expecting(hint))
+            return
         layout = self.layout(batch) if self.layout else batch_layout(batch, pl_module, self.image_ids)
         if not isinstance(layout, TokenLayout):
             raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
         self.current = layout
-        step, first = (trainer.global_step, batch_idx), trainer.global_rank * len(layout.image)
+        step, first = (done, batch_idx), trainer.global_rank * len(layout.image)
         plan = self._entered.enter_context(self.handle.layout(layout, step, first))
         if self.consume and isinstance(batch, MutableMapping):
             for key in OURS:
@@ -198,8 +238,30 @@ class TokenDrop(L.Callback):
                     f"tokendrop/{kind}/{name}", value, on_step=training, on_epoch=not training, batch_size=plan.shape[0]
                 )
 
+    @property
+    @override
+    def state_key(self) -> str:
+        # Lightning refuses two equal keys when it is made, before setup can say what to do instead.
+        return STATE_KEY if self._alone else f"{STATE_KEY} {id(self)}"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._removed else described(self.methods, self.schedule)
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Here and not in state_dict, which knows no trainer to count the steps of.
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state and self.handle is not None:
+            state |= progress_state(self.handle, trainer)
+
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state, self._restored = saved_state(checkpoint), True
+        if self.handle is not None:
+            self.handle.progress = saved_progress(state)
+        if state is not None and trainer.is_global_zero:
+            self._said |= warn_of_difference(state, self.methods, self.schedule, trainer.state.fn == "fit", self._said)
         added = [name for name, _ in pl_module.named_parameters() if "tokendrop." in name]
         saved = checkpoint.get("state_dict", {})
         # Weights are filled in from the text's; what an optimiser remembers of weights that were not there is not.
@@ -213,9 +275,12 @@ class TokenDrop(L.Callback):
     def _leave(self, *_: Any, **__: Any) -> None:
         self._entered.close()
 
-    def _stop(self, *_: Any, **__: Any) -> None:
+    def _stop(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         self._entered.close()
         self._wrapped.close()
+        self._tuned.close()
+        if self.handle is not None:
+            end(self.handle, self.schedule, trainer)
 
     @override
     def on_train_batch_start(
@@ -224,14 +289,22 @@ class TokenDrop(L.Callback):
         self._enter(trainer, pl_module, batch, batch_idx)
 
     @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._entered.close()
+        if self.handle is not None:
+            count(self.handle, trainer)
+
+    @override
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._enter(trainer, pl_module, batch, batch_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-    on_fit_start = on_validation_start = on_test_start = on_predict_start = _start
-    on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _leave
+    on_validation_start = on_test_start = on_predict_start = _start
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _leave
     on_train_epoch_end = _leave
     on_exception = teardown = _stop
 
@@ -240,11 +313,3 @@ def _restore(pl_module: nn.Module, name: str, before: Any) -> None:
     pl_module.__dict__.pop(name, None)
     if before is not None:
         pl_module.__dict__[name] = before
-
-
-def _total_steps(trainer: L.Trainer, schedule: Schedule) -> int | None:
-    if not schedule.dense_tail:
-        return None
-    steps = trainer.estimated_stepping_batches
-    # Lightning says -1 or infinity for training without an end.
-    return int(steps) if 0 <= steps < float("inf") else None

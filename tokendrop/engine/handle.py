@@ -13,14 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.forward import head, routers
 from tokendrop.engine.forward.state import Frame, frames, this_thread
 from tokendrop.engine.model import projections
 from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
-from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.plan.labelled import LabelledRows
 from tokendrop.engine.plan.plan import Plan, Planner
+from tokendrop.engine.undo import check_swapped, undo
 from tokendrop.errors import (
     AppliedError,
     LayoutError,
@@ -62,7 +61,10 @@ class Handle(nn.Module):
         super().__init__()
         self.key, self.path, self.specs, self.methods, self.multiple = uuid.uuid4().hex, path, specs, methods, multiple
         self.names = projections.set_names({task: m for task, m in methods.items() if m is not None})
-        self.strength, self.entered, self._sharded = 1.0, 0, False
+        self.strength, self.entered, self._sharded, self.hint = 1.0, 0, False, ""
+        self.in_training = False  # whether layers in eval mode are trained all the same, as pretrained ones may be
+        self.progress: object | None = None  # of the training that set the strength, for the callback
+        self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
         self.layers, self.labelled_logits, self.encoder = sets, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
         self._unknown: set[str] = set()
@@ -113,7 +115,8 @@ class Handle(nn.Module):
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         seen = Seen()
         encode = None if self.encoder is None else partial(self.encoder.encoded, seen)
-        frame = Frame(layout, plan, at, first, seen=seen, encode=encode)
+        trained = self.trained(self.decoder_layers[0])
+        frame = Frame(layout, plan, at, first, trained=trained, seen=seen, encode=encode)
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
@@ -129,6 +132,15 @@ class Handle(nn.Module):
         """Run dense on purpose inside."""
         with self._entered(None):
             yield
+
+    @contextmanager
+    def expecting(self, hint: str) -> Generator[None]:
+        """Inside, a forward without a layout is also told this."""
+        before, self.hint = self.hint, hint
+        try:
+            yield
+        finally:
+            self.hint = before
 
     def auxiliary_loss(self) -> Tensor:
         """The loss of the routers in the last forward of the entered layout, to be added to the model's own.
@@ -206,10 +218,16 @@ class Handle(nn.Module):
             )
         return task
 
+    def trained(self, layer: nn.Module) -> bool:
+        """Whether methods for training only hold now, by the mode of a decoder layer; True where there are none."""
+        return not self._training_only or self.in_training or layer.training
+
     def route_of(self, key: str | None) -> Route:
         """The route of image tokens through the L layers, at the schedule's present strength."""
         method = self.methods.get(key)
-        return (LayerRoute(),) * len(self.layers) if method is None else method.route(len(self.layers), self.strength)
+        if method is None or (getattr(method, "training_only", False) and not self.trained(self.decoder_layers[0])):
+            return (LayerRoute(),) * len(self.layers)
+        return method.route(len(self.layers), self.strength)
 
     def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:
         """What each layer computes on such tokens; `layout()` makes and enters it."""
@@ -241,26 +259,16 @@ class Handle(nn.Module):
         model, layers = self.owner, self.decoder_layers
         if model._modules.get("tokendrop") is not self:
             raise AppliedError(f"this handle is not on {type(model).__name__} any more; it was removed before")
-        swapped = [*layers, *(self.encoder.watched.values() if self.encoder else ()), *routers.injected(model)]
-        if any("_tokendrop_base" not in vars(type(module)) for module in swapped):
-            raise AppliedError(
-                f"{type(layers[0]).__name__} was wrapped after apply (fully_shard does that); remove before sharding"
-            )
+        check_swapped(model, layers, self.encoder)
         self.undo()
         this_thread.__dict__.get("frames", {}).pop(self.key, None)
 
     def undo(self) -> None:
         """Take back what `apply` did, or began to do."""
-        model, layers = self.owner, self.decoder_layers
-        watched = self.encoder.watched.values() if self.encoder else ()
-        for module in [*layers, *watched, *routers.injected(model)]:
-            if "_tokendrop_base" in vars(type(module)):
-                restore(module)
-        projections.restore(layers)
-        head.restore(model)
+        undo(self.owner, self.decoder_layers, self.encoder)
         if self._hook is not None:
             self._hook.remove()
-        model._modules.pop("tokendrop", None)
+        self.owner._modules.pop("tokendrop", None)
 
 
 def _pair(step: object) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tokendrop.engine.forward import head, routers
 from tokendrop.engine.forward.binding import Binding
@@ -23,6 +24,7 @@ from tokendrop.engine.model.decoder import (
     find_layers,
     is_sharded,
     layer_specs,
+    uncompiled,
 )
 from tokendrop.engine.model.swap import Swapped, swapped_class
 from tokendrop.engine.model.vision import Encoder, Seen
@@ -81,6 +83,7 @@ def apply(
     """
     checked = check_methods(methods)
     check_module(model)
+    model = uncompiled(model)
     check_flag("labelled_logits", labelled_logits)
     if any(isinstance(module, Handle) for module in model.modules()):
         raise AppliedError(f"{type(model).__name__} is dropped already; call remove() on its handle first")
@@ -91,6 +94,11 @@ def apply(
             "holds it, or run its layers with DropLayers"
         )
     path, found = find_layers(model, layers)
+    if any(uncompiled(layer) is not layer for layer in found):
+        raise UnsupportedError(
+            f"the layers of {path!r} are compiled one by one; call apply before torch.compile(layer), or compile them "
+            "in place by layer.compile()"
+        )
     if any("_tokendrop" in layer.__dict__ for layer in found):
         raise AppliedError(f"the layers of {path!r} are dropped already, through another module; remove that first")
     check_shared(found, path)
@@ -192,7 +200,13 @@ def check_support(
         if refusal := next(filter(None, own), None):
             raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
         learned = any(layer.select is not None and layer.select.learned for layer in route)
-        if (learned or method.separate != "none") and is_sharded(model):
+        adds = learned or method.separate != "none"
+        if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise UnsupportedError(
+                f"{method} adds parameters, whose gradients DistributedDataParallel would not average, since it is "
+                "there already; apply it to the module inside, before DistributedDataParallel is made"
+            )
+        if adds and is_sharded(model):
             raise UnsupportedError(
                 f"{method} adds parameters, and {type(model).__name__} is sharded already; apply it before fully_shard"
             )

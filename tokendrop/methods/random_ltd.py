@@ -1,4 +1,4 @@
-"""Random-LTD: random image tokens skip each layer on their own, and rejoin behind it."""
+"""Random-LTD: in training, random image tokens skip each layer on their own, and rejoin behind it."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,10 +13,14 @@ class RandomLTD:
     """In each layer of the range other random image tokens of each sample stay ACTIVE; the rest are BYPASS.
 
     kept = round(keep M) of M image tokens, at least 1, or `keep` of them if it is a count
+    kept(t) = M - int((1 - t / steps) (M - kept)) under `Schedule(steps=steps, direction="out")`
+
+    In training only, as in its source: while the decoder is in eval mode, every image token is ACTIVE.
 
     Args:
         layers: the range; its source leaves the first and the last layer whole, and so does the default.
-        keep: share of the sample's image tokens, or a count; a `Schedule` lowers it from all to this, as in the source.
+        keep: share of the sample's image tokens, or a count; in the source the count that training begins with, which
+            `Schedule(steps=..., direction="out")` raises to all.
         seed: of the choice.
 
     Raises:
@@ -35,6 +39,7 @@ class RandomLTD:
     seed: int = 0
 
     separate: ClassVar[Separate] = "none"
+    training_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
@@ -42,7 +47,7 @@ class RandomLTD:
         check_integer("seed", self.seed)
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
-        """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
+        """Roles of image tokens in `num_layers` layers; below strength 1 more are kept."""
         chosen = layer_indices(self.layers, num_layers)
         return tuple(
             LayerRoute(Role.BYPASS, select=Select(self.keep, SCORES["random"], index, self.seed, strength))

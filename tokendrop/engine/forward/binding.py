@@ -18,9 +18,14 @@ class Routing(Protocol):
     """What a layer asks of its handle while it runs."""
 
     key: str
+    hint: str
 
     def sets(self, index: int) -> nn.ModuleDict:
         """The image-only projections of layer `index`."""
+        ...
+
+    def trained(self, layer: nn.Module) -> bool:
+        """Whether methods for training only hold now, by the mode of a decoder layer."""
         ...
 
     def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:

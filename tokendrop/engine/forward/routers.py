@@ -9,7 +9,7 @@ Shape letters: B batch, T tokens, K computing rows of a group, N rows of all gro
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,16 @@ class _Routed(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         frame, gates = _entered(self), self.__dict__["_tokendrop"][1]
-        if frame is not None and frame.mask is not None:
-            kwargs[_MASK] = frame.mask
-        out = super().forward(*args, **kwargs)
+        if frame is None:
+            return super().forward(*args, **kwargs)
+        frame.ran = []
+        out = super().forward(*args, **kwargs | ({} if frame.mask is None else {_MASK: frame.mask}))
         given = getattr(out, _LOGITS, None)
-        if frame is None or not given or not frame.ran:
+        if not given:
+            return out
+        if not frame.ran:  # it ran dense after all, or on new tokens only
+            frame.routed = given
+            out[_LOGITS] = tuple(_real(logits, frame.mask) for logits in given)
             return out
         every = _by_layer(given, frame.ran, gates)
         frame.routed = tuple(torch.cat([logits for _, logits in layer]) for layer in every)
@@ -82,6 +87,10 @@ def _by_layer(given: tuple[Tensor, ...], ran: list[Span], gates: list[int]) -> l
     return list(found.values())
 
 
+def _real(logits: Tensor, mask: Tensor | None) -> Tensor:
+    return logits[mask.flatten().bool()] if mask is not None and mask.numel() == len(logits) else logits
+
+
 def _counts(group: Group, rows: int, mask: Tensor | None) -> Tensor:
     # (B * K,) bool: a row that only fills up does not count, nor does padding.
     active, samples = group.active, group.samples
@@ -106,7 +115,8 @@ def inject(model: nn.Module, path: str, key: str) -> None:
     decoder = next((one for one in reversed(above) if _recorders(one)), None)
     if decoder is None:
         return
-    gates = [sum(_is_gate(*named, decoder) for named in layer.named_modules()) for layer in model.get_submodule(path)]
+    layers = cast(nn.ModuleList, model.get_submodule(path))
+    gates = [sum(_is_gate(*named, decoder) for named in layer.named_modules()) for layer in layers]
     outer = next((one for one in above if _balances(one)), None)
     inner = decoder if outer is None else outer.base_model
     _swap(inner, _Routed, key, gates)

@@ -16,7 +16,7 @@ from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.calls import group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
-from tokendrop.engine.forward.state import Forward, Frame, frames
+from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.projections import ROUTER
 from tokendrop.engine.plan.plan import Group, Span
@@ -47,10 +47,13 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
         raise MissingLayoutError(
             f"{type(layer).__name__} {binding.index} runs without knowing which tokens are images; call the model "
             "inside `with drop.layout(layout):`, or inside `with drop.disabled():` to run it dense on purpose"
+            f"{in_thread()}{binding.handle.hint}"
         )
     frame, sets = entered[-1], binding.handle.sets(binding.index)
     if frame is not None and binding.index == 0:
         frame.check(binding.spec.bind(args, kwargs)[0])
+        if frame.trained != (trained := binding.handle.trained(layer)):  # the mode changed inside the layout
+            frame.plan, frame.trained = binding.handle.plan(frame.layout), trained
     if frame is None or frame.dense:
         if len(sets) == 0 or not torch.is_grad_enabled():
             return proceed(*args, **kwargs)

@@ -57,6 +57,7 @@ class Frame:
         plan: what each layer computes on them.
         step: (2,) int64, of training, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
+        trained: whether the plan is that of training, for methods that hold in training only.
         forward: the forward under way.
         caches: those that generations inside have filled.
         ids: vocabulary ids that the model embedded last, where the layout has image ids.
@@ -74,6 +75,7 @@ class Frame:
     plan: Plan
     step: Tensor
     first: int
+    trained: bool = True
     forward: Forward | None = None
     caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     ids: Tensor | None = None
@@ -129,3 +131,14 @@ def frames(key: str) -> list[Frame | None]:
     """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
     by_key: dict[str, list[Frame | None]] = this_thread.__dict__.setdefault("frames", {})
     return by_key.setdefault(key, [])
+
+
+def in_thread() -> str:
+    """What to know of layouts in a thread that is not the main one."""
+    thread = threading.current_thread()
+    if thread is threading.main_thread():
+        return ""
+    return (
+        f". This is thread {thread.name!r}, and a layout holds in the thread that enters it: enter it inside the "
+        "function that the thread runs, around model.generate(..., streamer=streamer) for one that streams"
+    )

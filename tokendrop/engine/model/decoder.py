@@ -219,6 +219,12 @@ def check_module(model: object) -> None:
         raise DecoderError(f"model: expected a torch.nn.Module with a decoder; found {model!r}")
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What `torch.compile` wrapped, or the module itself; the wrapper passes attributes on, and would lose a handle."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
+
+
 def decoders(model: nn.Module, causal: bool = True) -> list[tuple[str, nn.ModuleList]]:
     """Every list of layers with causal self-attention in a model, or with another one, by dotted path."""
     lists = ((name, one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList))
