@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.forward.state import Frame, frames, this_thread
+from tokendrop.engine.forward.state import Frame, frames, input_embeddings, pair_of, this_thread
 from tokendrop.engine.model import projections
 from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
 from tokendrop.engine.model.vision import Encoder, Seen
@@ -109,7 +109,7 @@ class Handle(nn.Module):
             raise AppliedError(f"this handle was removed from {type(self.owner).__name__}, which runs dense without it")
         self.check_sharding()
         check_integer("first", first, 0, LayoutTypeError)
-        for part in (0, 0) if step is None else _pair(step):
+        for part in (0, 0) if step is None else pair_of(step):
             check_integer("step", part, 0, LayoutTypeError)
         plan = self.plan(layout)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
@@ -120,7 +120,7 @@ class Handle(nn.Module):
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
-        embeddings = _input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
+        embeddings = input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
         with ExitStack() as stack:
             if embeddings is not None:
                 stack.callback(embeddings.register_forward_pre_hook(frame.embedded).remove)
@@ -271,25 +271,10 @@ class Handle(nn.Module):
         self.owner._modules.pop("tokendrop", None)
 
 
-def _pair(step: object) -> tuple[object, ...]:
-    if not isinstance(step, tuple) or len(step) != 2:
-        raise LayoutTypeError(f"step: expected the optimiser step and the micro-batch, two numbers; found {step!r}")
-    return step
-
-
 def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     added = cast(Handle, model.tokendrop)
     path, layers = f"{prefix}{added.path}", added.decoder_layers
     projections.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.specs, state)
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    for module in model.modules():
-        find = getattr(module, "get_input_embeddings", None)
-        if callable(find):
-            found = find()
-            return found if isinstance(found, nn.Module) else None
-    return None
 
 
 def _named(methods: Mapping[Any, object]) -> str:

@@ -17,7 +17,7 @@ from tokendrop.engine.model.vision import Seen
 from tokendrop.engine.plan.labelled import LabelledRows
 from tokendrop.engine.plan.plan import Plan, Span
 from tokendrop.engine.plan.selection import Encode, Selections
-from tokendrop.errors import LayoutError
+from tokendrop.errors import LayoutError, LayoutTypeError
 from tokendrop.layout import TokenLayout
 
 
@@ -142,3 +142,24 @@ def in_thread() -> str:
         f". This is thread {thread.name!r}, and a layout holds in the thread that enters it: enter it inside the "
         "function that the thread runs, around model.generate(..., streamer=streamer) for one that streams"
     )
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """What embeds vocabulary ids, if a model has it."""
+    for module in model.modules():
+        find = getattr(module, "get_input_embeddings", None)
+        if callable(find):
+            found = find()
+            return found if isinstance(found, nn.Module) else None
+    return None
+
+
+def pair_of(step: object) -> tuple[object, ...]:
+    """The optimiser step and the micro-batch.
+
+    Raises:
+        LayoutTypeError: no pair.
+    """
+    if not isinstance(step, tuple) or len(step) != 2:
+        raise LayoutTypeError(f"step: expected the optimiser step and the micro-batch, two numbers; found {step!r}")
+    return step
