@@ -72,6 +72,22 @@ def test_rows_equal_those_of_the_eager_model(name: str, attention: str, padding:
             torch.testing.assert_close(found, dense[sample][:, chosen[sample]], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_values_of_latent_attention_are_those_attended(attention: str) -> None:
+    # What it caches is what keys and values are made of; written out from its own linears.
+    module, spy, data, seen = copy.deepcopy(model("deepseek_v3", attention)), Spy(), batch("deepseek_v3", None), []
+    drop = td.apply(module, Looking(spy, 2), multiple=4)
+    with drop.layout(TokenLayout(data.image)), torch.no_grad():
+        module(**data.inputs, use_cache=False)
+    attended: Any = module.model.layers[2].self_attn
+    hook = attended.kv_a_layernorm.register_forward_hook(lambda *args: seen.append(args[2]))
+    with drop.disabled(), torch.no_grad():
+        module(**data.inputs, use_cache=False)
+        expected = attended.kv_b_proj(seen.pop()).unflatten(-1, (4, 6 + 8))[..., 6:].transpose(1, 2)
+    hook.remove()
+    torch.testing.assert_close(spy.given.pop().attention.values, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "labels", "which", "expected"),
     [

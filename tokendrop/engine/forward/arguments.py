@@ -14,6 +14,8 @@ from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.kernels import gather_rotary
 
+_BIASES = ("alibi", "position_bias")
+
 
 @dataclass(frozen=True)
 class Form:
@@ -53,7 +55,7 @@ def _compact(name: str, value: Any, group: Group, form: Form) -> Any:
         return compact_mask(value, group, form)
     if _is_square(value, form):
         return _square(name, value, group, form)
-    if is_bias(value, form.shape[1]):
+    if is_bias(value, form.shape[1]) or (name in _BIASES and isinstance(value, Tensor)):
         return _bias(name, value, group, form)
     return select(value, group, group.active, form.shape, name)
 
@@ -64,13 +66,13 @@ def is_bias(value: Any, tokens: int) -> bool:
 
 
 def _bias(name: str, value: Tensor, group: Group, form: Form) -> Tensor:
-    if len(value) not in (1, form.shape[0]):
-        if group.active is None:
+    if len(value) not in (1, form.shape[0]) or not is_bias(value, form.shape[1]):
+        if group.active is None and group.whole:
             return value
         raise UnsupportedError(
-            f"the argument {name!r} of shape {tuple(value.shape)} has a column for each of {form.shape[1]} tokens but "
-            f"no batch dimension, so that samples cannot keep different ones; expected ({form.shape[0]} or 1, ..., 1, "
-            f"{form.shape[1]}). Use a decoder with rotary or learned positions"
+            f"the argument {name!r} of shape {tuple(value.shape)} biases attention by column, of which samples keep "
+            f"different ones; expected ({form.shape[0]} or 1, ..., 1, {form.shape[1]}). Use a decoder with rotary or "
+            "learned positions"
         )
     value = value if len(value) == 1 else value[group.samples]
     if group.active is None or form.merged:
