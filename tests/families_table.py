@@ -29,6 +29,15 @@ attention, unpadded, left- and right-padded. The columns:
 - **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another
   selection, and the same logits and gradients.
 
+Some layers carry a state from row to row (linear attention, state space models, short convolutions). There a token that
+is BYPASS or GONE is no step: the others are a sequence of their own, whose decay and convolution go from one to the
+next as if nothing had been between, while positions of rotary attention are kept. Their definition is a loop over
+samples and the rows that take part, unpadded, in float64. CONTEXT needs keys and values, so it is for layers without a
+state, and a cache would hold a state of rows that only fill up, so such models generate without one under a method.
+
+The loss that balances experts counts the rows that compute and are no padding, layer by layer; `router_logits` of an
+output have all rows that ran, with those that only fill up. gpt-oss and Gemma 2 have eager attention only.
+
 """
 
 
