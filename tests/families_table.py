@@ -7,7 +7,7 @@ from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-from families import FAMILIES
+from families import FAMILIES, NAMES
 
 PATH = Path(__file__).parent.parent / "docs" / "families.md"
 COLUMNS = ("HiMix", "HMGen", "projections", "drop, rejoin", "drop, gone", "generate", "checkpointing", "compile")
@@ -49,7 +49,7 @@ def render(cells: dict[tuple[str, str], str], refusals: dict[tuple[str, str], se
         lines.append(f"| {family.model.__name__} (`{name}`) | {row} |")
     lines += ["", "## What is refused", "", "| what | families | the error says |", "|---|---|---|"]
     for (what, message), families in sorted(refusals.items()):
-        names = "all" if len(families) == len(FAMILIES) else ", ".join(sorted(families))
+        names = "all" if families >= set(NAMES) else ", ".join(sorted(families))
         lines.append(f"| {what} | {names} | {message} |")
     return HEAD + "\n".join(lines) + "\n"
 
@@ -65,7 +65,7 @@ def committed() -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], set[s
         for column, result in zip(COLUMNS, row[1:], strict=True)
     }
     refusals = {
-        (what, message): set(FAMILIES) if names == "all" else set(names.split(", "))
+        (what, message): set(NAMES) if names == "all" else set(names.split(", "))
         for what, names, message in rows[split + 1 :]
     }
     return cells, refusals
