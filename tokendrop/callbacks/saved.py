@@ -13,7 +13,7 @@ from torch import nn
 
 from tokendrop.callbacks.standing import evaluated, saved_progress
 from tokendrop.config import Config, described, from_config, schedule_of, state_config
-from tokendrop.engine.inject import Methods, check_methods
+from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import MethodChangedWarning, TokenDropError, UnsupportedError
 from tokendrop.schedule import Schedule
 

@@ -22,8 +22,9 @@ from tokendrop.callbacks.strategies import check_strategy
 from tokendrop.callbacks.tuners import kept_in_tuners
 from tokendrop.config import STATE_KEY, described, saved_state
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import Methods, apply, check_methods
+from tokendrop.engine.inject import apply
 from tokendrop.engine.model.decoder import decoders, find_layers
+from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import (
     AppliedError,
     DecoderError,
