@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from tokendrop import scores
 from tokendrop.errors import MethodError, check_integer
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_count, check_stages, staged
-from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, Separate
+from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, TextProjections
 
 
 @dataclass(frozen=True)
-class DuetVLM:
+class DuetVLM(TextProjections):
     """Image tokens that the vision encoder, then the prompt's text hardly look at are GONE.
 
     Vision stage, from layer 0 on: the tokens with the highest attention in the encoder (`dominant`) stay, and of the
@@ -52,8 +52,6 @@ class DuetVLM:
     contextual: int | float = 7
     cluster_width: int = 4
     vision_layer: int = -2
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         check_stages(self, "text_layers", "text_keep", first=1 if self.dominant else 0)

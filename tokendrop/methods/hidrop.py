@@ -1,15 +1,14 @@
 """HiDrop: image tokens enter late, leave in stages, and are out before the last layers."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from tokendrop.errors import LayerRangeError
 from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import LayerRoute, Role, Route, Separate
+from tokendrop.roles import LayerRoute, Role, Route, TextProjections
 
 
 @dataclass(frozen=True)
-class HiDrop:
+class HiDrop(TextProjections):
     """Image tokens are BYPASS until `entry`, fewer at each stage, and all GONE from `exit` on.
 
     s[t] = mean over heads and scoring rows of the attention to t in the layer that is entered
@@ -38,8 +37,6 @@ class HiDrop:
     layers: tuple[int, ...] = (10, 14, 16, 18)
     keep: tuple[int | float, ...] = (215, 10, 5, 1)
     exit: int = 24
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         check_stages(self, "layers", "keep")

@@ -1,14 +1,13 @@
 """PyramidDrop: image tokens leave in stages, each a smaller share of them."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import Route, Separate
+from tokendrop.roles import Route, TextProjections
 
 
 @dataclass(frozen=True)
-class PyramidDrop:
+class PyramidDrop(TextProjections):
     """At the entry of each stage's layer all but the most looked at image tokens are GONE.
 
     s[t] = mean over heads and scoring rows of the attention to t in the layer that is entered
@@ -34,8 +33,6 @@ class PyramidDrop:
 
     layers: tuple[int, ...] = (8, 16, 24)
     keep: tuple[int | float, ...] = (0.5, 0.25, 0.125)
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         check_stages(self, "layers", "keep")

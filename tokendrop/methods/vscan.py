@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -10,11 +10,11 @@ from tokendrop import scores
 from tokendrop.errors import check_flag, check_integer
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_count, check_stages, staged
-from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, Separate
+from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, TextProjections
 
 
 @dataclass(frozen=True)
-class VScan:
+class VScan(TextProjections):
     """Image tokens that the vision encoder hardly looks at are GONE from layer 0 on, merged into those that stay.
 
     kept = floor(n / 2) tokens that get most attention in their window in a shallow layer of the encoder, and the n -
@@ -49,8 +49,6 @@ class VScan:
     global_layer: int = -2
     window: int = 6
     merge: bool = True
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
