@@ -211,15 +211,6 @@ class Method(Protocol):
         ...
 
 
-class TextProjections:
-    """A method without projections of its own; a ClassVar would not satisfy the protocol for pyright."""
-
-    @property
-    def separate(self) -> Separate:
-        """Image tokens use the text's."""
-        return "none"
-
-
 def check_layers(layers: Layers | slice) -> Layers:
     """Normalise a layer range to text or a tuple of indices.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokendrop import scores
 from tokendrop.errors import MethodError, check_integer
+from tokendrop.methods.text_projections import TextProjections
 from tokendrop.roles import (
     Attention,
     LayerRoute,
@@ -17,7 +18,6 @@ from tokendrop.roles import (
     Route,
     Scoring,
     Select,
-    TextProjections,
     check_layers,
     layer_indices,
 )

@@ -11,7 +11,8 @@ from tokendrop import scores
 from tokendrop.errors import MethodError, check_integer
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_count, check_stages, staged
-from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, TextProjections
+from tokendrop.methods.text_projections import TextProjections
+from tokendrop.roles import Encoded, Merge, Route, Scoring, Select
 
 
 @dataclass(frozen=True)

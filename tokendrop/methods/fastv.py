@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from tokendrop.errors import MethodError
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_stage_layers, staged
-from tokendrop.roles import Route, TextProjections
+from tokendrop.methods.text_projections import TextProjections
+from tokendrop.roles import Route
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from tokendrop.errors import LayerRangeError
 from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import LayerRoute, Role, Route, TextProjections
+from tokendrop.methods.text_projections import TextProjections
+from tokendrop.roles import LayerRoute, Role, Route
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import cast
 from torch import Tensor
 
 from tokendrop.methods.drop import check_keep
+from tokendrop.methods.text_projections import TextProjections
 from tokendrop.roles import (
     LayerRoute,
     Layers,
@@ -13,7 +14,6 @@ from tokendrop.roles import (
     Route,
     Scoring,
     Select,
-    TextProjections,
     check_layers,
     layer_indices,
 )

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import Route, TextProjections
+from tokendrop.methods.text_projections import TextProjections
+from tokendrop.roles import Route
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from tokendrop.errors import check_integer
 from tokendrop.methods.drop import SCORES, check_keep
-from tokendrop.roles import LayerRoute, Layers, Role, Route, Select, TextProjections, check_layers, layer_indices
+from tokendrop.methods.text_projections import TextProjections
+from tokendrop.roles import LayerRoute, Layers, Role, Route, Select, check_layers, layer_indices
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from tokendrop import scores
 from tokendrop.errors import MethodError
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import check_count, staged
-from tokendrop.roles import Route, Select, TextProjections
+from tokendrop.methods.text_projections import TextProjections
+from tokendrop.roles import Route, Select
 
 
 @dataclass(frozen=True)
