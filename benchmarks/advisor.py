@@ -21,6 +21,7 @@ import tokendrop as td
 from benchmarks.methods import MethodsStudy
 from benchmarks.results import append, environment, row
 from tokendrop.analysis.advisor import Trials, advise
+from tokendrop.analysis.subject import Subject
 from tokendrop.study.analyzed import trained_dense
 from tokendrop.study.study import Study
 from tokendrop.study.train import train
@@ -61,13 +62,12 @@ def main() -> None:
     advice = advise(model, batches, layout, BUDGET, loss)
     print(advice.evidence(), flush=True)
     held = [(one, layout(one)) for one in batches if one["task"] == task]
-    trials = Trials(model, task, held, loss)
-    dense = trials.gradients(None)
+    trials = Trials(Subject(model, batches, layout, loss), task, held)
     proposed = [one.method for one in advice.plans[task]]
-    others = [one for one in (trials.plan(method, dense) for method in plans()) if one.flops_ratio <= BUDGET]
+    others = [one for one in trials.plans(plans()) if one.flops_ratio <= BUDGET]
     others = others[:: max(1, len(others) // given.most)]
     tried = [*advice.plans[task], *(one for one in others if one.method not in proposed)]
-    tried += [trials.plan(PAPER, dense)] * (PAPER not in [one.method for one in tried])
+    tried += trials.plans([PAPER]) * (PAPER not in [one.method for one in tried])
     for rank, plan in enumerate(tried):
         sized = MethodsStudy(steps=given.steps, methods={"it": plan.method})
         scores = [train(sized, "it", seed).scores[task] for seed in range(given.seeds)]

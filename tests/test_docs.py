@@ -4,6 +4,8 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +31,12 @@ def test_examples_are_found():
 def test_public_names_say_what_they_are(name):
     public = getattr(tokendrop, name)
     assert inspect.getdoc(public)
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_that_a_page_names_exist(page):
+    root = Path(__file__).parents[1]
+    places = [root, root / "tokendrop", root / "tokendrop/engine", *(root / "tokendrop/engine").iterdir()]
+    named = re.findall(r"`([\w/]+\.(?:py|md))`", (root / page).read_text())
+    assert named
+    assert not [name for name in named if not any((place / name).exists() for place in places)]

@@ -1,98 +1,25 @@
 """Token dropping for training vision-language models: one Lightning callback, any decoder."""
 
-from tokendrop.analysis.allocation import Allocation, attention_allocation
-from tokendrop.analysis.flop_report import FlopReport, flops
-from tokendrop.analysis.inspection import Inspection, inspect
-from tokendrop.callbacks import AttentionAllocation, SynergyMonitor, TokenDrop
-from tokendrop.config import from_config, methods_of, to_config
-from tokendrop.engine.drop_layers import DropLayers
-from tokendrop.engine.handle import Handle, handle
-from tokendrop.engine.inject import apply
-from tokendrop.errors import (
-    AppliedError,
-    BatchError,
-    DecoderError,
-    LayerRangeError,
-    LayoutError,
-    LayoutTypeError,
-    MethodChangedWarning,
-    MethodError,
-    MissingLayoutError,
-    NeededRowError,
-    NoEffectWarning,
-    SynergyWarning,
-    TaskLossError,
-    TokenDropError,
-    UnsupportedError,
-)
-from tokendrop.kernels import gather_tokens, scatter_tokens
-from tokendrop.layout import Segment, TokenLayout
-from tokendrop.methods import (
-    Drop,
-    DuetVLM,
-    FastV,
-    HiDrop,
-    HiMix,
-    HMGen,
-    MixtureOfDepths,
-    PyramidDrop,
-    RandomLTD,
-    SVDPrune,
-    VScan,
-)
-from tokendrop.roles import Method, Role
-from tokendrop.schedule import Schedule
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Allocation",
-    "AppliedError",
-    "AttentionAllocation",
-    "BatchError",
-    "DecoderError",
-    "Drop",
-    "DropLayers",
-    "DuetVLM",
-    "FastV",
-    "FlopReport",
-    "HMGen",
-    "Handle",
-    "HiDrop",
-    "HiMix",
-    "Inspection",
-    "LayerRangeError",
-    "LayoutError",
-    "LayoutTypeError",
-    "Method",
-    "MethodChangedWarning",
-    "MethodError",
-    "MissingLayoutError",
-    "MixtureOfDepths",
-    "NeededRowError",
-    "NoEffectWarning",
-    "PyramidDrop",
-    "RandomLTD",
-    "Role",
-    "SVDPrune",
-    "Schedule",
-    "Segment",
-    "SynergyMonitor",
-    "SynergyWarning",
-    "TaskLossError",
-    "TokenDrop",
-    "TokenDropError",
-    "TokenLayout",
-    "UnsupportedError",
-    "VScan",
-    "apply",
-    "attention_allocation",
-    "flops",
-    "from_config",
-    "gather_tokens",
-    "handle",
-    "inspect",
-    "methods_of",
-    "scatter_tokens",
-    "to_config",
-]
+if TYPE_CHECKING:
+    from tokendrop.public import *  # noqa: F403
+else:
+    # On first use, not on import: the command line answers --help without waiting for torch.
+    def __getattr__(name):
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if find_spec(f"{__name__}.{name}"):
+            return import_module(f"{__name__}.{name}")
+        public = import_module(f"{__name__}.public")
+        globals().update({one: getattr(public, one) for one in (*public.__all__, "__all__")})
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -1,5 +1,7 @@
 """What can go wrong, one class per kind; each is also the builtin that a caller would catch."""
 
+import inspect
+
 
 class TokenDropError(Exception):
     """Every error of this package."""
@@ -62,10 +64,22 @@ def check_integer(
         raise error(f"{name}={value!r}: expected a whole number{above}")
 
 
-def check_callable(name: str, value: object) -> None:
-    """Refuse what cannot be called."""
+def check_callable(name: str, value: object, *arguments: str) -> None:
+    """Refuse what cannot be called, or not with so many `arguments`, which say what they are."""
     if not callable(value):
         raise MethodError(f"{name}: expected a function; found {value!r}")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # a builtin that does not say
+        return
+    try:
+        if arguments:
+            signature.bind(*arguments)
+    except TypeError as error:
+        named = getattr(value, "__qualname__", type(value).__name__)
+        raise MethodError(
+            f"{name}: expected a function of ({', '.join(arguments)}); found {named}{signature}, {error}"
+        ) from error
 
 
 def check_flag(name: str, value: object) -> None:
@@ -84,3 +98,7 @@ class NoEffectWarning(UserWarning):
 
 class MethodChangedWarning(UserWarning):
     """A checkpoint was made under other methods than those in force."""
+
+
+class LayoutWarning(UserWarning):
+    """A token layout that says too little to train on, or something else than the model does."""

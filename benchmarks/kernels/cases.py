@@ -20,7 +20,6 @@ class Case:
         rows: read and written at least, in all, of D elements each; indices are not counted.
         loads: row-wide pointers that the kernel reads.
         stores: row-wide pointers that it writes, in the dtype of the rows.
-        fp32_stores: those that it writes in fp32.
     """
 
     op: str
@@ -28,7 +27,6 @@ class Case:
     rows: int
     loads: int
     stores: int
-    fp32_stores: int = 0
 
     def runs(self) -> dict[str, Callable[[], Any]]:
         """The op and its torch reference, without their gradients."""
@@ -44,9 +42,9 @@ def cases(dtype: torch.dtype, width: int, batch: int, tokens: int, kept: int, de
     def rows(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
 
-    full, update, weight = rows(batch, tokens, width), rows(batch, kept, width), rows(width)
+    full, update = rows(batch, tokens, width), rows(batch, kept, width)
     idx = torch.rand(batch, tokens, device=device).argsort(1)[:, :kept].sort(1).values
-    valid, scale = torch.rand(batch, kept, device=device) < 0.9, torch.rand(batch, kept, device=device)
+    valid = torch.rand(batch, kept, device=device) < 0.9
     T, K = batch * tokens, batch * kept
     return {
         "gather": Case("gather", (full, idx, None), 2 * K, 1, 1),
@@ -54,12 +52,5 @@ def cases(dtype: torch.dtype, width: int, batch: int, tokens: int, kept: int, de
         "scatter": Case("select", (full, update, idx, None, tokens), 2 * T, 2, 1),
         "gather backward": Case("select", (None, update, idx, None, tokens), T + K, 1, 1),
         "scatter backward": Case("select", (full, None, idx, None, tokens), 2 * T - K, 1, 1),
-        "scatter add": Case("scatter_add", (full, update, idx, None), 2 * T + K, 2, 1),
-        "scatter add scaled": Case("scatter_add", (full, update, idx, scale), 2 * T + K, 2, 1),
-        "scatter add backward": Case("scatter_add_backward", (full, update, idx, scale), 3 * K, 2, 1),
-        "gather RMSNorm": Case("gather_rms_norm", (full, idx, weight, 1e-6), 3 * K, 2, 2),
-        "gather RMSNorm backward": Case(
-            "gather_rms_norm_backward", (update, update, update, idx, weight, scale, tokens), 3 * K + T, 4, 1, 1
-        ),
         "gather cos and sin": Case("gather_rotary", (full, full, idx), 4 * K, 2, 2),
     }

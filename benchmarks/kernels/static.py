@@ -21,7 +21,7 @@ from triton.runtime import JITFunction, driver
 
 from benchmarks.kernels.cases import Case, cases
 from benchmarks.results import ROOT, append, environment, row
-from tokendrop.kernels import ops, triton_rows, triton_sums
+from tokendrop.kernels import triton_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -66,7 +66,7 @@ def compiled(name: str, case: Case) -> tuple[Any, int]:
     JITFunction.run = warm_up
     try:
         with contextlib.redirect_stdout(io.StringIO()) as log:
-            getattr(triton_sums if case.op in ops.SUMS else triton_rows, case.op)(*case.args)
+            getattr(triton_rows, case.op)(*case.args)
     finally:
         JITFunction.run = run
     (kernel, options), *_ = found
@@ -114,7 +114,7 @@ def figures(name: str, case: Case, size: int) -> dict[str, tuple[float, str]]:
     kernel, tile = compiled(name, case)
     threads = kernel.metadata.num_warps * TARGETS[name].warp_size
     found = widths(kernel.asm)
-    needed = {"load": case.loads * size, "store": case.stores * size + case.fp32_stores * 4}
+    needed = {"load": case.loads * size, "store": case.stores * size}
     used = (nvidia if TARGETS[name].backend == "cuda" else amd)(name, kernel)
     out = {
         "registers": (used["registers"], "registers/thread"),

@@ -1,6 +1,8 @@
 """The advisor: its figures by hand, its promises, and a model that is what it was."""
 
 import copy
+import json
+import math
 
 import jsonargparse
 import pytest
@@ -10,7 +12,9 @@ import yaml
 from helpers import batch, llama, snapshot
 
 import tokendrop as td
+from tokendrop.analysis import advisor
 from tokendrop.analysis.advisor import advise
+from tokendrop.analysis.memory import saved_bytes
 
 BASE = llama(spread=0.15, num_hidden_layers=6)
 BATCHES = [
@@ -42,13 +46,15 @@ def found():
     return advice
 
 
-def test_every_plan_meets_the_budget_and_the_mildest_gap_comes_first(found):
+def test_every_plan_meets_the_budget_and_the_one_that_moves_the_loss_least_comes_first(found):
     assert set(found.plans) == {"u", "g"}
     for plans in found.plans.values():
         assert len(plans) >= 2
         assert all(0 < plan.flops_ratio <= 0.6 for plan in plans)
-        assert [plan.loss_gap for plan in plans] == sorted(plan.loss_gap for plan in plans)
+        assert [abs(plan.loss_gap) for plan in plans] == sorted(abs(plan.loss_gap) for plan in plans)
     assert found.methods == {task: plans[0].method for task, plans in found.plans.items()}
+    # A loss that falls most is not one that moves least.
+    assert any(min(plan.loss_gap for plan in plans) < 0 < plans[0].loss_gap for plans in found.plans.values())
 
 
 def test_a_kind_is_as_mild_as_the_budget_lets_it_be(found):
@@ -128,10 +134,86 @@ def test_what_it_says_is_what_it_found(found):
     for task in ("u", "g"):
         best = found.plans[task][0]
         assert f"{task}: {best.method} costs {best.flops_ratio:.2f}" in found.evidence()
-        assert 0 < found.memory_ratio[task] < 1
-        assert found.seconds_ratio[task] > 0
+        assert f"{best.seconds_ratio:.2f} of the seconds and {best.memory_ratio:.2f} of the memory" in found.evidence()
+        for plan, row in zip(found.plans[task], [row for row in rows if row[0] == task], strict=True):
+            assert row[1] == repr(plan.method)
+            assert row[2:5] == tuple(f"{x:.2f}" for x in (plan.flops_ratio, plan.seconds_ratio, plan.memory_ratio))
+            assert plan.seconds_ratio > 0
     assert found.to_dict()["plans"]["u"][0]["method"] == repr(found.methods["u"])
     assert isinstance(found.to_dict()["redundancy"]["u"], list)
+
+
+def test_memory_of_every_plan_is_what_its_forward_keeps(found):
+    given = BATCHES[0]
+    kept = {}
+    for plan in found.plans["u"]:
+        for method in (None, plan.method):
+            model = copy.deepcopy(BASE)
+            drop = td.apply(model, {"u": method})
+            with drop.layout(layout(given), step=(0, 0)):
+                kept[method] = saved_bytes(lambda model=model: loss_of(model)(given), model.parameters())
+        assert plan.memory_ratio == pytest.approx(kept[plan.method] / kept[None])
+
+
+def test_a_plan_slower_than_dense_is_named(monkeypatch):
+    model = copy.deepcopy(BASE)
+
+    def fake(step, given):
+        step(given)
+        methods = [one.methods["g"] for one in model.modules() if isinstance(one, td.Handle)]
+        return {type(None): 2.0, td.HMGen: 2.5, td.RandomLTD: 1.0}[type(methods[0]) if methods else type(None)]
+
+    monkeypatch.setattr(advisor, "_seconds", fake)
+    advice = advise(model, BATCHES[2:], layout, 0.7, loss_of(model))
+    seconds = {type(plan.method): plan.seconds_ratio for plan in advice.plans["g"]}
+    assert seconds == {td.HMGen: 1.25, td.RandomLTD: 0.5}
+    (slow,) = [plan.method for plan in advice.plans["g"] if isinstance(plan.method, td.HMGen)]
+    assert advice.evidence().endswith(f"Slower than a dense step here: {slow} (1.25).")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda value: value * 0, td.TaskLossError, "gradient of zeros"),
+        (lambda value: value * float("nan"), td.TaskLossError, "expected a finite number"),
+        (lambda value: value.item(), td.TaskLossError, "expected a tensor of one number"),
+        (lambda value: value.expand(2, 3), td.TaskLossError, r"a tensor of shape \(2, 3\)"),
+        (lambda value: {"logits": value}, td.TaskLossError, "dict without a loss"),
+        (lambda value: None, td.TaskLossError, "is None"),
+    ],
+)
+def test_a_loss_of_which_nothing_can_be_said_is_refused(change, error, message):
+    model = copy.deepcopy(BASE)
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        advise(model, BATCHES[2:], layout, 0.7, lambda given: change(loss_of(model)(given)))
+    assert snapshot(model) == before
+
+
+def test_a_plan_without_a_finite_loss_is_left_out_and_a_gradient_of_zeros_has_no_fidelity():
+    model = copy.deepcopy(BASE)
+
+    def loss(given):
+        methods = [one.methods["g"] for one in model.modules() if isinstance(one, td.Handle)]
+        return loss_of(model)(given) * (float("nan") if td.HMGen in map(type, methods) else 0 if methods else 1)
+
+    advice = advise(model, BATCHES[2:], layout, 0.7, loss)
+    (plan,) = advice.plans["g"]
+    assert isinstance(plan.method, td.RandomLTD)
+    assert math.isnan(plan.fidelity)
+    assert advice.table().rows[0][-1] == "-"
+    assert "its gradient is zero" in advice.evidence()
+    assert json.loads(json.dumps(advice.to_dict(), allow_nan=False))["plans"]["g"][0]["fidelity"] is None
+
+
+def test_a_model_that_is_dropped_or_frozen_is_refused():
+    model = copy.deepcopy(BASE)
+    drop = td.apply(model, td.HMGen("1:3"))
+    with pytest.raises(td.AppliedError, match="remove"):
+        advise(model, BATCHES, layout, 0.6, loss_of(model))
+    drop.remove()
+    with pytest.raises(td.TaskLossError, match="no trained parameter"):
+        advise(model.requires_grad_(False), BATCHES, layout, 0.6, loss_of(model))
 
 
 TEXT = (batch(["tttttttt"], "u"), "u", None)

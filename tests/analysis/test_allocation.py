@@ -3,7 +3,9 @@
 Shape letters: B batch, T tokens, H heads, S segments.
 """
 
+import collections
 import copy
+import dataclasses
 import math
 
 import families
@@ -174,6 +176,88 @@ def test_heat_maps_are_means_of_blocks(blocks):
                 expected = seen[layer][rows][:, columns].mean()
                 assert found.maps["u"].values[layer, i, j] == pytest.approx(expected.item(), abs=1e-6)
     assert [name for _, name in found.maps["u"].borders] == ["system", "image", "instruction", "output"]
+
+
+def test_each_task_has_the_heat_map_of_its_first_sample():
+    made = batch(["ttiiitttt", "tiittiitt", "tttiiittt", "ttttiittt"], "ugud")
+    later = batch(["tttttiiit"] * 2, "gz", seed=5)
+    found = td.attention_allocation(BASE, [made, later], lambda one: one.layout(), blocks=9, loss=run(BASE))
+    assert found.maps.keys() == {"u", "g", "d", "z"}
+    for task, (one, sample) in {"u": (made, 0), "g": (made, 1), "d": (made, 3), "z": (later, 1)}.items():
+        seen = torch.stack([layer[sample].mean(0) for layer in probabilities(one)])
+        assert torch.allclose(found.maps[task].values, seen, atol=1e-6)
+    assert len([axes for axes in found.plot().axes if axes.images]) == 2 * 4
+
+
+class Encoding(collections.UserDict):
+    """A batch as processors return it: no dict, and moved by its own method."""
+
+    moved = ()
+
+    def to(self, device):
+        self.moved = (*self.moved, device)
+        return self
+
+
+def test_batches_are_put_on_the_models_device():
+    made = batch(["ttiiitttt"], "u")
+    given = Encoding(input_ids=made.ids, attention_mask=made.mask)
+    found = td.attention_allocation(BASE, [given], lambda _: made.layout())
+    assert given.moved == (BASE.device,)
+    assert torch.equal(
+        found.share, td.attention_allocation(BASE, [made], lambda _: made.layout(), loss=run(BASE)).share
+    )
+
+
+def test_keys_that_are_ours_do_not_reach_the_model():
+    made = batch(["ttiiitttt"], "u")
+    inputs = {"input_ids": made.ids, "attention_mask": made.mask}
+    ours = {"image_mask": made.image, "task": "u", "segments": torch.zeros_like(made.ids)}
+    found = td.attention_allocation(BASE, [inputs | ours], lambda _: made.layout())
+    assert torch.equal(found.share, td.attention_allocation(BASE, [inputs], lambda _: made.layout()).share)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda made: run(BASE)(made) and run(BASE)(made), td.UnsupportedError, "layer 0 ran twice on one batch"),
+        (lambda made: None, td.UnsupportedError, r"the layers \[0, 1, 2, 3\] did not run"),
+        (lambda made: BASE(made.ids[:, :-1]), td.LayoutError, "layer 0's attention has 8 rows, and the layout 9"),
+        (
+            lambda made: BASE(made.ids.repeat(2, 1)),
+            td.LayoutError,
+            r"looks at 2 x 9 tokens, and the layout has \(1, 9\)",
+        ),
+        (None, td.LayoutTypeError, "a batch of Batch"),
+        (lambda made, more: None, td.MethodError, r"loss: expected a function of \(batch\); found .*made, more"),
+    ],
+)
+def test_a_run_that_is_not_that_of_the_layout_is_refused(loss, error, message):
+    made = batch(["ttiiitttt"], "u")
+    before = snapshot(BASE)
+    with pytest.raises(error, match=message):
+        td.attention_allocation(BASE, [made], lambda one: one.layout(), loss=loss)
+    assert snapshot(BASE) == before
+
+
+def test_every_task_has_the_map_of_its_first_sample():
+    """Also one without a name, whose later batches do not replace it, and one that is never first in its batch."""
+    made = [batch(["ttiiitttt", "tiittiitt"], tasks) for tasks in ("ug", "gg", "ug")]
+    alone = td.attention_allocation(BASE, made[:1], lambda one: one.layout(), blocks=4, loss=run(BASE))
+    every = td.attention_allocation(BASE, made, lambda one: one.layout(), blocks=4, loss=run(BASE))
+    seen = [torch.stack([one[sample].mean(0) for one in probabilities(made[0])]) for sample in range(2)]
+    for task, whole in zip("ug", seen, strict=True):
+        # Blocks of nine tokens: 0-2, 3-4, 5-6, 7-8.
+        assert every.maps[task].values[:, 3, 3] == pytest.approx(whole[:, 7:, 7:].mean((1, 2)), abs=1e-6)
+        assert torch.equal(every.maps[task].values, alone.maps[task].values)
+    others = [batch(["ttiiitttt"], "u"), batch(["tiittiitt"], "u")]
+    nameless = [dataclasses.replace(one.layout(), task=None) for one in others]
+    found = td.attention_allocation(
+        BASE, list(zip(others, nameless, strict=True)), lambda pair: pair[1], blocks=4, loss=lambda p: run(BASE)(p[0])
+    )
+    first = torch.stack([one[0].mean(0) for one in probabilities(others[0])])
+    assert found.maps["all"].values[:, 3, 3] == pytest.approx(first[:, 7:, 7:].mean((1, 2)), abs=1e-6)
+    assert found.maps["all"].borders == borders(segments_of(nameless[0])[0], 4)
 
 
 def test_borders_lie_where_a_segment_begins():

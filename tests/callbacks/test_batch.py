@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lit_llama import Batches, Lit, batch, llama, trainer
 from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 import tokendrop as td
 from tokendrop.callbacks.batch import batch_layout
@@ -37,6 +38,20 @@ def test_input_ids_against_image_ids():
     layout = batch_layout({"input_ids": IDS}, BARE, (7, 8))
     assert torch.equal(layout.image, IMAGE)
     assert layout.image_ids.tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("images", [{"image_mask": IMAGE}, {"mm_token_type_ids": IMAGE.long()}, {"input_ids": IDS}])
+def test_packed_samples_of_a_batch(images):
+    positions = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])
+    assert batch_layout(images | {"position_ids": positions}, BARE, (7, 8)).packs.tolist() == [
+        [0, 0, 1, 1],
+        [0, 0, 0, 1],
+    ]
+    padded = {"position_ids": positions, "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])}
+    assert batch_layout(images | padded, BARE, (7, 8)).packs is None
+    assert batch_layout(images, BARE, (7, 8)).packs is None
+    one = {name: x[:1] for name, x in images.items()} | {"cu_seq_lens_q": torch.tensor([0, 3, 4])}
+    assert batch_layout(one, BARE, (7, 8)).packs.tolist() == [[0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("name", ["image_token_id", "image_token_index"])
@@ -139,3 +154,80 @@ def test_in_a_trainer_missing_keys_are_an_error_in_each_stage(stage):
     del given["image_mask"]
     with pytest.raises(td.BatchError, match="'attention_mask', 'input_ids', 'labels', 'task'"):
         getattr(trainer(td.TokenDrop(td.HiMix())), stage)(Lit(), Batches(given))
+
+
+class Several(Lit):
+    """A step over several batches, one layout each."""
+
+    entering = True
+
+    def training_step(self, given, index):
+        parts = given.values() if isinstance(given, dict) else given
+        return sum(self._one(part) for part in parts if part is not None)
+
+    def test_step(self, given, index):
+        self.log("loss", self.training_step(given, index), batch_size=2)
+
+    def _one(self, part):
+        if not self.entering:
+            return self.loss(part)
+        with td.handle(self).layout(batch_layout(part, self)):
+            return self.loss(part)
+
+
+def parts_of(kind):
+    made = {"u": batch(0, "u"), "g": batch(1, "g", size=3)}
+    return made if kind is dict else kind(made.values())
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # see lit_llama
+@pytest.mark.parametrize("kind", [dict, list, tuple])
+def test_in_a_trainer_several_batches_have_a_layout_each(kind):
+    methods = {"u": td.HiMix("1:"), "g": td.HMGen("1:3")}
+    module, callback = Several(), td.TokenDrop(methods)
+    trainer(callback).fit(module, Batches(parts_of(kind)))
+    model = llama()
+    drop = td.apply(model, methods)
+    losses = []
+    for name, given in parts_of(dict).items():
+        with drop.layout(td.TokenLayout(given["image_mask"], name, labels=given["labels"])):
+            losses.append(
+                model(given["input_ids"], attention_mask=given["attention_mask"], labels=given["labels"]).loss
+            )
+    sum(losses).backward()
+    assert [one.grad is None for one in module.model.parameters()] == [one.grad is None for one in model.parameters()]
+    with torch.no_grad():
+        for found, one in zip(module.model.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(found, one if one.grad is None else one - 0.1 * one.grad)
+    assert callback.current is None
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # see lit_llama
+@pytest.mark.filterwarnings("ignore:The .* does not have many workers")
+def test_a_combined_loader_also_where_one_is_exhausted():
+    rows = [{name: value[0] for name, value in batch(seed).items() if name != "task"} for seed in range(3)]
+    loaders = {"long": DataLoader(rows, 1), "short": DataLoader(rows[:1], 1)}
+    module = Several()
+    trainer(td.TokenDrop(td.HiMix())).fit(module, CombinedLoader(loaders, "max_size"))
+    assert len(module.seen) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # see lit_llama
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_several_batches_without_layouts_say_how(stage):
+    module = Several()
+    module.entering = False
+    run = trainer(td.TokenDrop({"u": td.HiMix("1:"), "g": None}))
+    with pytest.raises(td.MissingLayoutError, match=r"is 2 batches, 'u', 'g'.*tokendrop\.handle\(self\)\.layout"):
+        getattr(run, stage)(module, Batches(parts_of(dict)))
+    module.entering = True
+    getattr(run, stage)(module, Batches(parts_of(dict)))
+    with pytest.raises(td.MissingLayoutError) as caught:
+        module.loss(batch(0))
+    assert "batches" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [dict, list, tuple])
+def test_several_batches_have_no_one_layout(kind):
+    with pytest.raises(td.BatchError, match=rf"one batch, found {kind.__name__}\. The batch is 2 batches"):
+        batch_layout(parts_of(kind), BARE)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import BACKWARD, DIFFERENTIABLE, OPS, assert_same, build
+from kernel_cases import OPS, assert_same, build
 from triton.runtime.interpreter import InterpretedFunction
 
 from tokendrop import gather_tokens
-from tokendrop.kernels import ops, reference, triton_rows, triton_sums
+from tokendrop.kernels import ops, triton_rows
 
 # The interpreter cuts fp32 to bf16 instead of rounding: one unit in the last place.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -16,8 +16,8 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.
 
 
 def test_the_kernels_are_interpreted():
-    kernels = [value for where in (triton_rows, triton_sums) for name, value in vars(where).items() if "kernel" in name]
-    assert len(set(map(id, kernels))) == 7
+    kernels = [value for name, value in vars(triton_rows).items() if "kernel" in name]
+    assert len(set(map(id, kernels))) == 3
     assert all(isinstance(kernel, InterpretedFunction) for kernel in kernels)
     assert ops.uses_triton(torch.zeros(1))
 
@@ -27,14 +27,14 @@ def test_the_kernels_are_interpreted():
 def test_equals_the_reference(name, sizes, dtype):
     batch, tokens, width, share, seed = sizes
     shape = (batch, tokens, width, round(share * tokens))
-    assert_same(*build(name, shape, dtype, seed, grad=name in DIFFERENTIABLE), TOLERANCE[dtype], seed)
+    assert_same(*build(name, shape, dtype, seed), TOLERANCE[dtype], seed)
 
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("shape", [(2, 5, 33, 0), (2, 5, 33, 1), (2, 5, 33, 5), (1, 40, 65, 37), (2, 3, 2050, 2)])
 def test_counts_and_several_tiles(name, shape):
     """K = 0, 1 and T, odd widths, more rows than a tile has, more columns than a tile has."""
-    assert_same(*build(name, shape, torch.float32, grad=name in DIFFERENTIABLE), TOLERANCE[torch.float32])
+    assert_same(*build(name, shape, torch.float32), TOLERANCE[torch.float32])
 
 
 LAYOUTS = {
@@ -53,11 +53,11 @@ def test_not_contiguous(name, how):
     rows = [isinstance(x, torch.Tensor) and x.dim() == 3 for x in args]
     args = [LAYOUTS[how](x) if is_rows else x for x, is_rows in zip(args, rows, strict=True)]
     args = [x.T.contiguous().T if isinstance(x, torch.Tensor) and x.dim() == 2 else x for x in args]
-    inputs = [x.requires_grad_(name in DIFFERENTIABLE) if is_rows else x for x, is_rows in zip(args, rows, strict=True)]
+    inputs = [x.requires_grad_() if is_rows else x for x, is_rows in zip(args, rows, strict=True)]
     assert_same(op, inputs, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("name", ["gather", "select", "add", "norm", "rotary"])
+@pytest.mark.parametrize("name", ["gather", "select", "rotary"])
 def test_offsets_beyond_32_bits(name):
     """Rows 2^29 elements apart in storage that is reserved but, except for these rows, never touched."""
     step, idx = 2**29 + 64, torch.tensor([[5, 1]])  # so that row 4 stays, row 5 is chosen, and both lie beyond 2^31
@@ -72,13 +72,6 @@ def test_offsets_beyond_32_bits(name):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_rows_too_long_to_hold_go_through_torch(name):
-    op, args = build(name, (1, 2, ops.LONGEST_ROW + 1, 1), torch.float32, grad=False)
-    run = ops._implementation(args[0] if args[0] is not None else args[1], op)
-    assert (run is getattr(reference, op)) == (op in ops.SUMS)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
 def test_other_dtypes_go_through_torch(dtype):
     x = torch.randint(0, 2, (1, 3, 2)).to(dtype)
@@ -87,5 +80,5 @@ def test_other_dtypes_go_through_torch(dtype):
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name):
-    op, args = build(name, (2, 5, 6, 3), torch.float32, grad=name not in BACKWARD)
+    op, args = build(name, (2, 5, 6, 3), torch.float32)
     torch.library.opcheck(getattr(ops, op), args)

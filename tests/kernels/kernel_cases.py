@@ -4,10 +4,7 @@ import torch
 
 from tokendrop.kernels import ops, reference
 
-DIFFERENTIABLE = ("gather", "gather valid", "select", "select valid", "place", "clear",
-                  "add", "add scaled", "norm", "rotary", "rotary shared")  # fmt: skip
-BACKWARD = ("add backward", "norm backward")
-OPS = (*DIFFERENTIABLE, *BACKWARD)
+OPS = ("gather", "gather valid", "select", "select valid", "place", "clear", "rotary", "rotary shared")
 
 
 def build(name, shape, dtype=torch.float64, seed=0, device="cpu", grad=True):
@@ -15,16 +12,14 @@ def build(name, shape, dtype=torch.float64, seed=0, device="cpu", grad=True):
     batch, tokens, width, count = shape
     generator = torch.Generator().manual_seed(seed)
 
-    def rows(*sizes, dtype=dtype):
+    def rows(*sizes):
         return torch.randn(*sizes, generator=generator).to(device, dtype).requires_grad_(grad)
 
     order = torch.rand(batch, tokens, generator=generator).argsort(1)
     idx = order[:, :count].contiguous().to(device)
     valid = (torch.rand(batch, count, generator=generator) < 0.6).to(device)
-    full, kept, weight = rows(batch, tokens, width), rows(batch, count, width), rows(width)
+    full, kept = rows(batch, tokens, width), rows(batch, count, width)
     cos, sin, shared_cos, shared_sin = (rows(size, tokens, width) for size in (batch, batch, 1, 1))
-    wide = torch.promote_types(dtype, torch.float32)
-    scale, factor = rows(batch, count), rows(batch, count, dtype=wide).detach().abs()
     return {
         "gather": ("gather", (full, idx, None)),
         "gather valid": ("gather", (full, idx, valid)),
@@ -32,11 +27,6 @@ def build(name, shape, dtype=torch.float64, seed=0, device="cpu", grad=True):
         "select valid": ("select", (full, kept, idx, valid, tokens)),
         "place": ("select", (None, kept, idx, valid, tokens)),
         "clear": ("select", (full, None, idx, valid, tokens)),
-        "add": ("scatter_add", (full, kept, idx, None)),
-        "add scaled": ("scatter_add", (full, kept, idx, scale)),
-        "add backward": ("scatter_add_backward", (full, kept, idx, scale)),
-        "norm": ("gather_rms_norm", (full, idx, weight, 1e-5)),
-        "norm backward": ("gather_rms_norm_backward", (kept, kept * 2, kept + 1, idx, weight, factor, tokens)),
         "rotary": ("gather_rotary", (cos, sin, idx)),
         "rotary shared": ("gather_rotary", (shared_cos, shared_sin, idx)),
     }[name]
@@ -47,7 +37,7 @@ def results(where, op, args, seed=0):
     generator = torch.Generator().manual_seed(seed)
     out = getattr(where, op)(*args)
     out = [out] if isinstance(out, torch.Tensor) else list(out)
-    outs = [y for y in out if y.requires_grad and op != "gather_rms_norm"] or [y for y in out[:2] if y.requires_grad]
+    outs = [y for y in out if y.requires_grad]
     inputs = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
     if not outs or not inputs:
         return out

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokendrop as td
-from tokendrop.engine.model.projections import Router
+from tokendrop.engine.model.sets import Router
 
 BASE, EXACT = llama(spread=0.2), llama(dtype=torch.float64)
 SAMPLES = st.lists(st.text("ti", min_size=2, max_size=9), min_size=1, max_size=3)

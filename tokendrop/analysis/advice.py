@@ -5,6 +5,7 @@ Shape letters: L layers.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isnan
 from typing import Any
 
 import yaml
@@ -21,13 +22,18 @@ class Plan:
         method: what to give to `TokenDrop`.
         flops_ratio: FLOPs over dense ones, by formula.
         loss_gap: loss under the method minus the dense loss, mean over batches.
-        fidelity: cosine of the loss's gradient under the method and the dense one, mean over batches.
+        fidelity: cosine of the loss's gradient under the method and the dense one, mean over batches; NaN where the
+            gradient under the method is zero.
+        seconds_ratio: seconds of a step over those of a dense one, side by side on the first batch.
+        memory_ratio: bytes that a forward keeps for the backward, over the dense one's.
     """
 
     method: Method
     flops_ratio: float
     loss_gap: float
     fidelity: float
+    seconds_ratio: float
+    memory_ratio: float
 
 
 @dataclass(frozen=True)
@@ -36,17 +42,13 @@ class Advice:
 
     Args:
         budget: FLOPs ratio asked for.
-        plans: task -> plans that meet it, the proposed one first.
+        plans: task -> plans that meet it, the one that moves the loss least first; that one is proposed.
         redundancy: task -> for each of L layers, the mean cosine of an image token's state before and behind it.
-        seconds_ratio: task -> seconds of a step of the proposed plan over those of a dense one, side by side.
-        memory_ratio: task -> bytes that its forward keeps for the backward, over the dense one's.
     """
 
     budget: float
     plans: Mapping[str, tuple[Plan, ...]]
     redundancy: Mapping[str, tuple[float, ...]]
-    seconds_ratio: Mapping[str, float]
-    memory_ratio: Mapping[str, float]
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -70,11 +72,17 @@ class Advice:
     def table(self) -> Table:
         """Every plan with its figures, the proposed one of each task first."""
         rows = [
-            (task, repr(one.method), f"{one.flops_ratio:.2f}", f"{one.loss_gap:+.3f}", f"{one.fidelity:+.2f}")
+            (
+                task,
+                repr(one.method),
+                *(f"{value:.2f}" for value in (one.flops_ratio, one.seconds_ratio, one.memory_ratio)),
+                f"{one.loss_gap:+.3f}",
+                "-" if isnan(one.fidelity) else f"{one.fidelity:+.2f}",
+            )
             for task, plans in self.plans.items()
             for one in plans
         ]
-        return Table(("task", "plan", "FLOPs", "loss gap", "fidelity"), rows)
+        return Table(("task", "plan", "FLOPs", "seconds", "memory", "loss gap", "fidelity"), rows)
 
     def evidence(self) -> str:
         """Why, a line for each task."""
@@ -83,12 +91,15 @@ class Advice:
     def _why(self, task: str, best: Plan, *others: Plan) -> str:
         cosines = self.redundancy[task]
         calm = max(range(len(cosines)), key=lambda index: cosines[index])
+        kept = "is zero" if isnan(best.fidelity) else f"keeps a cosine of {best.fidelity:+.2f}"
         next_best = f"; next is {others[0].method} with {others[0].loss_gap:+.3f}" if others else ""
+        slow = [f"{one.method} ({one.seconds_ratio:.2f})" for one in (best, *others) if round(one.seconds_ratio, 2) > 1]
+        slower = f" Slower than a dense step here: {', '.join(slow)}." if slow else ""
         return (
-            f"{task}: {best.method} costs {best.flops_ratio:.2f} of the FLOPs, {self.seconds_ratio[task]:.2f} of the "
-            f"seconds and {self.memory_ratio[task]:.2f} of the memory. Before any training under it the loss moves by "
-            f"{best.loss_gap:+.3f} and its gradient keeps a cosine of {best.fidelity:+.2f}{next_best}. Image tokens "
-            f"change least in layer {calm} (cosine {cosines[calm]:.2f})."
+            f"{task}: {best.method} costs {best.flops_ratio:.2f} of the FLOPs, {best.seconds_ratio:.2f} of the "
+            f"seconds and {best.memory_ratio:.2f} of the memory. Before any training under it the loss moves by "
+            f"{best.loss_gap:+.3f} and its gradient {kept}{next_best}. Image tokens "
+            f"change least in layer {calm} (cosine {cosines[calm]:.2f}).{slower}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,4 +113,6 @@ class Advice:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and isnan(value) else value  # JSON has no NaN

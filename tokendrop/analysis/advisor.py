@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from math import nan
 from statistics import mean, median
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch.nn.functional import cosine_similarity
 from tokendrop.analysis.advice import Advice, Plan
 from tokendrop.analysis.flops import task_costs
 from tokendrop.analysis.memory import saved_bytes
+from tokendrop.analysis.subject import Subject
 from tokendrop.engine.forward.groups import split_output
 from tokendrop.engine.handle import Handle, handle
 from tokendrop.engine.inject import apply
 from tokendrop.engine.model.decoder import find_layers, layer_spec
 from tokendrop.engine.plan.plan import needed_rows
-from tokendrop.errors import LayerRangeError, LayoutError, MethodError, UnsupportedError
+from tokendrop.errors import AppliedError, LayerRangeError, LayoutError, MethodError, TaskLossError, UnsupportedError
 from tokendrop.layout import TokenLayout
 from tokendrop.methods import Drop, FastV, HiMix, HMGen, PyramidDrop, RandomLTD
 from tokendrop.roles import Method
@@ -40,58 +42,69 @@ def advise(
     budget: float = 0.5,
     loss: Callable[[Any], Tensor] | None = None,
 ) -> Advice:
-    """Plans for each task that meet a FLOPs budget, those that move the task's loss least first.
+    """Plans for each task that meet a FLOPs budget, those that move the task's loss least, up or down, first.
 
     Candidates are HMGen over the adjacent layers in which image tokens change least, RandomLTD, and, where no image
     token is trained, HiMix from a layer on, FastV, Drop and PyramidDrop; each as mild as the budget lets it be.
 
     Args:
         model: an untouched model, trained: plans are judged by what its layers do now.
-        batches: a few, each of one task.
+        batches: a few, each of one task; put on the model's device.
         layout: batch -> TokenLayout.
         budget: FLOPs of decoder and head, forward and backward, over dense ones.
-        loss: batch -> scalar; `model(**batch).loss` by default.
+        loss: batch -> scalar; by default as `attention_allocation` runs a model.
 
     Raises:
+        AppliedError: a dropped model.
         MethodError: a budget outside (0, 1), or one that no plan meets.
         LayoutError: no batches, or one without images or with several tasks.
+        TaskLossError: a dense loss or gradient of which nothing can be said.
 
     Source: ours.
     """
-    if not isinstance(budget, float) or not 0 < budget < 1:
-        raise MethodError(f"budget={budget!r}: expected a share of the dense FLOPs, above 0 and below 1")
-    loss_of = loss or (lambda batch: model(**batch).loss)
+    check_budget(budget)
+    subject = Subject(model, batches, layout, loss)
+    if any(isinstance(one, Handle) for one in model.modules()):
+        raise AppliedError(f"{type(model).__name__} is dropped already; call remove() on its handle before advising")
+    if not any(one.requires_grad for one in model.parameters()):
+        raise TaskLossError(
+            f"{type(model).__name__} has no trained parameter, and gradients are compared; unfreeze some"
+        )
     by_task: dict[str, Held] = {}
-    for batch in batches:
-        made = layout(batch)
+    for batch, made in subject.held():
         if len(set(made.tasks)) > 1 or not made.image.any():
             raise LayoutError(
-                f"a batch of the tasks {sorted(set(map(str, made.tasks)))} with {int(made.image.sum())} image tokens; "
-                "expected one task and images in each"
+                f"found a batch of the tasks {sorted(set(map(str, made.tasks)))} with {int(made.image.sum())} image "
+                "tokens; a plan is judged on batches of one task with images: give each task batches of its own"
             )
         by_task.setdefault(made.tasks[0] or "all", []).append((batch, made))
-    if not by_task:
-        raise LayoutError("no batches; give a few of each task")
-    tries = {task: Trials(model, task, held, loss_of) for task, held in by_task.items()}
+    tries = {task: Trials(subject, task, held) for task, held in by_task.items()}
     plans = {task: one.ranked(budget) for task, one in tries.items()}
-    costs = {task: one.cost(plans[task][0].method) for task, one in tries.items()}
-    seconds, memory = ({task: cost[at] for task, cost in costs.items()} for at in (0, 1))
-    return Advice(budget, plans, {task: one.redundancy for task, one in tries.items()}, seconds, memory)
+    return Advice(budget, plans, {task: one.redundancy for task, one in tries.items()})
+
+
+def check_budget(budget: object) -> None:
+    """Refuse what is no share of the dense FLOPs.
+
+    Raises:
+        MethodError: with the value.
+    """
+    if not isinstance(budget, float) or not 0 < budget < 1:
+        raise MethodError(f"budget={budget!r}: expected a share of the dense FLOPs, above 0 and below 1")
 
 
 class Trials:
     """A task's batches, on which methods are tried.
 
     Args:
-        model: untouched, and so again after each trial.
+        subject: its model is untouched, and so again after each trial.
         task: its name.
         held: batches with their layouts.
-        loss: batch -> scalar.
     """
 
-    def __init__(self, model: nn.Module, task: str, held: Held, loss: Callable[[Any], Tensor]) -> None:
-        self.model, self.task, self.held, self.loss = model, task, held, loss
-        self.layers = find_layers(model, None)[1]
+    def __init__(self, subject: Subject, task: str, held: Held) -> None:
+        self.model, self.task, self.held, self.loss = subject.model, task, held, subject.loss_of
+        self.layers = find_layers(self.model, None)[1]
         self.redundancy = self._redundancy()
         self.generates = any(bool((x.image & needed_rows(x)).any()) for _, x in held)
 
@@ -117,8 +130,10 @@ class Trials:
         found = list(self._candidates(lambda method: self._flops(method) <= budget))
         if not found:
             raise MethodError(f"budget={budget!r}: no plan for task {self.task!r} costs so little; ask for more")
-        dense = self.gradients(None)
-        return tuple(sorted((self.plan(method, dense) for method in found), key=lambda plan: plan.loss_gap))
+        plans = self.plans(found)
+        if not plans:
+            raise MethodError(f"budget={budget!r}: under no plan for task {self.task!r} is the loss a finite number")
+        return tuple(sorted(plans, key=lambda plan: abs(plan.loss_gap)))
 
     def _candidates(self, fits: Callable[[Method], bool]) -> Iterator[Method]:
         depth = len(self.layers)
@@ -155,37 +170,56 @@ class Trials:
         except (UnsupportedError, LayerRangeError, LayoutError):
             return float("inf")  # such a decoder or such labels cannot have it
 
-    def gradients(self, method: Method | None) -> list[tuple[float, list[Tensor]]]:
-        """The loss of each batch under a method, and its gradient."""
+    def plans(self, methods: Sequence[Method]) -> list[Plan]:
+        """What each of some methods does; those under which the loss is no finite number are left out.
+
+        Raises:
+            TaskLossError: the dense loss is none, or has no gradient.
+        """
+        dense = self._gradients(None)
+        if any(all(not one.any() for one in gradient) for _, gradient in dense):
+            raise TaskLossError(f"the dense loss of task {self.task!r} has a gradient of zeros; nothing compares to it")
+        effects = []
+        for method in methods:
+            try:
+                dropped = self._gradients(method)
+            except TaskLossError:
+                continue
+            pairs = list(zip(dropped, dense, strict=True))
+            gap, fidelity = mean(a - b for (a, _), (b, _) in pairs), mean(_cosine(a, b) for (_, a), (_, b) in pairs)
+            effects.append((method, self._flops(method), gap, fidelity))
+        costs = self._costs([method for method, *_ in effects])
+        return [Plan(*effect, *cost) for effect, cost in zip(effects, costs, strict=True)]
+
+    def _gradients(self, method: Method | None) -> list[tuple[float, list[Tensor]]]:
         parameters = shared_parameters(self.model)
         with self.under(method) as drop:
             found = []
             for batch, layout in self.held:
                 with nullcontext() if drop is None else drop.layout(layout, step=(0, 0)):
                     value = self.loss(batch)
-                    found.append((value.item(), gradients(value, parameters, self.task)))
+                    gradient = gradients(value, parameters, self.task)  # refuses what is no finite number
+                    found.append((value.item(), gradient))
             return found
 
-    def plan(self, method: Method, dense: list[tuple[float, list[Tensor]]]) -> Plan:
-        """What a method does, beside the dense losses and gradients."""
-        dropped = self.gradients(method)
-        gaps = [a - b for (a, _), (b, _) in zip(dropped, dense, strict=True)]
-        cosines = [_cosine(a, b) for (_, a), (_, b) in zip(dropped, dense, strict=True)]
-        return Plan(method, self._flops(method), mean(gaps), mean(cosines))
-
-    def cost(self, method: Method) -> tuple[float, float]:
+    def _costs(self, methods: Sequence[Method]) -> list[tuple[float, float]]:
         """Seconds of a step and bytes kept for its backward, over those of a dense step, on the first batch."""
         (batch, layout), *_ = self.held
-        seconds: dict[Method | None, list[float]] = {None: [], method: []}
-        kept: dict[Method | None, int] = {}
+        tried = (None, *methods)
+        seconds: list[list[float]] = [[] for _ in tried]
+        kept = [0 for _ in tried]
         for turn in range(1 + ROUNDS):
-            for one, spent in seconds.items():
+            for at, one in enumerate(tried):
                 with self.under(one) as drop, nullcontext() if drop is None else drop.layout(layout, step=(0, 0)):
                     if turn == 0:
-                        kept[one] = saved_bytes(lambda: self.loss(batch), self.model.parameters())
-                    spent.append(_seconds(lambda: gradients(self.loss(batch), shared_parameters(self.model), "")))
-        ratios = [a / b for a, b in zip(seconds[method][1:], seconds[None][1:], strict=True)]
-        return median(ratios), kept[method] / kept[None]
+                        kept[at] = saved_bytes(lambda: self.loss(batch), self.model.parameters())
+                    seconds[at].append(_seconds(self._step, batch))
+        dense = seconds[0][1:]
+        ratios = [median(a / b for a, b in zip(spent[1:], dense, strict=True)) for spent in seconds[1:]]
+        return list(zip(ratios, (one / kept[0] for one in kept[1:]), strict=True))
+
+    def _step(self, batch: Any) -> None:
+        gradients(self.loss(batch), shared_parameters(self.model), self.task)
 
     @torch.no_grad()
     def _redundancy(self) -> tuple[float, ...]:
@@ -214,12 +248,19 @@ def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
         return sum((p.double() * q.double()).sum().item() for p, q in zip(x, y, strict=True))
 
-    return dot(a, b) / (dot(a, a) * dot(b, b)) ** 0.5
+    length = (dot(a, a) * dot(b, b)) ** 0.5
+    return dot(a, b) / length if length else nan
 
 
-def _seconds(step: Callable[[], Any]) -> float:
+def _seconds(step: Callable[[Any], None], batch: Any) -> float:
+    _wait()
     started = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    step(batch)
+    _wait()
     return time.perf_counter() - started
+
+
+def _wait() -> None:
+    # An accelerator still works on what was asked for before.
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

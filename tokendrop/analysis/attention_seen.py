@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokendrop.engine.model.logits import SOFTMAX, products
-from tokendrop.errors import UnsupportedError
+from tokendrop.errors import LayoutError, UnsupportedError
 
 # From a layer, its first row, and the probabilities (B, H, C, T) of C rows from there on.
 Sink = Callable[[int, int, Tensor], None]
@@ -26,6 +26,7 @@ class _Seen(TorchFunctionMode):
     def __init__(self, sink: Callable[[int, Tensor], None], tokens: int) -> None:
         super().__init__()
         self.sink, self.tokens, self.found = sink, tokens, False
+        self.rows = 0  # of an attention that is not over the layout's tokens
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -38,6 +39,7 @@ class _Seen(TorchFunctionMode):
     @torch.no_grad()
     def _chunks(self, rows: int, logits: Callable[[int, int], Tensor]) -> None:
         if rows != self.tokens or self.found:
+            self.rows = rows
             return
         self.found = True
         for start in range(0, rows, CHUNK):
@@ -63,6 +65,51 @@ def _logits(
     return products(query[:, :, start:stop], key, value, mask, scale=more.get("scale"))
 
 
+class _Run:
+    """The attention of L layers in one run of a model over T `tokens`."""
+
+    def __init__(self, sink: Sink, tokens: int) -> None:
+        self.sink, self.tokens = sink, tokens
+        self.running: dict[int, _Seen] = {}
+        self.done: set[int] = set()
+
+    def before(self, index: int) -> None:
+        """A layer begins."""
+        if index in self.done:
+            raise UnsupportedError(f"layer {index} ran twice on one batch; give loss=fn(batch) that runs it once")
+        self.running[index] = _Seen(lambda start, seen: self.sink(index, start, seen), self.tokens)
+        self.running[index].__enter__()
+
+    def after(self, index: int) -> None:
+        """A layer has run."""
+        seen = self.running.pop(index, None)
+        if seen is None:
+            return
+        seen.__exit__(None, None, None)
+        self.done.add(index)
+        if not seen.found and seen.rows:
+            raise LayoutError(
+                f"layer {index}'s attention has {seen.rows} rows, and the layout {self.tokens} tokens; give the layout "
+                "of the very tokens that the model runs on"
+            )
+        if not seen.found:
+            raise UnsupportedError(
+                f"layer {index} ran without a scaled_dot_product_attention or softmax over its {self.tokens} rows, so "
+                "its attention was not seen; load the model with attn_implementation='sdpa'"
+            )
+
+    def finish(self, depth: int) -> None:
+        """The model has run."""
+        if missing := sorted(set(range(depth)) - self.done):
+            raise UnsupportedError(f"the layers {missing} did not run; give loss=fn(batch) that runs the model")
+
+    def close(self) -> None:
+        """Let go of layers that an exception ended."""
+        for seen in self.running.values():
+            seen.__exit__(None, None, None)
+        self.running.clear()
+
+
 @contextmanager
 def attention_seen(layers: nn.ModuleList, tokens: int, sink: Sink) -> Generator[None]:
     """Hand the attention of every decoder layer that runs inside to `sink`, whatever the backend.
@@ -75,42 +122,24 @@ def attention_seen(layers: nn.ModuleList, tokens: int, sink: Sink) -> Generator[
         sink: called with the layer, the first row and their probabilities (B, H, C, T) in float32.
 
     Raises:
-        UnsupportedError: a layer that ran without any attention that can be seen.
+        LayoutError: another number of tokens than the layers run on.
+        UnsupportedError: a layer that ran without any attention that can be seen, twice, or not at all.
 
     Source: ours.
     """
-    running: dict[int, _Seen] = {}
-
-    def before(index: int, *_: Any) -> None:
-        running[index] = _Seen(lambda start, seen: sink(index, start, seen), tokens)
-        running[index].__enter__()
-
-    def after(index: int, *_: Any) -> None:
-        seen = running.pop(index, None)
-        if seen is None:
-            return
-        seen.__exit__(None, None, None)
-        if not seen.found:
-            raise UnsupportedError(
-                f"layer {index} ran without a scaled_dot_product_attention or softmax over its {tokens} rows, so its "
-                "attention was not seen; load the model with attn_implementation='sdpa'"
-            )
-
+    run = _Run(sink, tokens)
     configs = {id(config): config for module in layers.modules() if (config := getattr(module, "config", None))}
     with ExitStack() as stack:
+        stack.callback(run.close)
         for config in configs.values():
             backend = getattr(config, "_attn_implementation", None)
             if backend not in (None, "sdpa", "eager"):
                 stack.callback(setattr, config, "_attn_implementation", backend)
                 config._attn_implementation = "sdpa"
         for index, layer in enumerate(layers):
-            hook = layer.register_forward_pre_hook(lambda *_, at=index: before(at))
+            hook = layer.register_forward_pre_hook(lambda *_, at=index: run.before(at))
             stack.callback(hook.remove)
             # Also after an exception, and outside checkpointing, which would not call it in a recompute.
-            stack.callback(layer.register_forward_hook(lambda *_, at=index: after(at), always_call=True).remove)
-        try:
-            yield
-        finally:
-            for seen in running.values():
-                seen.__exit__(None, None, None)
-            running.clear()
+            stack.callback(layer.register_forward_hook(lambda *_, at=index: run.after(at), always_call=True).remove)
+        yield
+        run.finish(len(layers))

@@ -29,7 +29,7 @@ from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import Methods, apply
 from tokendrop.engine.model.decoder import linear_shape
 from tokendrop.engine.model.from_config import model_from_config
-from tokendrop.engine.model.projections import ROUTER
+from tokendrop.engine.model.sets import ROUTER
 from tokendrop.engine.plan.plan import Group, Plan, Planner
 from tokendrop.engine.plan.rows import round_up
 from tokendrop.errors import LayoutError, UnsupportedError, check_flag

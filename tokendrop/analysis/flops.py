@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model.decoder import LayerSpec, is_linear, linear_shape
+from tokendrop.engine.model.decoder import LayerSpec, is_linear, linear_shape, linear_sizes
 from tokendrop.engine.plan.labelled import labelled_rows
 from tokendrop.engine.plan.plan import Plan
 
@@ -102,7 +102,7 @@ class LayerCost:
 
 
 def _linear_flops(module: nn.Module) -> int:
-    return 2 * sum(prod(linear_shape(one)) for one in module.modules() if is_linear(one))
+    return 2 * sum(prod(size) for size in linear_sizes(module))
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,9 @@ def _costs(handle: Handle) -> tuple[LayerCost, int]:
 def head_flops(model: nn.Module) -> int:
     """FLOPs of a row in the forward of the output head, 2 * weights; 0 where the model has none."""
     head = output_head(model)
-    return 0 if head is None else 2 * cast(torch.Tensor, head.weight).numel()
+    if head is None:
+        return 0
+    return 2 * (prod(linear_shape(head)) if is_linear(head) else cast(torch.Tensor, head.weight).numel())
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -9,14 +9,19 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
 from tokendrop.analysis.flops import task_costs
-from tokendrop.callbacks.batch import OURS, batch_layout
+from tokendrop.callbacks.averages import renew_averages
+from tokendrop.callbacks.batch import batch_layout, sub_batches
+from tokendrop.callbacks.launched import BeforeLaunch, check_home
+from tokendrop.callbacks.optimizers import check_optimizers
 from tokendrop.callbacks.saved import warn_of_difference
 from tokendrop.callbacks.standing import begin, count, end, evaluated_strength, progress_state, saved_progress
 from tokendrop.callbacks.strategies import check_strategy
+from tokendrop.callbacks.tuners import kept_in_tuners
 from tokendrop.config import STATE_KEY, described, saved_state
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import Methods, apply, check_methods
@@ -26,15 +31,16 @@ from tokendrop.errors import (
     DecoderError,
     LayoutTypeError,
     MethodError,
+    TokenDropError,
     UnsupportedError,
     check_flag,
     check_integer,
 )
-from tokendrop.layout import TokenLayout, id_tensor
+from tokendrop.layout import OURS, TokenLayout, id_tensor
 from tokendrop.schedule import Schedule
 
 
-class TokenDrop(L.Callback):
+class TokenDrop(BeforeLaunch):
     """Image tokens of each batch skip the work that their task's method says they do not need.
 
     Logged for each task of a batch, without unit, 1 = dense:
@@ -43,7 +49,8 @@ class TokenDrop(L.Callback):
 
     Args:
         methods: a method for whatever task, or task name -> method; None runs a task dense.
-        layout: batch -> TokenLayout; by default `tokendrop.callbacks.batch.batch_layout`.
+        layout: batch -> TokenLayout; by default `tokendrop.callbacks.batch.batch_layout`. For a batch of several
+            batches (`CombinedLoader`), none: the step enters one for each, by `tokendrop.handle(self).layout`.
         schedule: when dropping sets in and ends; whole from the first step by default. An evaluation has the strength
             at which training is, or, where no training or checkpoint says it, `schedule.final`.
         image_ids: vocabulary ids of image tokens, where neither batch nor config says.
@@ -93,7 +100,9 @@ class TokenDrop(L.Callback):
         self.labelled_logits = labelled_logits
         self.handle: Handle | None = None
         self.current: TokenLayout | None = None  # of the last batch, for other callbacks
-        self._entered, self._wrapped = ExitStack(), ExitStack()
+        self.tuned_strength: float | None = None
+        self._entered, self._wrapped, self._tuned = ExitStack(), ExitStack(), ExitStack()
+        self._told = False  # how a checkpoint with added parameters is loaded
         self._alone = self._removed = self._restored = False
         self._said: set[str] = set()
 
@@ -103,9 +112,18 @@ class TokenDrop(L.Callback):
         if others:
             raise AppliedError(f"the trainer has {len(others) + 1} TokenDrop callbacks; put all methods into one")
         self._alone, self._removed, self._restored = True, False, False
+        self._tuned.close()
+        self._tuned.enter_context(kept_in_tuners(trainer, self, stage))
+        before = self._existing(pl_module)
         if not self._inject(pl_module, trainer):
             for name in ("setup", "configure_model"):
                 self._inject_after(pl_module, name, trainer)
+        elif before is None and self.handle is not None:
+            check_home(trainer, self.handle)
+
+    @override
+    def before_launch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._inject(pl_module, trainer)
 
     def _inject(self, pl_module: L.LightningModule, trainer: L.Trainer) -> bool:
         handle = self._existing(pl_module)
@@ -115,6 +133,11 @@ class TokenDrop(L.Callback):
             num_layers = len(find_layers(pl_module, self.layers)[1])
             check_strategy(trainer.strategy, check_methods(self.methods).values(), num_layers)
             handle = apply(pl_module, self.methods, self.layers, self.multiple, self.labelled_logits)
+            try:
+                renew_averages(trainer, pl_module, handle)
+            except TokenDropError:
+                handle.remove()
+                raise
         other, self.handle = handle is not self.handle, handle
         if handle is not None and other and (self.schedule is not None or handle.progress is not None):
             handle.strength = evaluated_strength(handle, self.schedule)
@@ -176,6 +199,12 @@ class TokenDrop(L.Callback):
         self.handle.check_sharding()
 
     @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer, pl_module)
+        if self.handle is not None:
+            check_optimizers(trainer, pl_module, self.handle)
+
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not earlier: asking for the number of steps makes the loaders, whose place a checkpoint still has to restore.
         if self.schedule is not None and self.handle is not None:
@@ -186,11 +215,19 @@ class TokenDrop(L.Callback):
         if self.handle is None:
             raise AppliedError("TokenDrop has no handle; was it removed while the trainer runs?")
         done = begin(self.handle, self.schedule, trainer, batch_idx)
+        if self.schedule is not None and self.tuned_strength is not None:
+            self.handle.strength = self.tuned_strength
+        if self.layout is None and (hint := sub_batches(batch)):
+            self.current = None
+            self._entered.enter_context(self.handle.expecting(hint))
+            return
         layout = self.layout(batch) if self.layout else batch_layout(batch, pl_module, self.image_ids)
         if not isinstance(layout, TokenLayout):
             raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
         self.current = layout
-        step, first = (done, batch_idx), trainer.global_rank * len(layout.image)
+        # No rank packs more samples than it has tokens.
+        samples = len(layout.image) if layout.packs is None else layout.image.numel()
+        step, first = (done, batch_idx), trainer.global_rank * samples
         plan = self._entered.enter_context(self.handle.layout(layout, step, first))
         if self.consume and isinstance(batch, MutableMapping):
             for key in OURS:
@@ -221,6 +258,15 @@ class TokenDrop(L.Callback):
         state = checkpoint["callbacks"].get(self.state_key)
         if state and self.handle is not None:
             state |= progress_state(self.handle, trainer)
+        added = [name for name in checkpoint.get("state_dict", {}) if "tokendrop.layers." in name]
+        if added and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"The checkpoint holds {len(added)} parameters that TokenDrop added, such as {added[0]}. A module that "
+                "is not dropped has no place for them: load_from_checkpoint refuses them, or leaves them out with "
+                "strict=False. Make the module, call tokendrop.apply(module, tokendrop.methods_of(path)[0]), and then "
+                "module.load_state_dict(torch.load(path)['state_dict'])."
+            )
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -245,6 +291,7 @@ class TokenDrop(L.Callback):
     def _stop(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         self._entered.close()
         self._wrapped.close()
+        self._tuned.close()
         if self.handle is not None:
             end(self.handle, self.schedule, trainer)
 
@@ -269,7 +316,7 @@ class TokenDrop(L.Callback):
         self._enter(trainer, pl_module, batch, batch_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-    on_fit_start = on_validation_start = on_test_start = on_predict_start = _start
+    on_validation_start = on_test_start = on_predict_start = _start
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _leave
     on_train_epoch_end = _leave
     on_exception = teardown = _stop

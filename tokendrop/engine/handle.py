@@ -14,24 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward import head
+from tokendrop.engine.forward.binding import Binding
+from tokendrop.engine.forward.ids import SeenIds
 from tokendrop.engine.forward.state import Frame, frames, this_thread
-from tokendrop.engine.model import projections
+from tokendrop.engine.model import projections, sets
 from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
-from tokendrop.engine.plan.labelled import LabelledRows
+from tokendrop.engine.plan.labelled import LabelledRows, unknown_without_labels
 from tokendrop.engine.plan.plan import Plan, Planner
 from tokendrop.errors import (
     AppliedError,
     LayoutError,
     LayoutTypeError,
+    LayoutWarning,
     MissingLayoutError,
     NoEffectWarning,
     UnsupportedError,
     check_integer,
 )
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import LayerRoute, Method, Route
+from tokendrop.roles import LayerRoute, Method, Role, Route
 
 
 class Handle(nn.Module):
@@ -43,7 +46,7 @@ class Handle(nn.Module):
         spec: how its layers are made.
         methods: by task name; the key None serves every task.
         multiple: row counts are rounded up to it.
-        sets: image-only projections of each layer.
+        added: image-only projections and router of each layer.
         labelled_logits: whether the output head runs on rows with a label only.
         encoder: the vision encoder, where a method looks at it.
     """
@@ -55,21 +58,24 @@ class Handle(nn.Module):
         spec: LayerSpec,
         methods: dict[str | None, Method | None],
         multiple: int,
-        sets: nn.ModuleList,
+        added: nn.ModuleList,
         labelled_logits: bool = False,
         encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
         self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
-        self.names = projections.set_names({task: m for task, m in methods.items() if m is not None})
-        self.strength, self.entered, self._sharded = 1.0, 0, False
+        self.names = sets.set_names({task: m for task, m in methods.items() if m is not None})
+        self.strength, self.entered, self._sharded, self.hint = 1.0, 0, False, ""
         self.in_training = False  # whether layers in eval mode are trained all the same, as pretrained ones may be
         self.progress: object | None = None  # of the training that set the strength, for the callback
         self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
-        self.layers, self.labelled_logits, self.encoder = sets, labelled_logits, encoder
+        self.layers, self.labelled_logits, self.encoder = added, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
-        self._unknown: set[str] = set()
-        self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in sets.parameters()) else None
+        routes = [method.route(len(added)) for method in methods.values() if method is not None]
+        # Whether rows of the linears take ways of their own, so that their classes are swapped.
+        self.splits = bool(self.names) or any(one.image is Role.CONTEXT for route in routes for one in route)
+        self._said: set[str] = set()
+        self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in added.parameters()) else None
 
     @property
     def owner(self) -> nn.Module:
@@ -98,10 +104,14 @@ class Handle(nn.Module):
         if self.owner._modules.get("tokendrop") is not self:
             raise AppliedError(f"this handle was removed from {type(self.owner).__name__}, which runs dense without it")
         self.check_sharding()
+        self.settle()
         check_integer("first", first, 0, LayoutTypeError)
         for part in (0, 0) if step is None else _pair(step):
             check_integer("step", part, 0, LayoutTypeError)
         plan = self.plan(layout)
+        trains = torch.is_grad_enabled() and self.owner.training and not plan.dense
+        if trains and layout.labels is None and (unknown := unknown_without_labels(self.served(layout)[0])):
+            self.say_once("labels", unknown, LayoutWarning, 2)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         seen = Seen()
         encode = None if self.encoder is None else partial(self.encoder.encoded, seen)
@@ -110,18 +120,33 @@ class Handle(nn.Module):
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
-        embeddings = _input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
         with ExitStack() as stack:
-            if embeddings is not None:
-                stack.callback(embeddings.register_forward_pre_hook(frame.embedded).remove)
+            if layout.image_ids is not None and layout.labels is None:
+                frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
+                stack.enter_context(frame.given.watching(self.owner, self.path))
             stack.enter_context(self._entered(frame))
             yield plan
+
+    def say_once(self, kind: str, message: str, category: type[Warning], level: int) -> None:
+        """Warn, the first time for each kind, at `level` frames above the caller."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, category, stacklevel=level + 2)
 
     @contextmanager
     def disabled(self) -> Generator[None]:
         """Run dense on purpose inside."""
         with self._entered(None):
             yield
+
+    @contextmanager
+    def expecting(self, hint: str) -> Generator[None]:
+        """Inside, a forward without a layout is also told this."""
+        before, self.hint = self.hint, hint
+        try:
+            yield
+        finally:
+            self.hint = before
 
     def auxiliary_loss(self) -> Tensor:
         """The loss of the routers in the last forward of the entered layout, to be added to the model's own.
@@ -141,6 +166,17 @@ class Handle(nn.Module):
             raise MissingLayoutError("the auxiliary loss is that of an entered layout; take it inside drop.layout(...)")
         losses = [] if entered[-1] is None else entered[-1].losses
         return torch.stack(losses).mean() if losses else torch.zeros((), device=next(self.owner.parameters()).device)
+
+    def settle(self) -> None:
+        """Follow linears and an output head that an adapter wrapped, or that were exchanged, since `apply`.
+
+        Raises:
+            UnsupportedError: something that is no linear stands in such a place now.
+        """
+        if self.splits:
+            projections.settle(self.decoder_layers, self.spec)
+        if self.labelled_logits:
+            head.settle(self.owner)
 
     def check_sharding(self) -> None:
         """Refuse image-only projections that a sharded decoder leaves out; nothing would average their gradients.
@@ -188,14 +224,12 @@ class Handle(nn.Module):
             if len(self.methods) == 1:
                 return next(iter(self.methods))
             raise LayoutError(f"task: found none, and the methods are for {_named(self.methods)}; name the task")
-        if task not in self.methods and task not in self._unknown:
-            self._unknown.add(task)
-            warnings.warn(
+        if task not in self.methods:
+            message = (
                 f"no method for task {task!r}, which runs dense; methods are for {_named(self.methods)}. Give it None "
-                "to run it dense without this warning",
-                NoEffectWarning,
-                stacklevel=6,
+                "to run it dense without this warning"
             )
+            self.say_once(f"task {task}", message, NoEffectWarning, 5)
         return task
 
     def trained(self, layer: nn.Module) -> bool:
@@ -263,16 +297,7 @@ def _pair(step: object) -> tuple[object, ...]:
 def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     added = cast(Handle, model.tokendrop)
     path, layers = f"{prefix}{added.path}", added.decoder_layers
-    projections.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.spec, state)
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    for module in model.modules():
-        find = getattr(module, "get_input_embeddings", None)
-        if callable(find):
-            found = find()
-            return found if isinstance(found, nn.Module) else None
-    return None
+    sets.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.spec, state)
 
 
 def _named(methods: Mapping[Any, object]) -> str:
@@ -283,7 +308,7 @@ def handle(model: nn.Module) -> Handle:
     """The handle of a dropped model, also after `copy.deepcopy` or unpickling.
 
     Args:
-        model: the module that was given to `apply`, or one around it.
+        model: the module that was given to `apply`, one around it, or a part of it that holds its decoder.
 
     Raises:
         AppliedError: the model is not dropped.
@@ -292,4 +317,8 @@ def handle(model: nn.Module) -> Handle:
     for module in model.modules():
         if isinstance(module, Handle):
             return module
+        # A part of a dropped model, also loaded by itself, holds layers that know their handle.
+        binding = vars(module).get("_tokendrop")
+        if isinstance(binding, Binding) and isinstance(binding.handle, Handle):
+            return binding.handle
     raise AppliedError(f"{type(model).__name__} is not dropped; call tokendrop.apply on it first")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tokendrop.engine.forward import head
 from tokendrop.engine.forward.binding import Binding
@@ -15,7 +16,7 @@ from tokendrop.engine.forward.groups import run
 from tokendrop.engine.forward.span import WORK, call
 from tokendrop.engine.forward.state import frames
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model import projections
+from tokendrop.engine.model import projections, sets
 from tokendrop.engine.model.decoder import (
     LayerSpec,
     check_module,
@@ -23,9 +24,12 @@ from tokendrop.engine.model.decoder import (
     find_layers,
     is_sharded,
     layer_spec,
+    uncompiled,
 )
-from tokendrop.engine.model.swap import Swapped, swapped_class
+from tokendrop.engine.model.saved import notice_saving, take_saved
+from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
+from tokendrop.engine.model.weights import check_one_device
 from tokendrop.errors import AppliedError, MethodError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import Method, Role, selections
 
@@ -36,9 +40,28 @@ class _RoutedLayer(Swapped):
     """Mixin of a decoder layer whose tokens are routed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return call(self, super().__call__, args, kwargs)
+        return call(self, self._proceed, args, kwargs)
+
+    def _proceed(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" in self.__dict__ and WORK in kwargs:
+            return reach(self, super().__call__, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self._tell()
+        return super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._tell()
+        return super().state_dict(*args, **kwargs)
+
+    def _tell(self) -> None:
+        binding = self.__dict__["_tokendrop"]
+        if binding.index == 0:
+            notice_saving(binding.handle, binding.handle.layers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        reached(self)
         forward, work = self._tokendrop_base.forward, kwargs.pop(WORK, None)
         if work is None:
             return forward(self, *args, **kwargs)
@@ -49,6 +72,9 @@ def apply(
     model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64, labelled_logits: bool = False
 ) -> Handle:
     """Make the image tokens of a model skip work; call it before `fully_shard`, `torch.compile` or DDP.
+
+    Image-only projections are copies of the text's. Where `from_pretrained` loaded the model from a folder into which a
+    dropped model was saved, they and routers are those of the folder.
 
     Args:
         model: any module with one decoder.
@@ -81,6 +107,7 @@ def apply(
     """
     checked = check_methods(methods)
     check_module(model)
+    model = uncompiled(model)
     check_flag("labelled_logits", labelled_logits)
     if any(isinstance(module, Handle) for module in model.modules()):
         raise AppliedError(f"{type(model).__name__} is dropped already; call remove() on its handle first")
@@ -91,28 +118,39 @@ def apply(
             "holds it, or run its layers with DropLayers"
         )
     path, found = find_layers(model, layers)
+    if any(uncompiled(layer) is not layer for layer in found):
+        raise UnsupportedError(
+            f"the layers of {path!r} are compiled one by one; call apply before torch.compile(layer), or compile them "
+            "in place by layer.compile()"
+        )
     if any("_tokendrop" in layer.__dict__ for layer in found):
-        raise AppliedError(f"the layers of {path!r} are dropped already, through another module; remove that first")
+        raise AppliedError(
+            f"the layers of {path!r} are dropped already, through another module; remove that first, by "
+            "tokendrop.handle(model).remove()"
+        )
     if hasattr(model, "tokendrop"):
         raise AppliedError(f"{type(model).__name__} has an attribute 'tokendrop' of its own; rename it")
     spec = layer_spec(found[0], type(found[0]))
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, spec, given)
+    check_one_device(found, path)
+    for index, layer in enumerate(found):
+        check_forward(layer, f"layer {index} of {path!r}")
+    projections.check(found, spec)
     headed = head.find_head(model) if labelled_logits else None
     selects = selections(method.route(len(found)) for method in given.values())
     looked = {index for select in selects for index in select.encoder}
     encoder = Encoder(model, looked) if looked else None
-    sets = projections.make_sets(found, spec, given, projections.set_names(given))
-    handle = Handle(model, path, spec, checked, multiple, sets, labelled_logits, encoder)
+    added = sets.make_sets(found, spec, given, sets.set_names(given))
+    take_saved(model, added)
+    handle = Handle(model, path, spec, checked, multiple, added, labelled_logits, encoder)
     if encoder is not None:
         encoder.watch(partial(_seen, handle.key))
     for index, layer in enumerate(found):
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
-        layer.__class__ = swapped_class(_RoutedLayer, type(layer))
-    if any(
-        m.separate != "none" or any(one.image is Role.CONTEXT for one in m.route(len(found))) for m in given.values()
-    ):
-        projections.swap(found, spec)
+        swap(layer, _RoutedLayer)
+    if handle.splits:
+        projections.settle(found, spec)
     if headed is not None:
         head.inject(*headed, handle.key)
     model.tokendrop = handle
@@ -166,7 +204,13 @@ def check_support(
         if method.separate != "none" and (refusal := spec.separate_refusal()):
             raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
         learned = any(layer.select is not None and layer.select.learned for layer in route)
-        if (learned or method.separate != "none") and is_sharded(model):
+        adds = learned or method.separate != "none"
+        if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise UnsupportedError(
+                f"{method} adds parameters, whose gradients DistributedDataParallel would not average, since it is "
+                "there already; apply it to the module inside, before DistributedDataParallel is made"
+            )
+        if adds and is_sharded(model):
             raise UnsupportedError(
                 f"{method} adds parameters, and {type(model).__name__} is sharded already; apply it before fully_shard"
             )

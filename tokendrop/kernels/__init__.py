@@ -1,12 +1,5 @@
 """Rows of tokens moved into and out of compact form."""
 
-from tokendrop.kernels.rows import (
-    gather_rms_norm,
-    gather_rotary,
-    gather_tokens,
-    merge_tokens,
-    scatter_add_tokens,
-    scatter_tokens,
-)
+from tokendrop.kernels.rows import gather_rotary, gather_tokens, merge_tokens, scatter_tokens
 
-__all__ = ["gather_rms_norm", "gather_rotary", "gather_tokens", "merge_tokens", "scatter_add_tokens", "scatter_tokens"]
+__all__ = ["gather_rotary", "gather_tokens", "merge_tokens", "scatter_tokens"]

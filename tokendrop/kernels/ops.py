@@ -18,8 +18,6 @@ from tokendrop.errors import UnsupportedError
 from tokendrop.kernels import reference
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-LONGEST_ROW = 8192  # elements that a kernel which sums over a row can hold in registers; longer ones would spill
-SUMS = ("scatter_add_backward", "gather_rms_norm", "gather_rms_norm_backward")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,12 +44,12 @@ def uses_triton(x: Tensor) -> bool:
 
 
 def _implementation(x: Tensor | None, name: str) -> Callable[..., Any]:
-    if x is None or not uses_triton(x) or (name in SUMS and x.shape[-1] > LONGEST_ROW):
+    if x is None or not uses_triton(x):
         return getattr(reference, name)
     # Not at the top: it may not be installed, and reads TRITON_INTERPRET when it defines a kernel.
-    from tokendrop.kernels import triton_rows, triton_sums
+    from tokendrop.kernels import triton_rows
 
-    return getattr(triton_sums if name in SUMS else triton_rows, name)
+    return getattr(triton_rows, name)
 
 
 @torch.library.custom_op("tokendrop::gather", mutates_args=())
@@ -62,29 +60,6 @@ def gather(x: Tensor, idx: Tensor, valid: Tensor | None) -> Tensor:
 @torch.library.custom_op("tokendrop::select", mutates_args=())
 def select(full: Tensor | None, kept: Tensor | None, idx: Tensor, valid: Tensor | None, tokens: int) -> Tensor:
     return _implementation(kept if full is None else full, "select")(full, kept, idx, valid, tokens)
-
-
-@torch.library.custom_op("tokendrop::scatter_add", mutates_args=())
-def scatter_add(full: Tensor, update: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
-    return _implementation(full, "scatter_add")(full, update, idx, scale)
-
-
-@torch.library.custom_op("tokendrop::scatter_add_backward", mutates_args=())
-def scatter_add_backward(grad: Tensor, update: Tensor, idx: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return _implementation(grad, "scatter_add_backward")(grad, update, idx, scale)
-
-
-@torch.library.custom_op("tokendrop::gather_rms_norm", mutates_args=())
-def gather_rms_norm(x: Tensor, idx: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(x, "gather_rms_norm")(x, idx, weight, eps)
-
-
-@torch.library.custom_op("tokendrop::gather_rms_norm_backward", mutates_args=())
-def gather_rms_norm_backward(
-    grad_rows: Tensor, grad_y: Tensor, rows: Tensor, idx: Tensor, weight: Tensor, rstd: Tensor, tokens: int
-) -> tuple[Tensor, Tensor]:
-    run = _implementation(rows, "gather_rms_norm_backward")
-    return run(grad_rows, grad_y, rows, idx, weight, rstd, tokens)
 
 
 @torch.library.custom_op("tokendrop::gather_rotary", mutates_args=())
@@ -101,27 +76,6 @@ def _(x, idx, valid):
 def _(full, kept, idx, valid, tokens):
     some = kept if full is None else full
     return some.new_empty(idx.shape[0], tokens, some.shape[-1])
-
-
-@scatter_add.register_fake
-def _(full, update, idx, scale):
-    return full.new_empty(full.shape)
-
-
-@scatter_add_backward.register_fake
-def _(grad, update, idx, scale):
-    return update.new_empty(update.shape), scale.new_empty(scale.shape)
-
-
-@gather_rms_norm.register_fake
-def _(x, idx, weight, eps):
-    rows, y = (x.new_empty(*idx.shape, x.shape[-1]) for _ in range(2))
-    return rows, y, x.new_empty(idx.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-@gather_rms_norm_backward.register_fake
-def _(grad_rows, grad_y, rows, idx, weight, rstd, tokens):
-    return rows.new_empty(idx.shape[0], tokens, rows.shape[-1]), weight.new_empty(weight.shape)
 
 
 @gather_rotary.register_fake
@@ -149,32 +103,6 @@ def _select_gradient(ctx, grad):
     return full, gather(grad, idx, valid) if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def _save_scatter_add(ctx, inputs, output):
-    _, update, idx, scale = inputs
-    ctx.save_for_backward(idx, *(() if scale is None else (update, scale)))  # a product's gradients need its factors
-
-
-def _scatter_add_gradient(ctx, grad):
-    idx, *factors = ctx.saved_tensors
-    if not factors:
-        return grad, gather(grad, idx, None), None, None
-    update, scale = scatter_add_backward(grad, factors[0], idx, factors[1])
-    return grad, update, None, scale
-
-
-def _save_gather_rms_norm(ctx, inputs, output):
-    x, idx, weight, _ = inputs
-    rows, _, rstd = output
-    ctx.mark_non_differentiable(rstd)
-    ctx.save_for_backward(rows, idx, weight, rstd)  # the K rows that it returned, not the T of x
-    ctx.tokens = x.shape[1]
-
-
-def _gather_rms_norm_gradient(ctx, grad_rows, grad_y, _):
-    x, weight = gather_rms_norm_backward(grad_rows, grad_y, *ctx.saved_tensors, ctx.tokens)
-    return x, None, weight, None
-
-
 def _save_gather_rotary(ctx, inputs, output):
     ctx.save_for_backward(inputs[2])
     ctx.shape = inputs[0].shape
@@ -189,14 +117,9 @@ def _gather_rotary_gradient(ctx, *grads):
 
 gather.register_autograd(_gather_gradient, setup_context=_save_gather)
 select.register_autograd(_select_gradient, setup_context=_save_select)
-scatter_add.register_autograd(_scatter_add_gradient, setup_context=_save_scatter_add)
-gather_rms_norm.register_autograd(_gather_rms_norm_gradient, setup_context=_save_gather_rms_norm)
 gather_rotary.register_autograd(_gather_rotary_gradient, setup_context=_save_gather_rotary)
 
-NAMES = (
-    "gather", "select", "scatter_add", "scatter_add_backward",
-    "gather_rms_norm", "gather_rms_norm_backward", "gather_rotary",
-)  # fmt: skip
+NAMES = ("gather", "select", "gather_rotary")
 
 
 @register_flop_formula([getattr(torch.ops.tokendrop, name) for name in NAMES])

@@ -28,36 +28,6 @@ def select(full: Tensor | None, kept: Tensor | None, idx: Tensor, valid: Tensor 
     return rows.index_put((_flat(idx, tokens),), kept.reshape(-1, full.shape[-1])).view(full.shape)
 
 
-def scatter_add(full: Tensor, update: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
-    """y = full, then y[b, idx[b, k]] += scale[b, k] * update[b, k]."""
-    update = _wide(update) if scale is None else _wide(update) * _wide(scale)[:, :, None]
-    return select(full, (_wide(gather(full, idx)) + update).to(full.dtype), idx, None, full.shape[1])
-
-
-def scatter_add_backward(grad: Tensor, update: Tensor, idx: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `update` (B, K, D) and `scale` (B, K)."""
-    rows = _wide(gather(grad, idx))
-    return (rows * _wide(scale)[:, :, None]).to(update.dtype), (rows * _wide(update)).sum(-1).to(scale.dtype)
-
-
-def gather_rms_norm(x: Tensor, idx: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """rows = x[b, idx[b, k]], rows / sqrt(mean(rows^2) + eps) * weight, and the (B, K) factor 1 / sqrt(...)."""
-    rows = gather(x, idx)
-    wide = _wide(rows)
-    rstd = (wide.square().mean(-1) + eps).rsqrt()
-    return rows, (wide * rstd[:, :, None] * _wide(weight)).to(x.dtype), rstd
-
-
-def gather_rms_norm_backward(
-    grad_rows: Tensor, grad_y: Tensor, rows: Tensor, idx: Tensor, weight: Tensor, rstd: Tensor, tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `x` (B, T, D) and `weight` (D,)."""
-    normed = _wide(rows) * rstd[:, :, None]
-    scaled = _wide(grad_y) * _wide(weight)
-    grad = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd[:, :, None] + _wide(grad_rows)
-    return select(None, grad.to(rows.dtype), idx, None, tokens), (_wide(grad_y) * normed).sum((0, 1)).to(weight.dtype)
-
-
 def gather_rotary(cos: Tensor, sin: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin at b, idx[b, k]; a batch of one serves every sample."""
     shape = (*idx.shape, cos.shape[-1])
@@ -68,7 +38,3 @@ def gather_rotary(cos: Tensor, sin: Tensor, idx: Tensor) -> tuple[Tensor, Tensor
 def _flat(idx: Tensor, tokens: int) -> Tensor:
     offset = torch.arange(len(idx), device=idx.device)[:, None] * tokens
     return (idx + offset).reshape(-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

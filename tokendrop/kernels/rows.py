@@ -76,41 +76,6 @@ def scatter_tokens(full: Tensor, kept: Tensor, idx: Tensor, valid: Tensor | None
     return run(full, kept, idx, valid, full.shape[1])
 
 
-def scatter_add_tokens(full: Tensor, update: Tensor, idx: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`full` with `update` added to rows `idx` of each sample: a residual connection around compact rows.
-
-    y = full, then y[b, idx[b, k]] += scale[b, k] * update[b, k], computed in fp32 and rounded once
-
-    Args:
-        full: (B, T, D), floating.
-        update: (B, K, D), the dtype of `full`.
-        idx: (B, K) int64, in [0, T), unique in each sample.
-        scale: (B, K), floating; None for 1. Kept for the backward, with `update`.
-
-    Returns:
-        (B, T, D).
-
-    Raises:
-        LayoutTypeError: `idx` is not int64, `update` has another dtype than `full`, or one is not floating.
-        LayoutError: shapes that do not fit, or an index outside [0, T), looked at on the CPU only.
-
-    Example:
-        >>> idx, scale = torch.tensor([[1]]), torch.tensor([[0.5]])
-        >>> scatter_add_tokens(torch.ones(1, 3, 1), torch.ones(1, 1, 1), idx, scale).flatten().tolist()
-        [1.0, 1.5, 1.0]
-
-    Source: ours; the scaled update of chosen tokens is that of Mixture-of-Depths, arXiv:2404.02258.
-    """
-    _check(full, idx)
-    _check_floating("full", full)
-    _check_rows("update", update, full, idx)
-    if scale is not None:
-        _check_shape("scale", scale, tuple(idx.shape))
-        _check_floating("scale", scale)
-    run = ops.scatter_add if ops.uses_triton(full) else reference.scatter_add
-    return run(full, update, idx, scale)
-
-
 def merge_tokens(x: Tensor, into: Tensor, weight: Tensor) -> Tensor:
     """Tokens that leave, added to those that stay.
 
@@ -142,39 +107,6 @@ def merge_tokens(x: Tensor, into: Tensor, weight: Tensor) -> Tensor:
     target = at - at[:1] + into
     sums = torch.zeros_like(parts).index_put((target.flatten(),), parts, accumulate=True).view(x.shape)
     return sums.to(x.dtype).where((target == at)[:, :, None], x)
-
-
-def gather_rms_norm(x: Tensor, idx: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Rows `idx` of each sample, and their RMSNorm: the entry of a pre-norm layer, which needs both.
-
-    rows[b, k] = x[b, idx[b, k]], and y = rows / sqrt(mean(rows^2) + eps) * weight, in fp32 and rounded once
-
-    Args:
-        x: (B, T, D), floating.
-        idx: (B, K) int64, in [0, T), unique in each sample.
-        weight: (D,), floating.
-        eps: added to the mean of squares.
-
-    Returns:
-        rows and y, (B, K, D) of the dtype of `x`. The backward keeps `rows`, `weight` and a factor for each row.
-
-    Raises:
-        LayoutTypeError: `idx` is not int64, or `x` or `weight` is not floating.
-        LayoutError: shapes that do not fit, or an index outside [0, T), looked at on the CPU only.
-
-    Example:
-        >>> rows, y = gather_rms_norm(torch.tensor([[[9.0], [2.0]]]), torch.tensor([[1]]), torch.ones(1))
-        >>> rows.item(), round(y.item(), 4)
-        (2.0, 1.0)
-
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467; the fusion is ours.
-    """
-    _check(x, idx)
-    _check_floating("x", x)
-    _check_shape("weight", weight, (x.shape[-1],))
-    _check_floating("weight", weight)
-    run = ops.gather_rms_norm if ops.uses_triton(x) else reference.gather_rms_norm
-    return run(x, idx, weight, eps)[:2]
 
 
 def gather_rotary(cos: Tensor, sin: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,8 +190,3 @@ def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
         raise LayoutTypeError(f"{name}: expected a tensor of shape {expected}; found {x!r}")
     if x.shape != expected:
         raise LayoutError(f"{name}: expected {expected}; found {tuple(x.shape)}")
-
-
-def _check_floating(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise LayoutTypeError(f"{name}: expected a floating dtype; found {x.dtype}")

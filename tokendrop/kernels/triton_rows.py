@@ -71,23 +71,6 @@ def select_kernel(
     tl.store(y + (b * tokens + t)[:, None] * width + d, rows, mask=inside)
 
 
-@jit
-def scatter_add_kernel(
-    full, update, source, scale, y, tokens, count, width, full_batch, full_token, update_batch, update_token,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """y[b, t] = full[b, t] + scale[b, k] * update[b, k], where k = source[b, t] >= 0."""
-    b, t, d, inside = _tile(tokens, width, ROWS, COLS)
-    k = tl.load(source + b * tokens + t, mask=t < tokens, other=-1).to(tl.int64)
-    at = b * full_batch + t.to(tl.int64)[:, None] * full_token
-    rows = tl.load(full + at + d, mask=inside, other=0.0).to(tl.float32)
-    at = b * update_batch + k[:, None] * update_token
-    new = tl.load(update + at + d, mask=inside & (k >= 0)[:, None], other=0.0).to(tl.float32)
-    if SCALED:
-        new *= tl.load(scale + b * count + k, mask=k >= 0, other=0.0).to(tl.float32)[:, None]
-    tl.store(y + (b * tokens + t)[:, None] * width + d, rows + new, mask=inside)
-
-
 def gather(x: Tensor, idx: Tensor, valid: Tensor | None) -> Tensor:
     x, y = columns(x), x.new_empty(*idx.shape, x.shape[-1])
     mask = idx if valid is None else valid.contiguous()
@@ -113,15 +96,6 @@ def select(full: Tensor | None, kept: Tensor | None, idx: Tensor, valid: Tensor 
     sizes = (tokens, y.shape[2], *old.stride()[:2], *new.stride()[:2])
     has = {"FULL": full is not None, "KEPT": kept is not None}
     _over_rows(select_kernel, y, old, new, _source(idx, valid, tokens), y, *sizes, **has)
-    return y
-
-
-def scatter_add(full: Tensor, update: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
-    full, update, y = columns(full), columns(update), full.new_empty(full.shape)
-    source = _source(idx, None, full.shape[1])
-    sizes = (full.shape[1], idx.shape[1], full.shape[2], *full.stride()[:2], *update.stride()[:2])
-    factor = update if scale is None else scale.contiguous()
-    _over_rows(scatter_add_kernel, y, full, update, source, factor, y, *sizes, SCALED=scale is not None)
     return y
 
 

@@ -1,12 +1,18 @@
 """Methods written as text, as a command line takes them."""
 
 import ast
+import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 
 from tokendrop import methods
-from tokendrop.errors import MethodError
+from tokendrop.errors import MethodError, TokenDropError
 from tokendrop.roles import Method
+
+KNOWN = {name.lower(): getattr(methods, name) for name in methods.__all__}
+# A range such as 8:24:2, or a word, that is a whole argument without quotes.
+BARE = re.compile(r"(?<=[(,=])\s*(-?\d*:-?\d*(?::-?\d*)?|[A-Za-z][A-Za-z-]*)\s*(?=[,)])")
 
 
 def methods_from_text(texts: Sequence[str], layers: str | None = None) -> Method | dict[str, Method]:
@@ -31,34 +37,51 @@ def methods_from_text(texts: Sequence[str], layers: str | None = None) -> Method
 
 
 def method_from_text(text: str, layers: str | None = None) -> Method:
-    """The method that a name says, or a name with arguments; literals only, nothing is executed.
+    """The method that a name, in whatever case, says, or a name with arguments; literals only, nothing is executed.
 
     Args:
-        text: such as 'HiMix' or 'HMGen(shallow="8:24:2")'.
+        text: such as 'HiMix' or 'HMGen("8:24:2")'.
         layers: the layers of the method where `text` gives none, as a range ("2:") or a Python literal.
 
     Raises:
+        LayerRangeError: layers that are no range.
         MethodError: an unknown name, or arguments that are no literals or that the method does not take.
 
     Example:
-        >>> method_from_text("HMGen", layers="8:24:2")
+        >>> method_from_text("hmgen", layers="8:24:2")
         HMGen(shallow='8:24:2', separate='none')
     """
-    known = {name: getattr(methods, name) for name in methods.__all__}
     try:
-        node = ast.parse(text.strip(), mode="eval").body
-        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        made = known[ast.unparse(call.func)]
-        given = [ast.literal_eval(one) for one in call.args]
-        named = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
-        if layers is not None:
-            name = next(field.name for field in fields(made) if "layer" in field.name or field.name == "shallow")
-            named |= {name: layers if ":" in layers else ast.literal_eval(layers)}
-        return made(*given, **named)
-    except MethodError:
+        return _method(text, layers)
+    except TokenDropError:
         raise
     except (KeyError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        given = repr(text) if layers is None else f"{text!r} with layers={layers!r}"
         raise MethodError(
-            f"{text!r} with layers={layers!r} is no method ({type(error).__name__}: {error}); write one of "
-            f"{', '.join(known)}, with arguments as in 'HMGen(shallow=\"8:24:2\")'"
+            f"{given} is no method ({type(error).__name__}: {reason}); {_advice(text, layers)}"
         ) from error
+
+
+def _method(text: str, layers: str | None) -> Method:
+    node = ast.parse(text.strip(), mode="eval").body
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    made = KNOWN[ast.unparse(call.func).lower()]
+    given = [ast.literal_eval(one) for one in call.args]
+    named = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+    if layers is not None:
+        name = next(field.name for field in fields(made) if "layer" in field.name or field.name == "shallow")
+        named |= {name: layers if ":" in layers else ast.literal_eval(layers)}
+    return made(*given, **named)
+
+
+def _advice(text: str, layers: str | None) -> str:
+    """What to type instead: the same with its ranges and words in quotes, or the name that looks most like it."""
+    name, bracket, rest = text.partition("(")
+    close = difflib.get_close_matches(name.strip().lower(), KNOWN, 1)
+    meant = (KNOWN[close[0]].__name__ if close else name) + BARE.sub(r'"\1"', bracket + rest)
+    try:
+        _method(meant, layers)
+    except Exception:  # whatever was wrong is wrong still
+        return f"write one of {', '.join(methods.__all__)}, with arguments as in 'HMGen(\"8:24:2\")'"
+    return f"write '{meant}'"

@@ -18,6 +18,7 @@ class Routing(Protocol):
     """What a layer asks of its handle while it runs."""
 
     key: str
+    hint: str
 
     def sets(self, index: int) -> nn.ModuleDict:
         """The image-only projections of layer `index`."""
@@ -33,6 +34,10 @@ class Routing(Protocol):
 
     def served(self, layout: TokenLayout) -> tuple[list[Route], list[str | None]]:
         """For each of the B samples, the route of its task and the projection set of its image tokens."""
+        ...
+
+    def say_once(self, kind: str, message: str, category: type[Warning], level: int) -> None:
+        """Warn, the first time for each kind, at `level` frames above the caller."""
         ...
 
 

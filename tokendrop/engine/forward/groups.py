@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokendrop.engine.forward.split_attention import split_attention
 from tokendrop.engine.model.context import ContextKeys, keys_values
 from tokendrop.engine.model.decoder import LayerSpec
-from tokendrop.engine.model.projections import touch, using
+from tokendrop.engine.model.projections import settle, touch, using
 from tokendrop.engine.plan.rows import Split
 
 
@@ -81,6 +81,8 @@ def run(
         if len(work.calls) > 1:
             rows = call.shape[0] * call.shape[1]
             x, at = hidden[0, at : at + rows].view(*call.shape, -1), at + rows
+        if (call.split is not None or call.context is not None) and not torch.compiler.is_compiling():
+            settle((layer,), work.spec)  # an adapter may have come or gone since the layout was entered
         arguments = _arguments(layer, forward, call, work)
         with using(call.split, work.sets), split_attention(call.late):
             out, rest = split_output(forward(layer, x, **arguments))

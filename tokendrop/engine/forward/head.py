@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward.state import Frame, frames
-from tokendrop.engine.model.swap import Swapped, swapped_class
+from tokendrop.engine.model.swap import Swapped, swap
+from tokendrop.engine.model.swap import restore as swap_restore
 from tokendrop.errors import LayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens
 
@@ -89,8 +90,29 @@ def inject(model: nn.Module, head: nn.Module, key: str) -> None:
     """Make a head and the loss of its model work on labelled rows."""
     loss: Any = model.loss_function
     model.__dict__["_loss_function"] = _LabelledLoss(key, loss)
+    _label(head, key)
+
+
+def _label(head: nn.Module, key: str) -> None:
     head.__dict__["_tokendrop_key"] = key
-    head.__class__ = swapped_class(_LabelledHead, type(head))
+    swap(head, _LabelledHead)
+
+
+def settle(model: nn.Module) -> None:
+    """Follow a head that was exchanged since, as by `resize_token_embeddings`, or wrapped by an adapter."""
+    for module in model.modules():
+        loss = module.__dict__.get("_loss_function")
+        if isinstance(loss, _LabelledLoss):
+            head: Any = module.get_output_embeddings()  # ty: ignore[not-callable]
+            if not isinstance(head, _LabelledHead):
+                _unlabel(module)
+                _label(head, loss.key)
+
+
+def _unlabel(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, _LabelledHead):
+            swap_restore(module)
 
 
 def restore(model: nn.Module) -> None:
@@ -101,6 +123,4 @@ def restore(model: nn.Module) -> None:
             del module.__dict__["_loss_function"]
             if module.loss_function is not loss.base:
                 module.__dict__["_loss_function"] = loss.base
-        if isinstance(module, _LabelledHead):
-            del module.__dict__["_tokendrop_key"]
-            module.__class__ = vars(type(module))["_tokendrop_base"]
+    _unlabel(model)

@@ -4,6 +4,7 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,14 @@ from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.calls import group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
-from tokendrop.engine.forward.state import Forward, Frame, frames
+from tokendrop.engine.forward.ids import check_rows
+from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.model.decoder import reentrant
-from tokendrop.engine.model.projections import ROUTER
-from tokendrop.engine.plan.plan import Group, Span
-from tokendrop.errors import MissingLayoutError, UnsupportedError
+from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.plan.plan import Group, Plan, Span
+from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
+from tokendrop.layout import packed_samples
 from tokendrop.roles import Role
 
 WORK = "tokendrop_work"
@@ -47,6 +50,7 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
         raise MissingLayoutError(
             f"{type(layer).__name__} {binding.index} runs without knowing which tokens are images; call the model "
             "inside `with drop.layout(layout):`, or inside `with drop.disabled():` to run it dense on purpose"
+            f"{in_thread()}{binding.handle.hint}"
         )
     frame, sets = entered[-1], binding.handle.sets(binding.index)
     if frame is not None and binding.index == 0:
@@ -72,7 +76,7 @@ def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, n
     name, forward = f"{type(layer).__name__} {binding.index}", frame.forward
     if binding.index == 0:
         check_packing(named, binding.spec.backend(layer))
-        forward = frame.forward = _begin(binding, frame, hidden, named)
+        forward = frame.forward = _begin(layer, binding, frame, hidden, named)
     elif forward is None or binding.index != forward.next_layer:
         due = 0 if forward is None else forward.next_layer
         raise UnsupportedError(
@@ -88,30 +92,62 @@ def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, n
     return forward
 
 
-def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
-    layout, plan, handle = frame.layout, frame.plan, binding.handle
-    batch, tokens = hidden.shape[:2]
+def _begin(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
+    handle, (batch, tokens) = binding.handle, hidden.shape[:2]
     cache = named.get(binding.spec.cache) if binding.spec.cache else None
     stored = 0 if cache is None else int(cache.get_seq_length())
+    plan = frame.plan if stored else _prompt(layer, binding, frame, (batch, tokens), named)
+    layout = plan.layout
     if not frame.generates:
         if stored:
             raise UnsupportedError(f"a cache with {stored} tokens reached a training forward; pass use_cache=False")
-        return frame.start(plan)
+        return frame.start(plan, prompt=plan)
+    if stored or (batch, tokens) != plan.shape:
+        _refuse_packs(plan)
     if cache is not None or (batch, tokens) != plan.shape:
         generate.refuse_routers(handle.served(layout)[0])
     if not stored:
         if cache is not None:
             frame.caches.add(cache)
         elif (batch, tokens) == plan.shape:
-            return frame.start(plan)
+            return frame.start(plan, prompt=plan)
         prompt = generate.grown(layout, (batch, tokens), frame.ids, handle.served(layout)[0])
-        return frame.start(handle.plan(prompt, cache is not None), cache)
+        return frame.start(handle.plan(prompt, cache is not None), cache, prompt=plan)
     if cache not in frame.caches:
         raise UnsupportedError(
             f"a cache with {stored} tokens was not filled inside this layout; generate from the prompt on inside it"
         )
     image = generate.image_ids(layout, frame.ids, (batch, tokens), hidden.device)
     return frame.start(plan, cache, generate.Step.of(image, *handle.served(layout)))
+
+
+def _refuse_packs(plan: Plan) -> None:
+    if plan.packs is not None:
+        raise UnsupportedError(
+            f"{len(plan.packs.rows)} samples are packed into {plan.shape[0]} rows; behind a row only its last sample "
+            "could go on. Generate with a row for each sample"
+        )
+
+
+def _prompt(layer: nn.Module, binding: Binding, frame: Frame, shape: tuple[int, int], named: dict[str, Any]) -> Plan:
+    # The plan of the layout, and of the packed samples that a mask may keep apart and the layout does not know of.
+    plan, layout = frame.plan, frame.layout
+    check_rows(layout, frame.ids, shape)
+    mask = named.get(binding.spec.mask or "")
+    if shape != plan.shape or torch.compiler.is_compiling():
+        return plan
+    if mask is None and plan.packs is not None and binding.spec.backend(layer) in ("sdpa", "eager"):
+        message = (
+            f"the layout has {len(plan.packs.rows)} samples packed into {shape[0]} rows, but the layers are given no "
+            "mask, so that a sample sees those before it; call the model with position_ids that begin again in each, "
+            "without attention_mask, and with use_cache=False, or transformers does not look for them"
+        )
+        binding.handle.say_once("packs", message, LayoutWarning, 1)
+    selects = any(span.selects for span in plan.spans)
+    if mask is None or layout.packs is not None or not selects:
+        return plan
+    packs = packed_samples(named, shape, layout.padding)
+    return plan if packs is None else binding.handle.plan(replace(layout, packs=packs))
 
 
 def _run(
@@ -127,7 +163,8 @@ def _run(
     look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
     span = forward.span
     if span is None or index == span.stop:
-        router = dict(binding.handle.sets(index)).get(ROUTER)
+        sets = binding.handle.sets(index)
+        router = sets[ROUTER] if ROUTER in sets else None  # dynamo cannot make a dict of a ModuleDict
         span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
         forward.span = span
         hidden = _enter(forward, span, hidden)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.calls import Made
+from tokendrop.engine.forward.ids import SeenIds
 from tokendrop.engine.model.vision import Seen
 from tokendrop.engine.plan.labelled import LabelledRows
 from tokendrop.engine.plan.plan import Plan, Span
@@ -60,7 +61,8 @@ class Frame:
         trained: whether the plan is that of training, for methods that hold in training only.
         forward: the forward under way.
         caches: those that generations inside have filled.
-        ids: vocabulary ids that the model embedded last, where the layout has image ids.
+        given: sees the vocabulary ids that a forward is given, where the layout has image ids and no labels.
+        ids: those of the forward under way; None where nobody saw them.
         returns_tuple: whether the layers return one.
         labelled: the rows that the output head runs on; None for all.
         losses: of the routers in the last forward.
@@ -75,6 +77,7 @@ class Frame:
     trained: bool = True
     forward: Forward | None = None
     caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
+    given: SeenIds = field(default_factory=SeenIds)
     ids: Tensor | None = None
     returns_tuple: bool = False
     labelled: LabelledRows | None = None
@@ -82,17 +85,12 @@ class Frame:
     seen: Seen = field(default_factory=dict)
     encode: Encode | None = None
 
-    def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A pre-hook of the input embeddings, which remembers the ids."""
-        if args and isinstance(args[0], Tensor):
-            self.ids = args[0]
-
-    def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
-        """Begin a forward."""
-        times = plan.shape[0] // len(self.layout.image)
-        return Forward(
-            plan, Selections(plan, self.plan.scoring, self.step, self.first, times, self.encode), cache, step
-        )
+    def start(
+        self, plan: Plan, cache: Any = None, step: generate.Step | None = None, prompt: Plan | None = None
+    ) -> Forward:
+        """Begin a forward on rows of `prompt`, by default of the layout's own plan, and on what follows them."""
+        times, scoring = plan.shape[0] // len(self.layout.image), (prompt or self.plan).scoring
+        return Forward(plan, Selections(plan, scoring, self.step, self.first, times, self.encode), cache, step)
 
     @property
     def generates(self) -> bool:
@@ -105,11 +103,12 @@ class Frame:
         return not self.plan.routed if self.generates else self.plan.dense
 
     def check(self, hidden: Tensor) -> None:
-        """Refuse hidden states of another batch.
+        """Begin with the ids of this forward, and refuse hidden states of another batch.
 
         Raises:
             LayoutError: they are not (B, T, D).
         """
+        self.ids = self.given.taken()
         if not self.generates and tuple(hidden.shape[:2]) != self.plan.shape:
             raise LayoutError(
                 f"the hidden states are {tuple(hidden.shape)}, but the layout is for (B, T) = {self.plan.shape}; enter "
@@ -124,3 +123,14 @@ def frames(key: str) -> list[Frame | None]:
     """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
     by_key: dict[str, list[Frame | None]] = this_thread.__dict__.setdefault("frames", {})
     return by_key.setdefault(key, [])
+
+
+def in_thread() -> str:
+    """What to know of layouts in a thread that is not the main one."""
+    thread = threading.current_thread()
+    if thread is threading.main_thread():
+        return ""
+    return (
+        f". This is thread {thread.name!r}, and a layout holds in the thread that enters it: enter it inside the "
+        "function that the thread runs, around model.generate(..., streamer=streamer) for one that streams"
+    )

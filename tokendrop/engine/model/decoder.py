@@ -76,10 +76,9 @@ class LayerSpec:
         return None
 
     def linear(self, layer: nn.Module, letter: str) -> nn.Module:
-        """The layer's own linear that makes "q", "k" or "v"; beneath an adapter where it has one."""
+        """The layer's linear that makes "q", "k" or "v", with the adapter on it where it has one."""
         name = next(name for name, letters in self.linears if letter in letters)
-        linear = getattr(getattr(layer, self.attention or ""), name)
-        return getattr(linear, "base_layer", linear)
+        return getattr(getattr(layer, self.attention or ""), name)
 
     def widths(self, layer: nn.Module) -> dict[str, int]:
         """Output features of q, k and v."""
@@ -91,20 +90,45 @@ class LayerSpec:
         return {"q": queries, "k": (fused - queries) // 2, "v": (fused - queries) // 2}
 
 
+def base_linear(linear: nn.Module) -> nn.Module:
+    """The linear beneath its adapters, such as PEFT's."""
+    while isinstance(beneath := getattr(linear, "base_layer", None), nn.Module):
+        linear = beneath
+    return linear
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether a linear stores its weight as (in, out), such as GPT-2's Conv1D."""
+    return any(base.__name__ == "Conv1D" for base in type(linear).__mro__)
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear, also one that stores its weight transposed, such as GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or any(base.__name__ == "Conv1D" for base in type(module).__mro__)
-
-
-def _is_projection(module: nn.Module | None) -> bool:
-    return module is not None and is_linear(getattr(module, "base_layer", module))
+    """Whether a module is a linear, with an adapter or without, also of a library that packs its weight."""
+    module = base_linear(module)
+    leaf = next(module.children(), None) is None and None not in _features(module)
+    return isinstance(module, nn.Linear) or is_transposed(module) or leaf
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """Output and input features of a linear, also beneath an adapter."""
-    linear = getattr(linear, "base_layer", linear)
+    linear = base_linear(linear)
+    # A packed weight has another shape, so only a linear that does not say its features is asked for its weight.
+    if None not in (features := _features(linear)):
+        return features
     rows, columns = cast(Tensor, linear.weight).shape
-    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
+    return (columns, rows) if is_transposed(linear) else (rows, columns)
+
+
+def linear_sizes(module: nn.Module) -> list[tuple[int, int]]:
+    """Output and input features of each linear in a module, those of adapters among them."""
+    linears = (one for one in module.modules() if base_linear(one) is one and is_linear(one))
+    return [linear_shape(one) for one in linears]
+
+
+def _features(linear: nn.Module) -> tuple[Any, Any]:
+    found = (getattr(linear, name, None) for name in ("out_features", "in_features"))
+    rows, columns = (one if isinstance(one, int) else None for one in found)
+    return rows, columns
 
 
 def head_width(layer: nn.Module, spec: LayerSpec) -> int:
@@ -128,7 +152,7 @@ def layer_spec(layer: nn.Module, layer_class: type[nn.Module]) -> LayerSpec:
     names = tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
     attention = next((name for name in _ATTENTIONS if isinstance(getattr(layer, name, None), nn.Module)), None)
     children = dict(getattr(layer, attention).named_children()) if attention else {}
-    linears = tuple((f"{x}_proj", x) for x in "qkv" if _is_projection(children.get(f"{x}_proj")))
+    linears = tuple((f"{x}_proj", x) for x in "qkv" if is_linear(children.get(f"{x}_proj", nn.Identity())))
     fused = next((name for name in _FUSED if name in children and any(o in children for o in _OUTPUTS)), None)
     if fused is not None:
         linears = ((fused, "qkv"),)
@@ -184,6 +208,12 @@ def check_module(model: object) -> None:
         raise DecoderError(f"model: expected a torch.nn.Module with a decoder; found {model!r}")
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What `torch.compile` wrapped, or the module itself; the wrapper passes attributes on, and would lose a handle."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
+
+
 def decoders(model: nn.Module, causal: bool = True) -> list[tuple[str, nn.ModuleList]]:
     """Every list of layers with causal self-attention in a model, or with another one, by dotted path."""
     lists = ((name, one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList))
@@ -200,6 +230,16 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     """The attention of a layer, if it has one."""
     found = next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None)
     return found if isinstance(found, nn.Module) else None
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The input embeddings of the first Hugging Face model in `model`, if it says."""
+    for module in model.modules():
+        find = getattr(module, "get_input_embeddings", None)
+        if callable(find):
+            found = find()
+            return found if isinstance(found, nn.Module) else None
+    return None
 
 
 def deepstack_layers(model: nn.Module) -> int:

@@ -13,7 +13,8 @@ def model_from_config(config: Any) -> nn.Module:
     """A model without weights, on the meta device.
 
     Args:
-        config: a Hugging Face config, its config.json, or the folder that is in; nothing is downloaded.
+        config: a Hugging Face config, its config.json, the folder that is in, or one of `presets`; nothing is
+            downloaded.
 
     Raises:
         DecoderError: no such file, or nothing that transformers makes a model of.
@@ -24,10 +25,7 @@ def model_from_config(config: Any) -> nn.Module:
     named = repr(config) if isinstance(config, str | Path) else type(config).__name__
     try:
         if isinstance(config, str | Path):
-            if not Path(config).exists():
-                raise DecoderError(
-                    f"{named} does not exist; give the config.json of a Hugging Face model, or its folder"
-                )
+            config = config if Path(config).exists() else _preset(str(config))
             config = transformers.AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
         if not isinstance(config, transformers.PretrainedConfig):
             raise DecoderError(f"{named} is neither a model, nor a Hugging Face config, nor the path of one")
@@ -37,6 +35,21 @@ def model_from_config(config: Any) -> nn.Module:
         raise
     except Exception as error:  # whatever a file of somebody else's makes transformers raise
         raise DecoderError(f"{named} is no Hugging Face config that a model can be made of: {error}") from error
+
+
+def presets() -> dict[str, Path]:
+    """The configs that come with this package, which were tried: name -> file."""
+    return {file.stem: file for file in sorted((Path(__file__).parents[2] / "configs").glob("*.json"))}
+
+
+def _preset(name: str) -> Path:
+    known = presets()
+    if name not in known:
+        raise DecoderError(
+            f"{name!r} does not exist here, and nothing is downloaded; give the config.json of a Hugging Face model, "
+            f"or its folder, or a config that was tried: {', '.join(known)}"
+        )
+    return known[name]
 
 
 def _built(config: Any) -> nn.Module:

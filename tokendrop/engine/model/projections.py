@@ -4,20 +4,20 @@ Shape letters: B batch, K rows, D hidden.
 """
 
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.model.decoder import LayerSpec, head_width, is_linear, linear_shape
-from tokendrop.engine.model.swap import Swapped, swapped_class
+from tokendrop.engine.model import swap
+from tokendrop.engine.model.decoder import LayerSpec, base_linear, head_width, is_linear, is_transposed
+from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached
+from tokendrop.engine.model.weights import is_plain
 from tokendrop.engine.plan.rows import Split
-from tokendrop.roles import Method
-
-ROUTER = "router"
+from tokendrop.errors import UnsupportedError
 
 
 class _Using(threading.local):
@@ -63,13 +63,16 @@ class Parts:
         """Weight (out, in) and bias (out,) of one letter."""
         weight, bias = cast(Tensor, linear.weight), getattr(linear, "bias", None)
         weight = weight.T if self.transposed else weight
-        return self._rows(weight, letter), None if bias is None else self._rows(bias, letter)
+        return self.piece(weight, letter, 0), None if bias is None else self.piece(bias, letter)
 
-    def _rows(self, value: Tensor, letter: str) -> Tensor:
+    def piece(self, value: Tensor, letter: str, dim: int = -1) -> Tensor:
+        """The part of one letter of a tensor with all output features in `dim`."""
         at = self.letters.index(letter)
         if self.heads:
-            return value.unflatten(0, (self.heads, len(self.letters), -1))[:, at].flatten(0, 1)
-        return value.split(self.widths)[at]
+            dim %= value.dim()
+            by_head = value.unflatten(dim, (self.heads, len(self.letters), -1))
+            return by_head.select(dim + 1, at).flatten(dim, dim + 1)
+        return value.split(self.widths, dim)[at]
 
     def join(self, outputs: list[Tensor]) -> Tensor:
         """The linear's output from that of each letter."""
@@ -83,10 +86,22 @@ class _SplitLinear(Swapped):
 
     _tokendrop_parts: Parts
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" in self.__dict__ and (_using.split is not None or not _using.queries):
+            return reach(self, super().__call__, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reached(self)
         split, sets = _using.split, _using.sets
         if split is None or sets is None:
-            return super().forward(x) if _using.queries else self._letters(x, {})
+            return super().forward(x, *args, **kwargs) if _using.queries else self._letters(x, {})
+        given = [name for name in kwargs if kwargs[name] is not None]
+        if given:
+            raise UnsupportedError(
+                f"{type(self).__name__} is called with {', '.join(given)}, by sample, and image-only projections split "
+                "its rows; use one adapter for the batch, or separate='none'"
+            )
         flat = x.reshape(-1, x.shape[-1])
         outputs = []
         for name, rows in zip(split.names, split.rows, strict=True):
@@ -98,8 +113,10 @@ class _SplitLinear(Swapped):
 
     def _letters(self, x: Tensor, own: Mapping[str, nn.Module]) -> Tensor:
         parts = self._tokendrop_parts
-        if _using.queries and not own.keys() & set(parts.letters):
-            return super().forward(x)
+        # A fused linear that is packed or adapted is right only as a whole.
+        whole = _using.queries or (len(parts.letters) > 1 and not is_plain(self))
+        if whole and not own.keys() & set(parts.letters):
+            return self._text(x)
         outputs: list[Tensor | None] = [self._letter(x, own, letter) for letter in parts.letters]
         made = next((out for out in outputs if out is not None), x)
         # Queries that nobody reads: zeros without memory, which the layer may reshape and rotate.
@@ -117,93 +134,69 @@ class _SplitLinear(Swapped):
         if letter in own:
             return own[letter](x)
         if len(self._tokendrop_parts.letters) == 1:
+            return self._text(x)
+        if is_plain(self):
+            return nn.functional.linear(x, *self._tokendrop_parts.cut(self, letter))
+        return self._tokendrop_parts.piece(self._text(x), letter)
+
+    def _text(self, x: Tensor) -> Tensor:
+        if x.numel() or is_plain(self):
             return super().forward(x)
-        return nn.functional.linear(x, *self._tokendrop_parts.cut(self, letter))
+        # Kernels of quantised linears divide by the number of rows: one row, of which nothing is kept.
+        out = super().forward(x.new_zeros(1, x.shape[-1]))[:0]
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _parts(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
+def parts_of(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
+    """How the linear that makes `letters` divides."""
     widths = spec.widths(layer)
     heads = widths["q"] // head_width(layer, spec) if spec.interleaved else 0
-    transposed = not isinstance(spec.linear(layer, letters[0]), nn.Linear)
+    transposed = is_transposed(base_linear(spec.linear(layer, letters[0])))
     return Parts(letters, tuple(widths[letter] for letter in letters), heads, transposed)
 
 
-def set_names(methods: Mapping[str | None, Method]) -> dict[str | None, str]:
-    """The projection set that each task uses: one for all where "shared", its own where "per-task"."""
-    kinds = {"shared": lambda task: "image", "per-task": lambda task: f"image-{task}"}
-    return {task: kinds[m.separate](task) for task, m in methods.items() if m.separate != "none"}
+def check(layers: nn.ModuleList, spec: LayerSpec) -> None:
+    """Refuse linears that a `forward` in their instance would lead past the split.
 
-
-def make_sets(
-    layers: nn.ModuleList, spec: LayerSpec, methods: Mapping[str | None, Method], names: Mapping[str | None, str]
-) -> nn.ModuleList:
-    """The image-only projections of each layer, by set and letter, as copies of the text's, and its router.
-
-    Args:
-        layers: the decoder's L layers.
-        spec: how they are made.
-        methods: by task.
-        names: the set of each task, from `set_names`.
+    Raises:
+        UnsupportedError: with its name.
     """
-    sets = nn.ModuleList()
     for index, layer in enumerate(layers):
-        wanted: dict[str, set[str]] = {}
-        for task, name in names.items():
-            wanted.setdefault(name, set()).update(methods[task].route(len(layers))[index].separate)
-        made = {
-            name: nn.ModuleDict({letter: _copy(layer, spec, letter) for letter in sorted(letters)})
-            for name, letters in sorted(wanted.items())
-            if letters
-        }
-        selects = (method.route(len(layers))[index].select for method in methods.values())
-        routed = any(select is not None and select.learned for select in selects)
-        sets.append(nn.ModuleDict({**made, ROUTER: Router.of(layer)} if routed else made))
-    return sets
+        for name, letters in spec.linears:
+            check_forward(spec.linear(layer, letters[0]), f"{spec.attention}.{name} of layer {index}")
 
 
-class Router(nn.Linear):
-    """One number for each token, in float32 at least, whatever the precision around it."""
+def settle(layers: Iterable[nn.Module], spec: LayerSpec) -> None:
+    """Swap the class of the linears that make queries, keys and values, adapters included, where it is not.
 
-    @classmethod
-    def of(cls, layer: nn.Module) -> "Router":
-        """A router of a decoder layer's input, at random."""
-        first = next(module for module in layer.modules() if is_linear(module))
-        weight = cast(Tensor, first.weight)
-        return cls(linear_shape(first)[1], 1, bias=False, device=weight.device, dtype=weight.dtype)
+    An adapter belongs to the text's projection: image rows go past both, so that merging it changes none of them.
 
-    def forward(self, input: Tensor) -> Tensor:
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        with torch.autocast(input.device.type, enabled=False):
-            return nn.functional.linear(input.to(dtype), self.weight.to(dtype)).squeeze(-1)
-
-
-def _copy(layer: nn.Module, spec: LayerSpec, letter: str) -> nn.Linear:
-    linear = spec.linear(layer, letter)
-    letters = next(letters for _, letters in spec.linears if letter in letters)
-    weight, bias = _parts(layer, spec, letters).cut(linear, letter)
-    copied = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-    copied.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-    if bias is not None:
-        copied.bias = nn.Parameter(bias.detach().clone())
-    return copied.train(layer.training)
-
-
-def swap(layers: nn.ModuleList, spec: LayerSpec) -> None:
-    """Swap the class of the linears that make queries, keys and values."""
+    Raises:
+        UnsupportedError: something that is no linear stands in such a place now.
+    """
     for layer in layers:
         for _, letters in spec.linears:
             linear = spec.linear(layer, letters[0])
-            linear.__dict__["_tokendrop_parts"] = _parts(layer, spec, letters)
-            linear.__class__ = swapped_class(_SplitLinear, type(linear))
+            if isinstance(linear, _SplitLinear):
+                continue
+            inside = [module for module in linear.modules() if isinstance(module, _SplitLinear)]
+            if is_linear(linear):
+                for module in inside:
+                    swap.restore(module)
+                linear.__dict__["_tokendrop_parts"] = parts_of(layer, spec, letters)
+                swap.swap(linear, _SplitLinear)
+            elif not inside:
+                raise UnsupportedError(
+                    f"{type(linear).__name__} took the place of the linear that makes {', '.join(letters)} since "
+                    "apply, and cannot be split; remove() first, and apply afterwards"
+                )
 
 
 def restore(layers: nn.ModuleList) -> None:
     """Give the linears their own classes back."""
     for module in layers.modules():
-        base = vars(type(module)).get("_tokendrop_base")
-        if isinstance(module, _SplitLinear) and base is not None:
-            del module.__dict__["_tokendrop_parts"]
-            module.__class__ = base
+        if isinstance(module, _SplitLinear) and "_tokendrop_base" in vars(type(module)):
+            swap.restore(module)
 
 
 def touch(sets: nn.ModuleDict, out: Tensor) -> Tensor:
@@ -212,31 +205,3 @@ def touch(sets: nn.ModuleDict, out: Tensor) -> Tensor:
         if isinstance(linear, nn.Linear):
             out = out + linear(linear.weight.new_empty(0, linear.in_features)).sum().to(out.dtype)
     return out
-
-
-def fill_missing(
-    sets: nn.ModuleList, prefix: str, path: str, layers: nn.ModuleList, spec: LayerSpec, state: dict[str, Tensor]
-) -> None:
-    """Give a dense checkpoint what it lacks: image-only weights as copies of its text weights, and present routers.
-
-    Args:
-        sets: the image-only projections of each layer.
-        prefix: key prefix of `sets` in `state`.
-        path: key prefix of the decoder's layer list.
-        layers: that list.
-        spec: how the layers are made.
-        state: the checkpoint; changed only if it holds no key under `prefix`.
-    """
-    if any(key.startswith(prefix) for key in state):
-        return
-    for key, present in sets.state_dict().items():
-        if f".{ROUTER}." in key:
-            state[prefix + key] = present
-            continue
-        index, _, letter, kind = key.split(".")
-        name, letters = next((name, letters) for name, letters in spec.linears if letter in letters)
-        source = f"{path}.{index}.{spec.attention}.{name}.{kind}"
-        if source in state:
-            parts = _parts(layers[int(index)], spec, letters)
-            value = state[source].T if parts.transposed and kind == "weight" else state[source]
-            state[prefix + key] = parts._rows(value, letter).detach().clone(memory_format=torch.contiguous_format)

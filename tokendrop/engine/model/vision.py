@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from tokendrop.engine.model.decoder import attention_of, decoders
 from tokendrop.engine.model.logits import SOFTMAX, products
-from tokendrop.engine.model.swap import Swapped, swapped_class
+from tokendrop.engine.model.swap import Swapped, swap
 from tokendrop.errors import LayerRangeError, UnsupportedError
 from tokendrop.layout import places, window_by_window
 from tokendrop.roles import Encoded
@@ -105,7 +105,7 @@ class Encoder:
         names = {name.rpartition(".")[2] for name, _ in self.tower.named_parameters()}
         for layer, module in self.watched.items():
             module.__dict__["_tokendrop"] = find, layer, bool(names & {"class_embedding", "cls_token"})
-            module.__class__ = swapped_class(_Watched, type(module))
+            swap(module, _Watched)
 
     def encoded(self, seen: Seen, layers: tuple[int, ...], image: Tensor, times: int = 1) -> Encoded:
         """What was seen in some layers, at the image tokens (B, T).

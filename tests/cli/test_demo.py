@@ -11,7 +11,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tokendrop.analysis.report import Table
-from tokendrop.cli import app, print_table
+from tokendrop.cli import app
+from tokendrop.cli.screen import print_table
 from tokendrop.errors import LayerRangeError
 from tokendrop.study import runner, study, summary
 from tokendrop.study.study import Study

@@ -1,0 +1,101 @@
+"""The vocabulary ids that a forward is given, seen by hooks, and held against the layout.
+
+Shape letters: B batch, T tokens of the layout, n rows of a forward for each of its rows, Q tokens behind them.
+"""
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokendrop.errors import LayoutError
+from tokendrop.layout import TokenLayout
+
+
+class SeenIds:
+    """The ids of a forward, the first that its modules are given, before one of them changes some.
+
+    Args:
+        here: whether a forward that runs now is looked at.
+    """
+
+    def __init__(self, here: Callable[[], bool] = lambda: True) -> None:
+        self._here = here
+        self._first: Tensor | None = None
+
+    @contextmanager
+    def watching(self, model: nn.Module, path: str) -> Generator[None]:
+        """See the ids that the modules on the way to the decoder's layers, and the embeddings, are given inside."""
+        names = path.split(".")
+        way = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+        models: list[Any] = [module for module in way if callable(getattr(module, "get_input_embeddings", None))]
+        hooks = [module.register_forward_pre_hook(self._given, with_kwargs=True) for module in models]
+        embeddings = models[0].get_input_embeddings() if models else None
+        if isinstance(embeddings, nn.Module):
+            hooks.append(embeddings.register_forward_pre_hook(self._given, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _given(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        seen = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+        if seen and self._first is None and self._here():
+            self._first = ids
+
+    def taken(self) -> Tensor | None:
+        """The ids of the forward that begins; those of the next are seen afresh."""
+        ids, self._first = self._first, None
+        return ids
+
+
+def check_rows(layout: TokenLayout, ids: Tensor | None, shape: tuple[int, int]) -> None:
+    """Refuse the rows of a forward that are not a prompt's, each as often as a search repeats it, one behind the other.
+
+    Args:
+        layout: of the (B, T) prompt.
+        ids: (n B, T + Q) vocabulary ids; None where nobody saw them.
+        shape: (n B, T + Q).
+
+    Raises:
+        LayoutError: other images than the layout's, samples of several tasks in another order; or rows of which nobody
+            saw the ids, n > 1, outside of `generate`.
+    """
+    (batch, tokens), times = layout.image.shape, shape[0] // len(layout.image)
+    if shape[0] % batch or shape[1] < tokens or torch.compiler.is_compiling():
+        return
+    if ids is None or layout.image_ids is None or tuple(ids.shape) != shape:
+        if times > 1 and not _generating():
+            raise LayoutError(
+                f"the hidden states are of {shape[0]} rows, and the layout of {batch}; only `generate` is known to "
+                f"repeat the rows of a prompt one by one. Enter the layout of all {shape[0]} rows"
+            )
+        return
+    prompt = ids[:, :tokens]
+    found = torch.isin(prompt, layout.image_ids.to(ids.device))
+    wrong = int((found != layout.image.to(ids.device).repeat_interleave(times, 0)).sum())
+    if wrong:
+        raise LayoutError(
+            f"the ids say of {wrong} of {found.numel()} tokens something else than the layout's image=, so this is "
+            "another prompt, or its rows are in another order; enter the layout of this very batch. Leave image_ids "
+            "out of a layout whose images are not those of its ids"
+        )
+    each = prompt.unflatten(0, (batch, times))
+    if len(set(layout.tasks)) > 1 and not torch.equal(each, each[:, :1].expand_as(each)):
+        raise LayoutError(
+            f"{shape[0]} rows for a layout of {batch}, of the tasks {', '.join(map(repr, layout.tasks))}: those of one "
+            f"sample should follow each other, {times} times the same; enter the layout of all {shape[0]} rows"
+        )
+
+
+def _generating() -> bool:
+    # transformers says it nowhere else; its subclasses have a `generate` of their own.
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "generate":
+        frame = frame.f_back
+    return frame is not None

@@ -1,0 +1,98 @@
+"""Every public name; `tokendrop` hands them on when the first one is asked for."""
+
+from tokendrop.analysis.allocation import Allocation, attention_allocation
+from tokendrop.analysis.flop_report import FlopReport, flops
+from tokendrop.analysis.inspection import Inspection, inspect
+from tokendrop.callbacks import AttentionAllocation, SynergyMonitor, TokenDrop
+from tokendrop.config import from_config, methods_of, to_config
+from tokendrop.engine.drop_layers import DropLayers
+from tokendrop.engine.handle import Handle, handle
+from tokendrop.engine.inject import apply
+from tokendrop.errors import (
+    AppliedError,
+    BatchError,
+    DecoderError,
+    LayerRangeError,
+    LayoutError,
+    LayoutTypeError,
+    LayoutWarning,
+    MethodChangedWarning,
+    MethodError,
+    MissingLayoutError,
+    NeededRowError,
+    NoEffectWarning,
+    SynergyWarning,
+    TaskLossError,
+    TokenDropError,
+    UnsupportedError,
+)
+from tokendrop.kernels import gather_tokens, scatter_tokens
+from tokendrop.layout import Segment, TokenLayout
+from tokendrop.methods import (
+    Drop,
+    DuetVLM,
+    FastV,
+    HiDrop,
+    HiMix,
+    HMGen,
+    MixtureOfDepths,
+    PyramidDrop,
+    RandomLTD,
+    SVDPrune,
+    VScan,
+)
+from tokendrop.roles import Method, Role
+from tokendrop.schedule import Schedule
+
+__all__ = [
+    "Allocation",
+    "AppliedError",
+    "AttentionAllocation",
+    "BatchError",
+    "DecoderError",
+    "Drop",
+    "DropLayers",
+    "DuetVLM",
+    "FastV",
+    "FlopReport",
+    "HMGen",
+    "Handle",
+    "HiDrop",
+    "HiMix",
+    "Inspection",
+    "LayerRangeError",
+    "LayoutError",
+    "LayoutTypeError",
+    "LayoutWarning",
+    "Method",
+    "MethodChangedWarning",
+    "MethodError",
+    "MissingLayoutError",
+    "MixtureOfDepths",
+    "NeededRowError",
+    "NoEffectWarning",
+    "PyramidDrop",
+    "RandomLTD",
+    "Role",
+    "SVDPrune",
+    "Schedule",
+    "Segment",
+    "SynergyMonitor",
+    "SynergyWarning",
+    "TaskLossError",
+    "TokenDrop",
+    "TokenDropError",
+    "TokenLayout",
+    "UnsupportedError",
+    "VScan",
+    "apply",
+    "attention_allocation",
+    "flops",
+    "from_config",
+    "gather_tokens",
+    "handle",
+    "inspect",
+    "methods_of",
+    "scatter_tokens",
+    "to_config",
+]
