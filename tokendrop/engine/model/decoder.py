@@ -161,6 +161,17 @@ def layer_spec(layer: nn.Module, layer_class: type[nn.Module]) -> LayerSpec:
     return LayerSpec(layer_class, names, mask, cache, attention, linears, _FUSED.get(fused or "", False))
 
 
+def has_decoder(model: nn.Module, layers: str | None) -> bool:
+    """Whether there is a decoder, or the layer list `layers` where one is named."""
+    if layers is None:
+        return bool(decoders(model))
+    try:
+        find_layers(model, layers)
+    except DecoderError:
+        return False
+    return True
+
+
 def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
     """The decoder's layer list: the one whose layers hold causal attention, or the one at `path`.
 
