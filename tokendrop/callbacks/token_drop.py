@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
-from tokendrop.analysis.flops import task_costs
 from tokendrop.callbacks.averages import renew_averages
 from tokendrop.callbacks.batch import batch_layout, sub_batches
+from tokendrop.callbacks.costs import log_costs
 from tokendrop.callbacks.late import followed
 from tokendrop.callbacks.launched import BeforeLaunch, check_home
 from tokendrop.callbacks.optimizers import check_optimizers
@@ -23,7 +23,7 @@ from tokendrop.callbacks.tuners import kept_in_tuners
 from tokendrop.config import STATE_KEY, described, saved_state
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply
-from tokendrop.engine.model.decoder import decoders, find_layers
+from tokendrop.engine.model.decoder import find_layers, has_decoder
 from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import (
     AppliedError,
@@ -127,7 +127,7 @@ class TokenDrop(BeforeLaunch):
         handle = self._existing(pl_module)
         if handle is not None:
             check_strategy(trainer.strategy, handle.methods.values(), len(handle.layers))
-        elif self._has_decoder(pl_module):
+        elif has_decoder(pl_module, self.layers):
             num_layers = len(find_layers(pl_module, self.layers)[1])
             check_strategy(trainer.strategy, check_methods(self.methods).values(), num_layers)
             handle = apply(pl_module, self.methods, self.layers, self.multiple, self.labelled_logits)
@@ -153,15 +153,6 @@ class TokenDrop(BeforeLaunch):
                 f"{self.methods}; remove the first with its handle's remove()"
             )
         return found
-
-    def _has_decoder(self, pl_module: L.LightningModule) -> bool:
-        if self.layers is None:
-            return bool(decoders(pl_module))
-        try:
-            find_layers(pl_module, self.layers)
-        except DecoderError:
-            return False
-        return True
 
     def remove(self) -> None:
         """Make the model exactly what it was.
@@ -222,13 +213,7 @@ class TokenDrop(BeforeLaunch):
                 batch.pop(key, None)
         if trainer.state.fn == "predict":
             return
-        for task, cost in task_costs(self.handle, plan, layout.tasks).items():
-            name = task or next((key for key in self.handle.methods if key is not None), "all")
-            for kind, value in (("kept_ratio", cost.kept_ratio), ("flops_ratio", cost.flops_ratio)):
-                training = bool(trainer.training)
-                pl_module.log(
-                    f"tokendrop/{kind}/{name}", value, on_step=training, on_epoch=not training, batch_size=plan.shape[0]
-                )
+        log_costs(pl_module, self.handle, plan, layout.tasks, bool(trainer.training))
 
     @property
     @override
@@ -246,10 +231,7 @@ class TokenDrop(BeforeLaunch):
         state = checkpoint["callbacks"].get(self.state_key)
         if state and self.handle is not None:
             state |= progress_state(self.handle, trainer)
-        added = [name for name in checkpoint.get("state_dict", {}) if "tokendrop.layers." in name]
-        if added and not self._told:
-            self._told = True
-            tell_of_added(added)
+        self._told = self._told or tell_of_added(checkpoint)
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -259,7 +241,7 @@ class TokenDrop(BeforeLaunch):
         if state is not None and trainer.is_global_zero:
             self._said |= warn_of_difference(state, self.methods, self.schedule, trainer.state.fn == "fit", self._said)
         if trainer.state.fn == "fit":
-            check_added(pl_module, self.methods, checkpoint.get("state_dict", {}))
+            check_added(pl_module, checkpoint, self.methods)
 
     def _leave(self, *_: Any, **__: Any) -> None:
         self._entered.close()
