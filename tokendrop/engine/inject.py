@@ -27,7 +27,7 @@ from tokendrop.engine.model.decoder import (
     uncompiled,
 )
 from tokendrop.engine.model.saved import notice_saving, take_saved
-from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached, swap
+from tokendrop.engine.model.swap import Swapped, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.model.weights import check_one_device
 from tokendrop.errors import AppliedError, MethodError, UnsupportedError, check_flag, check_integer
@@ -134,8 +134,6 @@ def apply(
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, spec, given)
     check_one_device(found, path)
-    for index, layer in enumerate(found):
-        check_forward(layer, f"layer {index} of {path!r}")
     projections.check(found, spec)
     headed = head.find_head(model) if labelled_logits else None
     selects = selections(method.route(len(found)) for method in given.values())

@@ -163,8 +163,7 @@ def _run(
     look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
     span = forward.span
     if span is None or index == span.stop:
-        sets = binding.handle.sets(index)
-        router = sets[ROUTER] if ROUTER in sets else None  # dynamo cannot make a dict of a ModuleDict
+        router = getattr(binding.handle.sets(index), ROUTER, None)  # dynamo cannot make a dict of a ModuleDict
         span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
         forward.span = span
         hidden = _enter(forward, span, hidden)

@@ -156,14 +156,15 @@ def parts_of(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
 
 
 def check(layers: nn.ModuleList, spec: LayerSpec) -> None:
-    """Refuse linears that a `forward` in their instance would lead past the split.
+    """Refuse layers, and linears in them, that a `forward` in their instance would lead past the swapped class.
 
     Raises:
         UnsupportedError: with its name.
     """
     for index, layer in enumerate(layers):
+        check_forward(layer, f"decoder layer {index}")
         for name, letters in spec.linears:
-            check_forward(spec.linear(layer, letters[0]), f"{spec.attention}.{name} of layer {index}")
+            check_forward(spec.linear(layer, letters[0]), f"{spec.attention}.{name} of decoder layer {index}")
 
 
 def settle(layers: Iterable[nn.Module], spec: LayerSpec) -> None:
