@@ -134,7 +134,8 @@ def apply(
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, spec, given)
     check_one_device(found, path)
-    projections.check(found, spec)
+    splits = projections.splits(given.values(), len(found))
+    projections.check(found, spec if splits else None)
     headed = head.find_head(model) if labelled_logits else None
     selects = selections(method.route(len(found)) for method in given.values())
     looked = {index for select in selects for index in select.encoder}
@@ -147,7 +148,7 @@ def apply(
     for index, layer in enumerate(found):
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
         swap(layer, _RoutedLayer)
-    if handle.splits:
+    if splits:
         projections.settle(found, spec)
     if headed is not None:
         head.inject(*headed, handle.key)
