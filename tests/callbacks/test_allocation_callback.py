@@ -19,10 +19,10 @@ def expected(batches, rows="all"):
         return model(given["input_ids"], attention_mask=given["attention_mask"])
 
     found = td.attention_allocation(model, batches, lambda one: batch_layout(one, model, ()), rows, loss=run)
+    depth = found.share.shape[1]
     return {
-        f"allocation/{task}/{name}/{layer}": float(found.share[row, layer, column])
+        f"allocation/{task}/{name}": sum(float(found.share[row, layer, column]) for layer in range(depth)) / depth
         for row, task in enumerate(found.tasks)
-        for layer in range(found.share.shape[1])
         for column, name in enumerate(SEGMENTS)
     }
 

@@ -5,9 +5,10 @@ Shape letters: B batch, T tokens, W tokens of the longest sample.
 
 from typing import Any
 
+import families
 import pytest
 import torch
-from helpers import Spy, batch, close, dropped, llama, loss_of
+from helpers import Spy, batch, checkpointed, close, dropped, llama, loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -218,6 +219,14 @@ def test_a_sample_of_padding_only_and_one_sample_in_each_row_change_nothing() ->
     assert drop.plan(made.layout(packs=packs, padding=nothing, labels=None)).packs is None
 
 
+def test_indices_of_packed_samples_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENDROP_DEBUG", "1")
+    model, drop = dropped(BASE, METHODS["pyramid"])
+    _, together, positions = packed(["t", "tttiiiitt", "iit"])
+    with drop.layout(td.TokenLayout(together["image"], packs=numbered(["t", "tttiiiitt", "iit"]))):
+        model(input_ids=together["ids"], position_ids=positions, use_cache=False)
+
+
 def test_lengths_say_where_samples_begin() -> None:
     model, drop = dropped(BASE, METHODS["gone"])
     alone, together, positions = packed()
@@ -287,3 +296,48 @@ def test_lengths_of_packed_sequences_change_nothing_where_the_mask_says_it() -> 
         given = {"input_ids": together["ids"], "position_ids": positions, "use_cache": False}
         more = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 9, "max_length_k": 9}
         assert torch.equal(model(**given, **more).logits, model(**given).logits)
+
+
+@pytest.mark.filterwarnings("ignore:the layout has 3 samples packed:tokendrop.LayoutWarning")
+@pytest.mark.parametrize(
+    "method", [td.VScan(0.5, (2,), (0.5,), -1, -1, 1), td.DuetVLM((2,), (0.5,), 0.25, 0.25, 2, -1)]
+)
+def test_samples_packed_with_images_of_an_encoder_equal_the_reference(method: Any) -> None:
+    data, base = families.batch("llava", None), families.model("llava", "sdpa")
+    # The second row holds two images, and a border between them.
+    packs = torch.zeros(data.image.shape, dtype=torch.int64)
+    packs[1, int(data.image[1].int().argmax()) + 5 :] = 1
+    assert [int((data.image[1] & (packs[1] == pack)).sum()) for pack in (0, 1)] == [4, 4]
+    layout = td.TokenLayout(data.image, labels=data.trained([False, False]), packs=packs)
+    model, drop = dropped(base, method, multiple=1)
+    with drop.layout(layout), torch.no_grad():
+        found = model(**data.inputs, use_cache=False).logits
+    with reference(base, {None: method}, layout), torch.no_grad():
+        expected = base(**data.inputs, use_cache=False).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("method", ["fastv", "depths", "gone"])
+def test_packed_samples_compiled(method: str) -> None:
+    torch._dynamo.reset()
+    model, drop = dropped(BASE, METHODS[method], multiple=4)
+    _, together, positions = packed()
+    layout = td.TokenLayout(together["image"], labels=together["labels"], packs=numbered(SAMPLES))
+    given = {"input_ids": together["ids"], "position_ids": positions, "use_cache": False}
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with drop.layout(layout, step=(0, 0)):
+        plain = model(**given).logits  # first, for what transformers makes once under locks that Dynamo cannot trace
+        torch.testing.assert_close(compiled(**given).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_samples_under_activation_checkpointing() -> None:
+    model, drop = dropped(BASE, METHODS["fastv"], multiple=4)
+    _, together, positions = packed()
+    layout = td.TokenLayout(together["image"], labels=together["labels"], packs=numbered(SAMPLES))
+    plain = run(model.train(), drop, together["ids"], layout, positions)
+    assert close(
+        run(checkpointed(model), drop, together["ids"], layout, positions),
+        plain,
+        torch.ones_like(together["image"]),
+        1e-6,
+    )

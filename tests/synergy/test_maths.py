@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tokendrop as td
 from tokendrop.synergy import Estimate, Synergy, TaskProducts, alignment, compress, conflict, jackknife, magnitude
 from tokendrop.synergy import products as multiplied
-from tokendrop.synergy.estimates import between, conflicting_groups
+from tokendrop.synergy.estimates import RANGES, UNKNOWN, affinity, between, conflicting_groups, over_events
 from tokendrop.synergy.groups import group_of, groups_of
 
 
@@ -102,6 +102,45 @@ def test_few_events_have_no_interval():
     assert Estimate(-0.2, -0.3, -0.1).resolved
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        ("alignment", (1.41, -1.7, 4.5), None),
+        ("alignment", (-1.41, -1.6, -1.2), None),  # far from zero, and no cosine
+        ("alignment", (0.5, -1.7, 4.5), (0.5, -1, 1)),
+        ("alignment", (-0.9, -1.1, -0.7), (-0.9, -1, -0.7)),
+        ("alignment", (1.0004, 0.99, 1.01), (1, 0.99, 1)),  # rounding
+        ("alignment", (0.3, math.nan, math.nan), (0.3, math.nan, math.nan)),
+        ("alignment", (math.nan, 0.1, 0.2), None),
+        ("alignment", (math.inf, 0.1, 0.2), None),
+        ("fidelity", (1.1, 0.9, 1.3), None),
+        ("conflict", (0.02, -0.03, 0.07), (0.02, 0, 0.07)),
+        ("conflict", (-0.2, -0.3, -0.1), None),
+        ("conflicting_groups", (1.2, 1.1, 1.3), None),
+        ("magnitude", (0.99, 0.9, 1.08), (0.99, 0.9, 1)),
+        ("affinity", (-7.0, -9.0, -5.0), (-7, -9, -5)),
+        ("affinity", (1.5, 1.4, 1.6), None),
+    ],
+)
+def test_an_estimate_outside_its_range_says_nothing(kind, given, said):
+    found = Estimate(*given).within(*RANGES[kind])
+    assert found == pytest.approx(said or UNKNOWN, nan_ok=True)
+    if said is None:
+        assert not found.resolved
+
+
+def test_events_without_a_number_do_not_count():
+    assert over_events([1.0, math.nan, 2.0, math.inf, 3.0, 4.0]) == pytest.approx(over_events([1.0, 2.0, 3.0, 4.0]))
+    assert over_events([math.nan]) == pytest.approx(UNKNOWN, nan_ok=True)
+
+
+def test_affinity_is_a_share_of_a_loss():
+    assert affinity(1.5, 2.0) == 0.25
+    # Better than a loss below zero is further below it; a share of it would say worse.
+    for loss in (0.0, -1.0, math.nan):
+        assert math.isnan(affinity(-2.0, loss))
+
+
 def test_a_sketch_estimates_products_as_well_as_it_says():
     generator = torch.Generator().manual_seed(2)
     a, b = torch.randn(2, 3000, generator=generator)
@@ -141,6 +180,9 @@ def test_groups_that_conflict():
         [gram_of([1, 0], [1, 0], [1, 1], [1, 1]), gram_of([1.0], [1], [-2], [-2]), gram_of([0.0], [0], [1], [1])]
     )
     assert conflicting_groups(gram)[0, 1].item() == 0.5  # of the two whose alignment is known
+    outside = gram_of([1.0, 0.0], [0.1, 1.0], [-1.0, 0.0], [-0.1, -1.0])[None]
+    assert alignment(outside[0])[0, 1] < -5
+    assert conflicting_groups(torch.cat([gram, outside]))[0, 1].item() == 0.5
 
 
 def test_a_window_forgets():

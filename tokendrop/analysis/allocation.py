@@ -3,9 +3,9 @@
 Shape letters: B batch, T tokens, C rows of a chunk, H heads, S segments, L layers, N blocks of a heat map.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -37,6 +37,7 @@ class Allocation:
         segments: names, in order.
         heads: (tasks, L, H, S) float64, the same of each head; None where it was not asked for.
         maps: task -> heat map of its first sample; empty where it was not asked for.
+        counts: of each task, the rows that were counted.
     """
 
     share: Tensor
@@ -44,6 +45,7 @@ class Allocation:
     segments: tuple[str, ...] = SEGMENTS
     heads: Tensor | None = None
     maps: Mapping[str, HeatMap] = field(default_factory=dict)
+    counts: tuple[int, ...] = ()
     _subject: Any = field(default=None, repr=False, compare=False)
 
     def plot(self) -> "Figure":
@@ -126,7 +128,24 @@ def attention_allocation(
             "give batches with labels, or rows='all'"
         )
     each_head = torch.stack([sums[name] / counts[name] for name in sums])
-    return Allocation(each_head.mean(2), tuple(sums), SEGMENTS, each_head if heads else None, maps, subject)
+    return Allocation(
+        each_head.mean(2), tuple(sums), SEGMENTS, each_head if heads else None, maps, tuple(counts.values()), subject
+    )
+
+
+def of_all(found: Sequence[Allocation]) -> Allocation:
+    """The allocation of all batches, from those of some of them each: shares weighted by counted rows.
+
+    Args:
+        found: one or more; what they were measured on is the first one's.
+    """
+    tasks = tuple(dict.fromkeys(task for one in found for task in one.tasks))
+    sums, counts = dict.fromkeys(tasks, torch.zeros(())), dict.fromkeys(tasks, 0)
+    for one in found:
+        for task, share, count in zip(one.tasks, one.share, one.counts, strict=True):
+            sums[task], counts[task] = sums[task] + share * count, counts[task] + count
+    share = torch.stack([sums[task] / counts[task] for task in tasks])
+    return replace(found[0], share=share, tasks=tasks, heads=None, maps={}, counts=tuple(counts.values()))
 
 
 def check_rows(rows: object) -> None:

@@ -26,13 +26,14 @@ from tokendrop.analysis.flop_ledger import (
 )
 from tokendrop.analysis.flops import LayerCost, head_flops
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import Methods, apply
-from tokendrop.engine.model.decoder import base_linear, is_linear, linear_shape
+from tokendrop.engine.inject import apply
 from tokendrop.engine.model.from_config import model_from_config
+from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape
 from tokendrop.engine.model.sets import ROUTER
 from tokendrop.engine.model.weights import readable
 from tokendrop.engine.plan.plan import Group, Plan, Planner
 from tokendrop.engine.plan.rows import round_up
+from tokendrop.engine.support import Methods
 from tokendrop.errors import LayoutError, UnsupportedError, check_flag
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import LayerRoute, Route
@@ -192,7 +193,7 @@ def _weightless(source: Any) -> nn.Module:
 
 
 def _check(drop: Handle) -> None:
-    refusal = drop.spec.separate_refusal()
+    refusal = next(filter(None, (spec.separate_refusal() for spec in drop.specs)), None)
     if any(p.dim() > 2 for p in drop.decoder_layers.parameters()):
         refusal = f"{drop.spec.layer_class.__name__} holds weights of more than two dimensions, such as experts"
     if refusal:
@@ -200,8 +201,8 @@ def _check(drop: Handle) -> None:
 
 
 def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) -> list[Parts]:
-    costs = [LayerCost.of(layer, drop.spec) for layer in drop.decoder_layers]
-    eager, times = drop.spec.backend(drop.decoder_layers[0]) == "eager", 3 if backward else 1
+    costs = [LayerCost.of(layer, spec) for layer, spec in zip(drop.decoder_layers, drop.specs, strict=True)]
+    eager, times = drop.backend == "eager", 3 if backward else 1
     found = []
     for index, (cost, span, one) in enumerate(zip(costs, plan.span_of, route, strict=True)):
         (group,) = span.groups

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model.decoder import LayerSpec, is_linear, linear_shape, linear_sizes
+from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.linears import is_linear, linear_shape, linear_sizes
 from tokendrop.engine.plan.labelled import labelled_rows
 from tokendrop.engine.plan.plan import Plan
 
@@ -147,9 +148,9 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
         Task -> cost of its samples.
     """
     tokens, depth = plan.shape[1], len(plan.span_of)
-    layer, head = _costs(handle)
-    eager = handle.spec.backend(handle.decoder_layers[0]) == "eager" or None  # its attention is never split
-    dense = tokens * 3 * head + depth * (layer.forward(tokens) + layer.backward(tokens))
+    layers, head = _costs(handle)
+    eager = handle.backend == "eager" or None  # its attention is never split
+    dense = tokens * 3 * head + sum(layer.forward(tokens) + layer.backward(tokens) for layer in layers)
     # Labelled rows of all samples run together, rounded up once.
     headed = tokens if not handle.labelled_logits else labelled_rows(plan, handle.multiple) / plan.shape[0]
     costs = dict.fromkeys(tasks, TaskCost())
@@ -158,19 +159,20 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
     for span in plan.spans:
         for group in span.groups:
             rows, context = group.size, group.context_size
-            layers, pairs = span.stop - span.start, group.pairs if eager is None else None
-            one = layers * (layer.forward(rows, context, pairs) + layer.backward(rows, context, pairs))
+            pairs, run = group.pairs if eager is None else None, layers[span.start : span.stop]
+            one = sum(layer.forward(rows, context, pairs) + layer.backward(rows, context, pairs) for layer in run)
             for member in group.members:
-                costs[tasks[member]] += TaskCost(rows * layers, 0, one, 0)
+                costs[tasks[member]] += TaskCost(rows * len(run), 0, one, 0)
     return costs
 
 
-_known: WeakKeyDictionary[Handle, tuple[LayerCost, int]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Handle, tuple[list[LayerCost], int]] = WeakKeyDictionary()
 
 
-def _costs(handle: Handle) -> tuple[LayerCost, int]:
+def _costs(handle: Handle) -> tuple[list[LayerCost], int]:
     if handle not in _known:
-        _known[handle] = LayerCost.of(handle.decoder_layers[0], handle.spec), head_flops(handle.owner)
+        pairs = zip(handle.decoder_layers, handle.specs, strict=True)
+        _known[handle] = [LayerCost.of(layer, spec) for layer, spec in pairs], head_flops(handle.owner)
     return _known[handle]
 
 

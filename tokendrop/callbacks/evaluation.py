@@ -3,7 +3,7 @@
 Shape letters: P parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,30 +14,87 @@ from torch import Tensor, nn
 
 from tokendrop.callbacks.tasks import TaskBatch
 from tokendrop.engine.handle import Handle
-from tokendrop.errors import TaskLossError
+from tokendrop.engine.model.decoder import find_layers
+from tokendrop.errors import BatchError, DecoderError, TaskLossError
 from tokendrop.layout import OURS
 from tokendrop.synergy.evaluate import gradients, local, moved, summed
 from tokendrop.synergy.gradients import Compressed, compress, products
 
 
-def model_loss(pl_module: L.LightningModule, batch: Any) -> Tensor:
-    """The loss that `pl_module.model(**batch)` returns, without the batch's keys that are ours.
+def as_given(batch: Any) -> Any:
+    """A batch as it is now: its containers copied, its tensors not; a step may take keys out of the batch itself."""
+    if isinstance(batch, MutableMapping) and callable(getattr(batch, "copy", None)):
+        copied = batch.copy()
+        for key, value in batch.items():
+            if type(value) in (dict, list, tuple):
+                copied[key] = as_given(value)
+        return copied
+    return type(batch)(map(as_given, batch)) if type(batch) in (list, tuple) else batch
+
+
+def runnable(pl_module: L.LightningModule, layers: str | None = None) -> Any:
+    """What a batch's keys are given to: `pl_module.model`, or else the outermost module in it that holds the decoder.
+
+    Args:
+        pl_module: that is trained.
+        layers: dotted path of the decoder's layer list, where inspection finds several.
 
     Raises:
-        TaskLossError: no such model, or no loss.
+        DecoderError: there is none.
     """
-    model: Any = getattr(pl_module, "model", None)
-    if not callable(model):
-        raise TaskLossError(
-            f"{type(pl_module).__name__} has no `model`; give SynergyMonitor a loss=fn(pl_module, batch)"
-        )
-    loss = getattr(model(**{key: value for key, value in batch.items() if key not in OURS}), "loss", None)
+    model = getattr(pl_module, "model", None)
+    if callable(model):
+        return model
+    try:
+        path = find_layers(pl_module, layers)[0].split(".")
+        above = [pl_module.get_submodule(".".join(path[:depth])) for depth in range(1, len(path))]
+        # ModuleList and ModuleDict have no forward of their own.
+        return next(one for one in above if getattr(type(one), "forward", None) is not nn.Module.forward)
+    except (DecoderError, StopIteration) as error:
+        raise DecoderError(
+            f"{type(pl_module).__name__} has no `model`, and no other module in which inspection finds one decoder; "
+            "give the callback a loss=fn(pl_module, batch)"
+        ) from error
+
+
+def run_model(pl_module: L.LightningModule, batch: Any, layers: str | None = None) -> Any:
+    """What the model of `runnable` returns of a batch, called with its keys but those that are ours.
+
+    Raises:
+        DecoderError: there is no such model.
+        BatchError: a batch without keys.
+    """
+    model = runnable(pl_module, layers)
+    return model(**_keywords(model, batch))
+
+
+def model_loss(pl_module: L.LightningModule, batch: Any) -> Tensor:
+    """The loss that `run_model` returns.
+
+    Raises:
+        TaskLossError: no such model, no keys, or no loss.
+    """
+    try:
+        model = runnable(pl_module)
+        keywords = _keywords(model, batch)
+    except (BatchError, DecoderError) as error:
+        raise TaskLossError(str(error)) from error
+    loss = getattr(model(**keywords), "loss", None)
     if not isinstance(loss, Tensor):
         raise TaskLossError(
             f"{type(model).__name__} returned no loss; put labels into the batch, or give SynergyMonitor a "
             "loss=fn(pl_module, batch)"
         )
     return loss
+
+
+def _keywords(model: Any, batch: Any) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise BatchError(
+            f"batch: expected a mapping, whose keys {type(model).__name__} is called with; found "
+            f"{type(batch).__name__}. Give the callback a loss=fn(pl_module, batch)"
+        )
+    return {key: value for key, value in batch.items() if key not in OURS}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tokendrop.callbacks.evaluation import Evaluation, model_loss
+from tokendrop.callbacks.evaluation import Evaluation, as_given, model_loss
+from tokendrop.callbacks.loggers import check_loggers, log_figure, warn_of_unknown
 from tokendrop.callbacks.progress import Progress
 from tokendrop.callbacks.standing import evaluating
-from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks
+from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks, check_names
 from tokendrop.callbacks.token_drop import TokenDrop
 from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError, check_flag, check_integer
-from tokendrop.synergy.estimates import Estimate, jackknife
+from tokendrop.synergy.estimates import RANGES, UNKNOWN, Estimate, affinities, over_events
 from tokendrop.synergy.evaluate import local, preserved, shared_parameters, summed
 from tokendrop.synergy.gradients import Compressed, products
-from tokendrop.synergy.groups import groups_of
-from tokendrop.synergy.history import append_history
+from tokendrop.synergy.groups import by_group, groups_of
+from tokendrop.synergy.history import append_history, heat_map, read_history
 from tokendrop.synergy.metrics import TaskProducts
 
 OVERHEAD = 0.03
@@ -39,13 +41,16 @@ class SynergyMonitor(L.Callback):
     they say is averaged over the last events. Logged, with /low and /high where an interval is known:
     `synergy/alignment/<a>/<b>` (cosine), `synergy/conflict/<a>/<b>` (share of opposed coordinates),
     `synergy/magnitude/<a>/<b>`, `synergy/fidelity/<task>` (cosine of the gradient with and without dropping) and
-    `synergy/affinity/<from>/<to>` (1 - loss of <to> after a step of <from> / its loss).
+    `synergy/affinity/<from>/<to>` (1 - loss of <to> after a step of <from> / its loss); NaN where a figure is unknown:
+    a norm lost in noise, an estimate outside the range of such figures, an event that could not be measured. Loggers
+    that take figures get alignment by layer over steps, every `window` events and at the end.
     Training is the same to the bit with and without it.
 
     Args:
         tasks: names, as batches and layouts call them.
         every_n_steps: optimiser steps between events; None keeps the monitor's share of the time under 3 %.
-        loss: (pl_module, batch) -> scalar, without side effects; by default `pl_module.model(**batch).loss`.
+        loss: (pl_module, batch) -> scalar, without side effects; by default `pl_module.model(**batch).loss`, or that of
+            the outermost module that holds the decoder, whatever its name.
         params: prefixes of the names of the parameters to look at; all trained ones by default.
         fidelity: compare each task's gradient with that of the dense model, under `TokenDrop` only.
         affinity: learning rate of the look-ahead; None leaves it out.
@@ -78,7 +83,7 @@ class SynergyMonitor(L.Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        names, params = _names("tasks", tasks), None if params is None else _names("params", params)
+        names, params = check_names("tasks", tasks), None if params is None else check_names("params", params)
         if len(names) < 2 or len(set(names)) < len(names):
             raise MethodError(f"tasks={tasks!r}: expected two or more different names")
         for name, value in (("every_n_steps", every_n_steps), ("sketch", sketch), ("window", window)):
@@ -102,6 +107,9 @@ class SynergyMonitor(L.Callback):
         self._warned: set[str] = set()
         self._clock: tuple[float, int] | None = None
         self.progress = Progress()
+        self._given: Any = None  # this step's batch, before the step
+        self._logged: set[str] = set()
+        self._undrawn = False  # whether events have come since the last picture
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -112,11 +120,21 @@ class SynergyMonitor(L.Callback):
                 "FSDP2 by ModelParallelStrategy"
             )
         self._drop = next((one for one in trainer.callbacks if isinstance(one, TokenDrop)), None)  # ty: ignore
+        if stage == "fit":
+            check_loggers(trainer, f"synergy/alignment/{next(iter(self.products.pairs))}")
+            warn_of_unknown(trainer, "synergy/")
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._given = as_given(batch)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        batch, self._given = batch if self._given is None else self._given, None
         layout = None if self._drop is None else self._drop.current
         tasks = batch_tasks(batch) if layout is None else layout.tasks
         self._seen.update(tasks)
@@ -134,14 +152,18 @@ class SynergyMonitor(L.Callback):
         entry: dict[str, Any] = {"step": step, "tasks": self.tasks}
         try:
             entry |= self._measured(trainer, pl_module, batches)
-            self._log(pl_module, entry)
+            self.events, self._undrawn = self.events + 1, True
         except TaskLossError as gap:
             entry["gap"] = str(gap)
             self._warn(f"the monitor left out step {step}: {gap}", "gap")
-        self._schedule(trainer, step, start)
+        self._log(pl_module, entry)
         entry["seconds"] = time.perf_counter() - start
+        path = self._path(trainer)
         if trainer.is_global_zero:
-            append_history(self._path(trainer), entry)
+            append_history(path, entry)
+        if self.events % self.window == 0:
+            self._draw(trainer, path)
+        self._schedule(trainer, step, start)
 
     def _measured(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batches: dict[str, list[TaskBatch]]
@@ -168,59 +190,47 @@ class SynergyMonitor(L.Callback):
         gram, opposed = products(samples)
         sizes = torch.tensor([local(x).numel() for x in tensors], dtype=torch.float64)[:, None, None]
         gram, opposed = summed(gram, tensors), summed(opposed * sizes, tensors)
-        self._update(list(parameters), [x.numel() for x in tensors], gram, opposed)
+        names = list(parameters)
+        self.products.update(*by_group(names, [x.numel() for x in tensors], gram, opposed, self.tasks))
         entry: dict[str, Any] = {"losses": losses, **self.products.compute(), "noise_floor": self.products.floor()}
-        entry["groups"] = {"names": list(groups_of(list(parameters))), "alignment": self.products.by_group()}
+        entry["products"] = self.products.parts()
+        entry["groups"] = {"names": list(groups_of(names)), "alignment": self.products.by_group()}
         if fidelity:
-            entry["fidelity"] = {task: self._over_events(f"fidelity/{task}", x) for task, (x, _) in fidelity.items()}
+            entry["fidelity"] = self._over_events("fidelity", {task: cosine for task, (cosine, _) in fidelity.items()})
             entry["norm_ratio"] = {task: ratio for task, (_, ratio) in fidelity.items()}
-        return entry | (self._affinity(ahead, losses, gram.sum(0)) if ahead else {})
+        if self.affinity is not None:
+            found, entry["affinity_first_order"] = affinities(self.tasks, self.affinity, ahead, losses, gram.sum(0))
+            entry["affinity"] = self._over_events("affinity", found)
+        return entry
 
-    def _affinity(self, ahead: dict[str, list[float]], losses: dict[str, float], gram: Tensor) -> dict[str, Any]:
-        found, first_order = {}, {}
-        for i, source in enumerate(self.tasks):
-            for j, target in enumerate(self.tasks):
-                name = f"{source}/{target}"
-                found[name] = self._over_events(f"affinity/{name}", 1 - ahead[source][j] / losses[target])
-                # The first sample of the one and the second of the other, as in the look-ahead.
-                slope = gram[2 * i, 2 * j + 1].item()
-                first_order[name] = (self.affinity or 0.0) * slope / losses[target]
-        return {"affinity": found, "affinity_first_order": first_order}
-
-    def _update(self, names: list[str], sizes: list[int], gram: Tensor, opposed: Tensor) -> None:
-        if not gram.isfinite().all():
-            raise TaskLossError(f"a gradient of the tasks {self.tasks} is not finite; expected finite numbers")
-        # A parameter that one task does not touch is not shared, and would only lengthen the other's gradient.
-        shared = (gram.diagonal(dim1=1, dim2=2) > 0).all(1)
-        if not shared.any():
-            raise TaskLossError(
-                f"the tasks {self.tasks} share no parameter with a gradient; expected one that all touch"
-            )
-        weight = shared / (torch.tensor(sizes) * shared).sum()
-        gram, opposed = gram * shared[:, None, None], opposed * weight[:, None, None]
-        groups = list(groups_of(names).values())
-        self.products.update(
-            torch.stack([gram[index].sum(0) for index in groups]),
-            torch.stack([opposed[index].sum(0) for index in groups]),
-        )
-
-    def _over_events(self, name: str, value: float) -> Estimate:
-        held = self.direct.setdefault(name, [])
-        held.append(value)
-        del held[: -self.window]
-        mean, low, high = jackknife(lambda x: x, torch.tensor(held, dtype=torch.float64))
-        return Estimate(mean.item(), low.item(), high.item())
+    def _over_events(self, kind: str, values: dict[str, float]) -> dict[str, Estimate]:
+        for name, value in values.items():
+            held = self.direct.setdefault(f"{kind}/{name}", [])
+            held.append(value)
+            del held[: -self.window]
+        return {name: over_events(self.direct[f"{kind}/{name}"]) for name in values}
 
     def _log(self, pl_module: L.LightningModule, entry: dict[str, Any]) -> None:
-        self.events += 1
-        for kind in ("alignment", "conflict", "magnitude", "fidelity", "affinity"):
-            for name, found in entry.get(kind, {}).items():
-                values = {"": found.value, "/low": found.low, "/high": found.high}
-                for end, value in values.items():
-                    if math.isfinite(value):
-                        pl_module.log(f"synergy/{kind}/{name}{end}", value, on_step=True, on_epoch=False)
-                if kind == "alignment" and found.high < 0:
-                    self._warn(f"the gradients of {name} point away from each other: cosine {found}", name)
+        names = {kind: list(self.products.pairs) for kind in ("alignment", "conflict", "magnitude")}
+        if self.fidelity and self._drop is not None and self._drop.handle is not None:
+            names["fidelity"] = list(self.tasks)
+        if self.affinity is not None:
+            names["affinity"] = list(map("/".join, product(self.tasks, repeat=2)))
+        # What is unknown is logged as such: loggers, and callbacks that look at a figure, would go on with the last.
+        for kind, name in ((kind, name) for kind, named in names.items() for name in named):
+            found = entry.get(kind, {}).get(name, UNKNOWN).within(*RANGES[kind])
+            for end, value in {"": found.value, "/low": found.low, "/high": found.high}.items():
+                key = f"synergy/{kind}/{name}{end}"
+                if not end or math.isfinite(value) or key in self._logged:
+                    self._logged.add(key)
+                    pl_module.log(key, value, on_step=True, on_epoch=False)
+            if kind == "alignment" and found.high < 0:
+                self._warn(f"the gradients of {name} point away from each other: cosine {found}", name)
+
+    def _draw(self, trainer: L.Trainer, path: Path) -> None:
+        pairs, self._undrawn = self.products.pairs if self._undrawn else (), False
+        for pair in pairs:
+            log_figure(trainer, f"synergy/alignment/{pair}", lambda pair=pair: heat_map(read_history(path), pair))
 
     def _warn(self, message: str, cause: str) -> None:
         if cause not in self._warned:
@@ -242,9 +252,8 @@ class SynergyMonitor(L.Callback):
         self.next_step = step + max(1, wait)
 
     def _path(self, trainer: L.Trainer) -> Path:
-        return (
-            Path(self.history) if self.history else Path(trainer.log_dir or trainer.default_root_dir) / "synergy.jsonl"
-        )
+        """The history's; to be asked for on every rank, since `log_dir` is broadcast."""
+        return Path(self.history or Path(trainer.log_dir or trainer.default_root_dir) / "synergy.jsonl")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -255,19 +264,18 @@ class SynergyMonitor(L.Callback):
                 "measured. Name the tasks as the batches do",
                 "missing",
             )
+        self._draw(trainer, self._path(trainer))
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._given = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        held = (
-            {"grams": torch.stack(self.products.grams), "shares": torch.stack(self.products.shares)}
-            if self.events
-            else {}
-        )
-        more = {
-            "direct": {name: list(values) for name, values in self.direct.items()},
-            "seen": sorted(self._seen, key=str),
-        }
-        return {"next_step": self.next_step, "events": self.events, **more, **held}
+        more = {"direct": {name: list(one) for name, one in self.direct.items()}, "seen": sorted(self._seen, key=str)}
+        if self.events:
+            more |= {"grams": torch.stack(self.products.grams), "shares": torch.stack(self.products.shares)}
+        return {"next_step": self.next_step, "events": self.events, **more}
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -289,10 +297,3 @@ class SynergyMonitor(L.Callback):
         self.products.reset()
         for gram, share in zip(state_dict.get("grams", ()), state_dict.get("shares", ()), strict=True):
             self.products.update(gram, share)
-
-
-def _names(name: str, given: Any) -> tuple[str, ...]:
-    names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
-    if not names or not all(isinstance(one, str) for one in names):
-        raise MethodError(f"{name}={given!r}: expected names, as text")
-    return names

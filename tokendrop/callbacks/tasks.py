@@ -4,7 +4,7 @@ Shape letters: B batch, T tokens.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 
-from tokendrop.errors import BatchError
+from tokendrop.errors import BatchError, MethodError
 from tokendrop.layout import IGNORED, OURS, TokenLayout
 
 
@@ -140,3 +140,15 @@ def batch_tasks(batch: Any, size: int | None = None) -> tuple[str | None, ...]:
     """The task of each sample, from `batch["task"]`; one None where it says nothing."""
     given = batch.get("task") if isinstance(batch, Mapping) else None
     return (given,) if given is None or isinstance(given, str) else tuple(given)
+
+
+def check_names(name: str, given: Any) -> tuple[str, ...]:
+    """Names given as one or as several.
+
+    Raises:
+        MethodError: with the value.
+    """
+    names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
+    if not names or not all(isinstance(one, str) for one in names):
+        raise MethodError(f"{name}={given!r}: expected names, as text")
+    return names

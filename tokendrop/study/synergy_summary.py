@@ -85,10 +85,10 @@ def early(row: Row, predictor: str, share: float = 0.2) -> float:
         return math.nan
     last, (u, g) = events[-1], TASKS
     if predictor == "alignment":
-        found = last["alignment"][PAIR]["value"]
+        found = last["alignment"][PAIR]["value"] if last["alignment"][PAIR].get("known", True) else None
     elif predictor == "fidelity":
         values = [one["value"] for one in last.get("fidelity", {}).values()]
-        found = statistics.fmean(values) if values else 1.0
+        found = None if None in values else statistics.fmean(values) if values else 1.0
     else:
         found = last["affinity"][f"{u}/{g}" if predictor.endswith("U to G") else f"{g}/{u}"]["value"]
     return math.nan if found is None else found

@@ -5,11 +5,24 @@ different samples are unbiased, also of one task with itself, which a sample wit
 Shape letters: E events, N tasks, S = 2 N samples.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Where the true figure must lie. An affinity is 1 - a ratio of two losses that are positive.
+RANGES = {
+    "alignment": (-1.0, 1.0),
+    "conflict": (0.0, 1.0),
+    "conflicting_groups": (0.0, 1.0),
+    "magnitude": (0.0, 1.0),
+    "fidelity": (-1.0, 1.0),
+    "affinity": (-math.inf, 1.0),
+}
+ROUNDING = 1e-3  # how far rounding alone may carry a figure beyond its range
 
 
 class Estimate(NamedTuple):
@@ -30,9 +43,28 @@ class Estimate(NamedTuple):
         """Whether the interval is known and does not hold zero."""
         return self.low > 0 or self.high < 0
 
+    def within(self, least: float, most: float) -> "Estimate":
+        """What may be said of a figure that lies between `least` and `most`.
+
+        Noise that carries an estimate out of that range leaves nothing to say: all three are NaN. An interval is cut
+        to the range, which the truth never leaves.
+
+        Example:
+            >>> Estimate(1.41, -1.7, 4.5).within(-1, 1)
+            Estimate(value=nan, low=nan, high=nan)
+            >>> Estimate(0.5, -1.7, 4.5).within(-1, 1)
+            Estimate(value=0.5, low=-1, high=1)
+        """
+        if not least - ROUNDING <= self.value <= most + ROUNDING:
+            return UNKNOWN
+        return Estimate(*(one if math.isnan(one) else min(max(one, least), most) for one in self))
+
     def __str__(self) -> str:
         interval = f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
         return interval if self.resolved else f"{interval}, not resolved"
+
+
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 def between(gram: Tensor) -> Tensor:
@@ -115,10 +147,19 @@ def conflicting_groups(gram: Tensor) -> Tensor:
         gram: (G, S, S), of each group.
 
     Returns:
-        (N, N), of the groups whose alignment is known.
+        (N, N), of the groups whose alignment is known: a number in [-1, 1].
     """
     cosines = alignment(gram)
-    return (cosines < 0).double().where(~cosines.isnan(), torch.nan).nanmean(0)
+    return (cosines < 0).double().where(cosines.abs() <= 1 + ROUNDING, torch.nan).nanmean(0)
+
+
+def over_events(values: Sequence[float]) -> Estimate:
+    """The mean of a figure over events; those in which it is no finite number do not count."""
+    known = [one for one in values if math.isfinite(one)]
+    if not known:
+        return UNKNOWN
+    value, low, high = jackknife(lambda x: x, torch.tensor(known, dtype=torch.float64))
+    return Estimate(value.item(), low.item(), high.item())
 
 
 def jackknife(
@@ -154,3 +195,37 @@ def jackknife(
     spread = ((count - 1) / count * (without - without.mean(0)).square().sum(0)).sqrt()
     reach = spread * float(t.ppf((1 + confidence) / 2, count - 1))
     return value, value - reach, value + reach
+
+
+def affinity(ahead: float, loss: float) -> float:
+    """What a step of one task is worth to another's loss; NaN for a loss that has no share to speak of.
+
+    1 - loss ahead / loss
+
+    Args:
+        ahead: the loss after the step.
+        loss: before it; zero or below it is no scale.
+
+    Source: Fifty et al. 2021, arXiv 2109.04617.
+    """
+    return 1 - ahead / loss if loss > 0 else math.nan
+
+
+def affinities(
+    tasks: Sequence[str], rate: float, ahead: Mapping[str, Sequence[float]], losses: Mapping[str, float], gram: Tensor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The affinity of each task to each, and its first order: rate * <g_from, g_to> / loss.
+
+    Args:
+        tasks: N names.
+        rate: of the step.
+        ahead: task -> losses of the N tasks' second samples after a step down its first sample's gradient.
+        losses: task -> its second sample's loss before it.
+        gram: (S, S) products of the samples' gradients.
+    """
+    found, first_order = {}, {}
+    for (i, source), (j, target) in product(enumerate(tasks), repeat=2):
+        name, before = f"{source}/{target}", losses[target]
+        found[name] = affinity(ahead[source][j], before)
+        first_order[name] = rate * gram[2 * i, 2 * j + 1].item() / before if before > 0 else math.nan
+    return found, first_order

@@ -64,7 +64,7 @@ def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], task: str) -
     With FSDP2 each rank gets its shards, averaged over ranks.
 
     Raises:
-        TaskLossError: a loss that is no finite scalar, or has no gradient.
+        TaskLossError: a loss that is no finite scalar, or whose gradient there is none, or none outside a backward.
     """
     if loss.numel() != 1 or not bool(loss.detach().isfinite().all()):
         raise TaskLossError(
@@ -76,7 +76,7 @@ def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], task: str) -
     if any(isinstance(one, DTensor) for one in tensors):
         found = _by_backward(loss, tensors)
     else:
-        found = torch.autograd.grad(loss, tensors, allow_unused=True)
+        found = _by_grad(loss, tensors, task)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, found, strict=True)]
 
 
@@ -117,6 +117,19 @@ def moved(
             for one, old in zip(tensors, before, strict=True):
                 one.copy_(old)
             reshard(module)
+
+
+def _by_grad(loss: Tensor, parameters: Sequence[nn.Parameter], task: str) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        # "incompatible" or "not compatible with .grad()": torch's words, and those of what was made after it.
+        if "compatible with .grad()" not in str(error):
+            raise
+        raise TaskLossError(
+            f"the gradient of task {task!r} cannot be taken: re-entrant activation checkpointing gives gradients in a "
+            "training step's backward only; use non-re-entrant checkpointing (use_reentrant=False)"
+        ) from error
 
 
 def _by_backward(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:

@@ -1,7 +1,15 @@
-"""Parameters by layer and by kind, from their names."""
+"""Parameters by layer and by kind, from their names.
+
+Shape letters: P parameters, G groups, S samples of gradients.
+"""
 
 import re
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokendrop.errors import TaskLossError
 
 KINDS = ("norm", "embedding", "attention", "mlp", "other")
 _WORDS = {
@@ -42,3 +50,33 @@ def groups_of(names: Sequence[str]) -> dict[str, list[int]]:
     for index, name in enumerate(names):
         found.setdefault(group_of(name), []).append(index)
     return found
+
+
+def by_group(
+    names: Sequence[str], sizes: Sequence[int], gram: Tensor, opposed: Tensor, tasks: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Products, and shares of opposed coordinates, summed over the parameters of each group that all tasks touch.
+
+    Args:
+        names: of P parameters.
+        sizes: how many coordinates each has.
+        gram: (P, S, S) products.
+        opposed: (P, S, S) numbers of opposed coordinates.
+        tasks: whose samples these are, for messages.
+
+    Returns:
+        (G, S, S) sums, and (G, S, S) shares of all coordinates that count.
+
+    Raises:
+        TaskLossError: a gradient that is not finite, or no parameter that all touch.
+    """
+    if not gram.isfinite().all():
+        raise TaskLossError(f"a gradient of the tasks {tasks} is not finite; expected finite numbers")
+    # A parameter that one task does not touch is not shared, and would only lengthen the other's gradient.
+    shared = (gram.diagonal(dim1=1, dim2=2) > 0).all(1)
+    if not shared.any():
+        raise TaskLossError(f"the tasks {tasks} share no parameter with a gradient; expected one that all touch")
+    weight = shared / (torch.tensor(sizes) * shared).sum()
+    gram, opposed = gram * shared[:, None, None], opposed * weight[:, None, None]
+    groups = list(groups_of(names).values())
+    return torch.stack([gram[at].sum(0) for at in groups]), torch.stack([opposed[at].sum(0) for at in groups])

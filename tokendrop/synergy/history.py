@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokendrop.errors import BatchError
-from tokendrop.synergy.estimates import Estimate
+from tokendrop.synergy.estimates import RANGES, ROUNDING, Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WIDEST = 20.0  # inches, of a picture of many events
+
 
 def append_history(path: str | Path, event: dict[str, Any]) -> None:
-    """Write an event at the end of a history."""
+    """Write an event at the end of a history.
+
+    Estimates are written as they came out, with whether they are `known`: within the range of such figures; and
+    `resolved`: known, with an interval that does not hold zero.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("a+b") as file:
         if file.tell():
             file.seek(-1, io.SEEK_END)
             # A run that was killed may have left its last line unfinished.
             file.write(b"" if file.read() == b"\n" else b"\n")
-        file.write(json.dumps(_plain(event)).encode() + b"\n")
+        line = {key: _plain(value, *RANGES.get(key, (-math.inf, math.inf))) for key, value in event.items()}
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
@@ -47,6 +54,9 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
 def heat_map(events: list[dict[str, Any]], pair: str) -> "Figure":
     """Alignment of a pair of tasks: a row for each group of parameters, a column for each event.
 
+    Blank where it is not known: a norm lost in noise, or an estimate outside [-1, 1]. Events that looked at other
+    parameters than the last one are left out.
+
     Args:
         events: of `read_history`.
         pair: such as "understanding/generation".
@@ -61,8 +71,11 @@ def heat_map(events: list[dict[str, Any]], pair: str) -> "Figure":
         known = sorted({name for event in events for name in event.get("groups", {}).get("alignment", {})})
         raise BatchError(f"pair {pair!r}: expected one of {known} in the {len(events)} events; found none")
     names = held[-1]["groups"]["names"]
-    values = [[_number(x) for x in event["groups"]["alignment"][pair]] for event in held]
-    figure = Figure(figsize=(max(4.0, 0.25 * len(held) + 3), max(2.5, 0.22 * len(names) + 1)), layout="constrained")
+    held = [event for event in held if event["groups"]["names"] == names]
+    values = [[_cosine(x) for x in event["groups"]["alignment"][pair]] for event in held]
+    figure = Figure(
+        figsize=(min(max(4.0, 0.25 * len(held) + 3), WIDEST), max(2.5, 0.22 * len(names) + 1)), layout="constrained"
+    )
     axes = figure.subplots()
     image = axes.imshow(list(zip(*values, strict=True)), cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     axes.set_yticks(range(len(names)), names, fontsize=7)
@@ -74,16 +87,18 @@ def heat_map(events: list[dict[str, Any]], pair: str) -> "Figure":
     return figure
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
+def _cosine(value: float | None) -> float:
+    return math.nan if value is None or abs(value) > 1 + ROUNDING else value
 
 
-def _plain(value: Any) -> Any:
-    """A value of an entry as JSON: NaN is null, an estimate its three figures."""
+def _plain(value: Any, least: float, most: float) -> Any:
+    """A value of an entry as JSON: NaN is null, an estimate of a figure of that range its three figures."""
     if isinstance(value, Estimate):
-        return _plain({"value": value.value, "low": value.low, "high": value.high}) | {"resolved": value.resolved}
+        said = value.within(least, most)
+        plain = {key: _plain(one, least, most) for key, one in value._asdict().items()}
+        return plain | {"resolved": said.resolved, "known": not math.isnan(said.value)}
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(one, least, most) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(one, least, most) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from tokendrop.errors import LayoutError
-from tokendrop.synergy.estimates import Estimate, alignment, conflict, conflicting_groups, jackknife, magnitude
+from tokendrop.synergy.estimates import Estimate, alignment, between, conflict, conflicting_groups, jackknife, magnitude
 
 STATISTICS = {"alignment": alignment, "magnitude": magnitude}
 
@@ -65,6 +65,12 @@ class TaskProducts(Metric):
         """The alignment of each pair in each of the G groups."""
         cosines = alignment(torch.stack(self.grams).mean(0))
         return {pair: cosines[:, a, b].tolist() for pair, (a, b) in self.pairs.items()}
+
+    def parts(self) -> dict[str, float]:
+        """Unbiased products of the tasks' gradients, which alignment and magnitude are made of; see `between`."""
+        products = between(torch.stack(self.grams).sum(1).mean(0))
+        own = {f"{task}/{task}": (at, at) for at, task in enumerate(self.tasks)}
+        return {pair: products[at].item() for pair, at in (own | self.pairs).items()}
 
     def floor(self) -> dict[str, float]:
         """The share of coordinates in which a task's own two samples are opposed."""

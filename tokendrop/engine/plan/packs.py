@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendrop.engine.plan.rows import Rows
+from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.layout import IGNORED, TokenLayout
 from tokendrop.roles import Encoded, Merge
 
@@ -35,21 +35,16 @@ class Packs:
         """Those of a layout; None where no row has several. Padding is in none."""
         if layout.packs is None:
             return None
-        batch, length = layout.image.shape
-        names, inverse = layout.packs.unique(return_inverse=True)
-        key = inverse + torch.arange(batch, device=inverse.device)[:, None] * len(names)
-        real = torch.ones_like(layout.image) if layout.padding is None else layout.padding
-        at = real.flatten().nonzero()[:, 0]
-        found, owner, sizes = key.flatten()[at].unique(return_inverse=True, return_counts=True)
+        names, key = layout.packs.unique(return_inverse=True)
+        key = key + torch.arange(len(key), device=key.device)[:, None] * len(names)
+        if layout.padding is not None:
+            key = key.where(layout.padding, -1)
+        found, sizes = key[key >= 0].unique(return_counts=True)
         row = found // len(names)
         rows = tuple(row.tolist())
         if len(set(rows)) == len(rows):
             return None
-        at = at[owner.argsort(stable=True)] % length
-        place = torch.arange(int(sizes.max()), device=row.device)
-        # Rows that fill repeat others; they are never written to.
-        index = (sizes.cumsum(0) - sizes)[:, None] + place
-        tokens = Rows(at[index.clamp(max=len(at) - 1)], place < sizes[:, None])
+        tokens = choose_rows(key[row] == found[:, None], sizes, int(sizes.max()))
         return cls(row, rows, torch.arange(len(rows), device=row.device), tokens)
 
     def within(self, members: Sequence[int]) -> "Packs":
