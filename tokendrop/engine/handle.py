@@ -33,7 +33,7 @@ from tokendrop.errors import (
     check_integer,
 )
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import LayerRoute, Method, Role, Route
+from tokendrop.roles import LayerRoute, Method, Route
 
 
 class Handle(nn.Module):
@@ -70,9 +70,7 @@ class Handle(nn.Module):
         self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
         self.layers, self.labelled_logits, self.encoder = added, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
-        routes = [method.route(len(added)) for method in methods.values() if method is not None]
-        # Whether rows of the linears take ways of their own, so that their classes are swapped.
-        self.splits = bool(self.names) or any(one.image is Role.CONTEXT for route in routes for one in route)
+        self.splits = projections.splits([one for one in methods.values() if one is not None], len(added))
         self._said: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in added.parameters()) else None
 
