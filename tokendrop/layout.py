@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from tokendrop.errors import LayoutError, LayoutTypeError
 
 IGNORED = -100
+_NEW = ("text", "image")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -37,6 +38,8 @@ class TokenLayout:
         padding: (B, T) bool, True for real tokens.
         labels: (B, T) int64, unshifted: row t is trained on labels[t + 1]; -100 for none.
         image_ids: (V,) int64, the vocabulary ids of image tokens.
+        new: what generated tokens are where no ids say it; None for text, and for images where tokens come one by one
+            as embeddings behind a prompt that came as ids.
 
     Raises:
         LayoutTypeError: a tensor of the wrong dtype, or a task that is no string.
@@ -54,6 +57,7 @@ class TokenLayout:
     padding: Tensor | None = None
     labels: Tensor | None = None
     image_ids: Tensor | None = None
+    new: Literal["text", "image"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.image, Tensor) or self.image.dtype != torch.bool or self.image.dim() != 2:
@@ -71,6 +75,9 @@ class TokenLayout:
         ids, segments = self.image_ids, self.segments
         if ids is not None and (not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS or ids.numel() == 0):
             raise LayoutTypeError(f"image_ids: expected a (V,) integer tensor; found {_describe(ids)}")
+        if self.new is not None and not (isinstance(self.new, str) and self.new in _NEW):
+            error = LayoutError if isinstance(self.new, str) else LayoutTypeError
+            raise error(f"new: expected 'text' or 'image', what generated tokens are, or None; found {self.new!r}")
         # Elsewhere the values cost a synchronisation to look at.
         if segments is not None and segments.device.type == "cpu":
             low, high = map(int, segments.aminmax())
@@ -114,7 +121,7 @@ class TokenLayout:
 
         image, rest = self.image.to(device), map(move, (self.segments, self.padding, self.labels, self.image_ids))
         segments, padding, labels, image_ids = rest
-        return type(self)(image, self.task, segments, padding, labels, image_ids)
+        return type(self)(image, self.task, segments, padding, labels, image_ids, self.new)
 
     @classmethod
     def from_ids(

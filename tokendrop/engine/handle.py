@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward import head
-from tokendrop.engine.forward.state import Frame, frames, this_thread
+from tokendrop.engine.forward.state import Frame, embedded, frames, this_thread
 from tokendrop.engine.model import projections
 from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
 from tokendrop.engine.model.swap import restore
@@ -106,10 +106,10 @@ class Handle(nn.Module):
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
-        embeddings = _input_embeddings(self.owner) if layout.image_ids is not None and layout.labels is None else None
+        embeddings = _input_embeddings(self.owner) if layout.labels is None else None
         with ExitStack() as stack:
             if embeddings is not None:
-                stack.callback(embeddings.register_forward_pre_hook(frame.embedded).remove)
+                stack.callback(embeddings.register_forward_pre_hook(partial(embedded, self.key)).remove)
             stack.enter_context(self._entered(frame))
             yield plan
 

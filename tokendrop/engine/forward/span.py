@@ -17,6 +17,8 @@ from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.calls import group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.state import Forward, Frame, frames
+from tokendrop.engine.forward.step import Step, decode
+from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.projections import ROUTER
 from tokendrop.engine.plan.plan import Group, Span
@@ -50,7 +52,8 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
         )
     frame, sets = entered[-1], binding.handle.sets(binding.index)
     if frame is not None and binding.index == 0:
-        frame.check(binding.spec.bind(args, kwargs)[0])
+        hidden, named = binding.spec.bind(args, kwargs)
+        frame.check(hidden, _cache(binding, named)[1])
     if frame is None or frame.dense:
         if len(sets) == 0 or not torch.is_grad_enabled():
             return proceed(*args, **kwargs)
@@ -60,7 +63,7 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
     if forward.step is None:
         out = _run(layer, binding, frame, forward, proceed, hidden, named)
     else:
-        out = _decode(binding, frame, forward.cache.layers[binding.index], forward.step, proceed, hidden, named)
+        out = _decode(binding, frame, forward.cache, forward.step, proceed, hidden, named)
     if forward.next_layer == len(forward.plan.span_of):
         frame.losses, frame.forward = forward.selections.losses, None
     return out
@@ -88,28 +91,52 @@ def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, n
 
 def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
     layout, plan, handle = frame.layout, frame.plan, binding.handle
-    batch, tokens = hidden.shape[:2]
-    cache = named.get(binding.spec.cache) if binding.spec.cache else None
-    stored = 0 if cache is None else int(cache.get_seq_length())
     if not frame.generates:
-        if stored:
-            raise UnsupportedError(f"a cache with {stored} tokens reached a training forward; pass use_cache=False")
         return frame.start(plan)
-    if cache is not None or (batch, tokens) != plan.shape:
-        generate.refuse_routers(handle.served(layout)[0])
-    if not stored:
-        if cache is not None:
-            frame.caches.add(cache)
-        elif (batch, tokens) == plan.shape:
-            return frame.start(plan)
-        prompt = generate.grown(layout, (batch, tokens), frame.ids, handle.served(layout)[0])
-        return frame.start(handle.plan(prompt, cache is not None), cache)
-    if cache not in frame.caches:
-        raise UnsupportedError(
-            f"a cache with {stored} tokens was not filled inside this layout; generate from the prompt on inside it"
-        )
-    image = generate.image_ids(layout, frame.ids, (batch, tokens), hidden.device)
-    return frame.start(plan, cache, generate.Step.of(image, *handle.served(layout)))
+    (batch, tokens), (cache, stored) = hidden.shape[:2], _cache(binding, named)
+    ids, (routes, names) = frame.take_ids(batch), handle.served(layout)
+    one_by_one, frame.reach = stored + tokens - max(frame.reach, plan.shape[1]) <= 1, stored + tokens
+    if stored:
+        if cache not in frame.caches:
+            raise UnsupportedError(
+                f"a cache with {stored} tokens was not filled inside this layout; continue it inside the one that "
+                "filled it, or generate from the prompt on inside this one"
+            )
+        image = generate.new_images(layout, ids, batch, tokens, one_by_one)
+        step = Step.of(image, frame.caches[cache], routes, names)
+        if step.any_image:
+            generate.refuse_routers(routes)
+        return frame.start(plan, cache, step)
+    if cache is None and (batch, tokens) == plan.shape:
+        return frame.start(plan)
+    order = generate.row_order(layout, routes, ids, hidden)
+    image = generate.new_images(layout, ids, batch, tokens - plan.shape[1], one_by_one)
+    plan = handle.plan(generate.grown(layout, routes, order, image), cache is not None)
+    if not plan.dense:
+        generate.refuse_routers(routes)
+    if cache is not None:
+        frame.caches[cache] = order
+        if not plan.dense or generate.may_skip(routes):
+            let_grow(cache)
+    return frame.start(plan, cache)
+
+
+def _cache(binding: Binding, named: dict[str, Any]) -> tuple[Any, int]:
+    cache = named.get(binding.spec.cache) if binding.spec.cache else None
+    return cache, 0 if cache is None else int(cache.get_seq_length())
+
+
+def _cut(binding: Binding, forward: Forward, named: dict[str, Any]) -> dict[str, Any]:
+    # The model made its masks before a cache of a fixed length was made to grow: the columns behind T are of no token.
+    name, tokens = binding.spec.mask or "", forward.plan.shape[1]
+    mask = named.get(name)
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] <= tokens:
+        return named
+    if not grows(forward.cache, binding.index):
+        return named
+    if not any(given is mask for given, _ in forward.cut):
+        forward.cut.append((mask, mask[..., :tokens]))
+    return named | {name: next(left for given, left in forward.cut if given is mask)}
 
 
 def _run(
@@ -122,6 +149,7 @@ def _run(
     named: dict[str, Any],
 ) -> Any:
     spec, index, cache = binding.spec, binding.index, forward.cache
+    named = named if cache is None else _cut(binding, forward, named)
     look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
     span = forward.span
     if span is None or index == span.stop:
@@ -146,17 +174,17 @@ def _run(
 def _decode(
     binding: Binding,
     frame: Frame,
-    store: Any,
-    step: generate.Step,
+    cache: Any,
+    step: Step,
     proceed: Callable[..., Any],
     hidden: Tensor,
     named: dict[str, Any],
 ) -> Any:
     index = binding.index
-    role = step.role(index)
+    role, mask = step.role(index), binding.spec.mask or ""
     skips = role is Role.BYPASS
-    holed, mask = isinstance(store, generate.HoledLayer), binding.spec.mask or ""
-    arguments = generate.decode(store, step, skips, hidden, named, mask) if holed else named
+    store = holed_layer(cache, index, len(hidden), hidden.device) if skips else cache.layers[index]
+    arguments = decode(store, step, skips, hidden, named, mask) if isinstance(store, HoledLayer) else named
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden
     work = Call((len(hidden), hidden.shape[1]), arguments, step.split(index), None, {}, None, None)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.calls import Made
+from tokendrop.engine.forward.generate import Ids
+from tokendrop.engine.forward.step import Step
 from tokendrop.engine.model.vision import Seen
 from tokendrop.engine.plan.labelled import LabelledRows
 from tokendrop.engine.plan.plan import Plan, Span
 from tokendrop.engine.plan.selection import Encode, Selections
-from tokendrop.errors import LayoutError
+from tokendrop.errors import LayoutError, UnsupportedError
 from tokendrop.layout import TokenLayout
 
 
@@ -35,17 +36,19 @@ class Forward:
         full: (B, T, D), the hidden states as they entered it.
         context: for each group, (B, M, D) states of its context rows in it.
         made: compact arguments made so far.
+        cut: masks made for a cache of a fixed length that grows now, and what is left of them.
     """
 
     plan: Plan
     selections: Selections
     cache: Any = None
-    step: generate.Step | None = None
+    step: Step | None = None
     next_layer: int = 0
     span: Span | None = None
     full: Tensor | None = None
     context: tuple[Tensor | None, ...] = ()
     made: Made = field(default_factory=dict)
+    cut: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -58,8 +61,10 @@ class Frame:
         step: (2,) int64, of training, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
         forward: the forward under way.
-        caches: those that generations inside have filled.
-        ids: vocabulary ids that the model embedded last, where the layout has image ids.
+        caches: those that generations inside have filled, and the sample that each of their rows came from.
+        ids: (B, T) vocabulary ids that the model embedded for the next forward, where they were seen.
+        saw_ids: whether those of any forward were.
+        reach: tokens of a row up to which the last forward went.
         returns_tuple: whether the layers return one.
         labelled: the rows that the output head runs on; None for all.
         losses: of the routers in the last forward.
@@ -72,20 +77,25 @@ class Frame:
     step: Tensor
     first: int
     forward: Forward | None = None
-    caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
+    caches: "weakref.WeakKeyDictionary[Any, list[int]]" = field(default_factory=weakref.WeakKeyDictionary)
     ids: Tensor | None = None
+    saw_ids: bool = False
+    reach: int = 0
     returns_tuple: bool = False
     labelled: LabelledRows | None = None
     losses: list[Tensor] = field(default_factory=list)
     seen: Seen = field(default_factory=dict)
     encode: Encode | None = None
 
-    def embedded(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A pre-hook of the input embeddings, which remembers the ids."""
-        if args and isinstance(args[0], Tensor):
-            self.ids = args[0]
+    def take_ids(self, rows: int) -> Ids:
+        """The ids of the forward that begins; none are left for the next one, which may be given embeddings."""
+        ids, self.ids = self.ids, None
+        if ids is not None and (ids.dim() != 2 or len(ids) != rows):
+            ids = None
+        self.saw_ids |= ids is not None
+        return Ids(ids, self.saw_ids)
 
-    def start(self, plan: Plan, cache: Any = None, step: generate.Step | None = None) -> Forward:
+    def start(self, plan: Plan, cache: Any = None, step: Step | None = None) -> Forward:
         """Begin a forward."""
         times = plan.shape[0] // len(self.layout.image)
         return Forward(
@@ -102,16 +112,26 @@ class Frame:
         """Whether layers run as they are called."""
         return not self.plan.routed if self.generates else self.plan.dense
 
-    def check(self, hidden: Tensor) -> None:
-        """Refuse hidden states of another batch.
+    def check(self, hidden: Tensor, stored: int) -> None:
+        """Refuse hidden states of another batch, and a cache of `stored` tokens in training.
 
         Raises:
             LayoutError: they are not (B, T, D).
+            UnsupportedError: the cache is not empty.
         """
-        if not self.generates and tuple(hidden.shape[:2]) != self.plan.shape:
+        if self.generates:
+            return
+        same, gradients = tuple(hidden.shape[:2]) == self.plan.shape, self.layout.labels is None
+        if stored and not (same and self.dense):
+            way = "gradients are on; continue under torch.no_grad(), or pass" if gradients else "the layout has labels;"
+            raise UnsupportedError(
+                f"a cache with {stored} tokens reached a training forward: {way}{'' if gradients else ' pass'} "
+                "use_cache=False to train"
+            )
+        if not same:
             raise LayoutError(
                 f"the hidden states are {tuple(hidden.shape)}, but the layout is for (B, T) = {self.plan.shape}; enter "
-                "the layout of this very batch"
+                f"the layout of this very batch{', and generate under torch.no_grad()' if gradients else ''}"
             )
 
 
@@ -122,3 +142,12 @@ def frames(key: str) -> list[Frame | None]:
     """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
     by_key: dict[str, list[Frame | None]] = this_thread.__dict__.setdefault("frames", {})
     return by_key.setdefault(key, [])
+
+
+def embedded(key: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+    """A pre-hook of the input embeddings, which remembers the (B, T) ids for the forward that follows."""
+    entered = frames(key)
+    frame = entered[-1] if entered else None
+    # A model may also embed one id, to look for it among embeddings.
+    if frame is not None and args and isinstance(args[0], Tensor) and args[0].dim() == 2:
+        frame.ids = args[0]
