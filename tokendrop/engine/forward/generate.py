@@ -46,6 +46,31 @@ def may_skip(routes: Sequence[Route]) -> bool:
     return any(layer.image is Role.BYPASS and layer.select is None for route in routes for layer in route)
 
 
+def by_ids(layout: TokenLayout, routes: Sequence[Route], ids: Ids, shape: tuple[int, int]) -> TokenLayout:
+    """The layout of the first token, where the prompt has no image and ids say what all the other tokens are.
+
+    So runs a prompt without images in chunks, or a second one beside it, as under guidance by a negative prompt.
+
+    Args:
+        layout: of the (B, T) prompt.
+        routes: of each sample.
+        ids: of this forward.
+        shape: (R, Q) of this forward.
+
+    Returns:
+        The layout itself where that is not so.
+    """
+    tokens = layout.image.shape[1]
+    if ids.now is None or ids.now.shape != shape or (layout.image_ids is None and layout.new == "image"):
+        return layout
+    images = new_images(layout, ids, *shape, False)
+    fits = shape[1] >= tokens and not bool(images[:, :tokens].any())
+    selects = any(layer.select is not None for route in routes for layer in route)
+    if fits or bool(layout.image.any() | images[:, 0].any()) or (selects and bool(images.any())):
+        return layout
+    return replace(layout, image=layout.image[:, :1], padding=None, segments=None)
+
+
 def row_order(layout: TokenLayout, routes: Sequence[Route], ids: Ids, hidden: Tensor) -> list[int]:
     """The sample of the layout that each row of the model comes from.
 
@@ -67,8 +92,8 @@ def row_order(layout: TokenLayout, routes: Sequence[Route], ids: Ids, hidden: Te
     if rows % batch or length < tokens:
         raise LayoutError(
             f"the hidden states are of (B, T) = {(rows, length)}, but the layout is for {(batch, tokens)}; enter the "
-            "layout of this very prompt, and pass it whole: a prompt in chunks (prefill_chunk_size), or a second one "
-            "(guidance by a negative prompt), has no layout here"
+            "layout of this very prompt, and pass it whole: with images, neither can a prompt come in chunks "
+            "(prefill_chunk_size), nor a second one run beside it (guidance by a negative prompt)"
         )
     times = rows // batch
     sizes = [n for n in range(times, 0, -1) if times % n == 0]

@@ -107,10 +107,12 @@ def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]
         if step.any_image:
             generate.refuse_routers(routes)
         return frame.start(plan, cache, step)
-    if cache is None and (batch, tokens) == plan.shape:
+    if plan.dense:
+        layout = generate.by_ids(layout, routes, ids, (batch, tokens))
+    if cache is None and (batch, tokens) == plan.shape and layout is frame.layout:
         return frame.start(plan)
     order = generate.row_order(layout, routes, ids, hidden)
-    image = generate.new_images(layout, ids, batch, tokens - plan.shape[1], one_by_one)
+    image = generate.new_images(layout, ids, batch, tokens - layout.image.shape[1], one_by_one)
     plan = handle.plan(generate.grown(layout, routes, order, image), cache is not None)
     if not plan.dense:
         generate.refuse_routers(routes)

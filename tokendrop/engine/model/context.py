@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokendrop.errors import UnsupportedError
+
 
 class _CapturedError(Exception):
     """Raised where a layer has made its keys and values, to end it there."""
@@ -38,12 +40,30 @@ def keys_values(
         arguments: its arguments for these rows.
         cache: name of the argument that takes the cache.
 
+    Raises:
+        UnsupportedError: under `torch.export` without strict=True.
+
     Source: ours.
     """
+    check_export()
     capture = _Capture()
     with suppress(_CapturedError):
         forward(layer, states, **(arguments | {cache: capture}))
     return capture.keys, capture.values
+
+
+def check_export() -> None:
+    """Refuse to end a layer early where module calls are traced: they would not be seen to end.
+
+    Raises:
+        UnsupportedError: under `torch.export` without strict=True.
+    """
+    exporting = getattr(torch.compiler, "is_exporting", bool)  # newer than torch 2.6
+    if exporting() and not torch.compiler.is_dynamo_compiling():
+        raise UnsupportedError(
+            "torch.export without strict=True cannot trace layers that are run up to their keys and values only, as "
+            "those of CONTEXT tokens and of attention that scores them are; export with strict=True"
+        )
 
 
 class ContextKeys:
