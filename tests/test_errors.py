@@ -1,6 +1,7 @@
 """Bad input is refused with what was found, before anything changes."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -35,6 +36,7 @@ def test_every_error_is_ours_and_a_builtin():
         assert issubclass(getattr(td, name), (td.TokenDropError, builtin))
         assert issubclass(getattr(td, name), builtin)
     assert issubclass(td.NoEffectWarning, UserWarning)
+    assert issubclass(td.LayoutWarning, UserWarning)
     assert str(td.BatchError("a sentence")) == "a sentence"
 
 
@@ -207,6 +209,40 @@ def test_the_warning_points_at_the_callers_line():
     with pytest.warns(td.NoEffectWarning) as caught, drop.layout(MADE.layout(task="understanding")):
         pass
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (td.HiMix(), "whether image rows are trained that end CONTEXT or GONE, with a stale state"),
+        (td.FastV(1), "end CONTEXT or GONE, .*; nor where answers begin, so that the attention of the last row"),
+        (td.Drop("1:3", 0.5, "attention"), "nobody knows where answers begin"),
+        (td.HMGen("1:3"), None),
+        (td.Drop("1:3", 0.5, "norm"), None),
+    ],
+)
+def test_training_without_labels_is_said_once(method, said):
+    model, drop = dropped(BASE, method)
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with drop.layout(MADE.layout()), drop.layout(batch(["ttt"], "u").layout(labels=None)):
+            pass
+        with torch.no_grad(), drop.layout(MADE.layout(labels=None)):
+            pass
+        model.eval()
+        with drop.layout(MADE.layout(labels=None)):
+            pass
+    model.train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with drop.layout(MADE.layout(labels=None)):
+                pass
+    assert [one.category for one in caught] == [td.LayoutWarning] * (said is not None)
+    if said is not None:
+        assert caught[0].filename == __file__
+        assert re.search(rf"{said}.*labels=, \(B, T\)", str(caught[0].message))
 
 
 def test_text_only_data_is_silent():

@@ -80,3 +80,7 @@ class SynergyWarning(UserWarning):
 
 class NoEffectWarning(UserWarning):
     """Something was asked for and nothing will happen."""
+
+
+class LayoutWarning(UserWarning):
+    """A token layout that says too little to train on, or something else than the model does."""

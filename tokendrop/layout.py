@@ -3,10 +3,10 @@
 Shape letters: B batch, T tokens.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from tokendrop.errors import LayoutError, LayoutTypeError
 
 IGNORED = -100
-_NEW = ("text", "image")
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -38,12 +38,14 @@ class TokenLayout:
         padding: (B, T) bool, True for real tokens.
         labels: (B, T) int64, unshifted: row t is trained on labels[t + 1]; -100 for none.
         image_ids: (V,) int64, the vocabulary ids of image tokens.
-        new: what generated tokens are where no ids say it; None for text, and for images where tokens come one by one
-            as embeddings behind a prompt that came as ids.
+        packs: (B, T) int64, the packed sample of its row that a token belongs to, any numbers; None where each row is
+            one sample. What a method keeps of a sample's image tokens is kept of each packed sample.
+        new: what generated tokens are where no ids say it, "text" or "image"; None for text, and for images where
+            tokens come one by one as embeddings behind a prompt that came as ids.
 
     Raises:
         LayoutTypeError: a tensor of the wrong dtype, or a task that is no string.
-        LayoutError: shapes that differ, or a number of tasks other than B.
+        LayoutError: shapes that differ, a number of tasks other than B, or another `new`.
 
     Example:
         >>> layout = TokenLayout(torch.tensor([[True, True, False]]), task="understanding")
@@ -57,6 +59,7 @@ class TokenLayout:
     padding: Tensor | None = None
     labels: Tensor | None = None
     image_ids: Tensor | None = None
+    packs: Tensor | None = None
     new: Literal["text", "image"] | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +71,7 @@ class TokenLayout:
         self._check("segments", self.segments, _INTEGERS, "integer")
         self._check("padding", self.padding, (torch.bool,), "bool")
         self._check("labels", self.labels, (torch.int64,), "int64")
+        self._check("packs", self.packs, (torch.int64,), "int64")
         self._check_values()
         self._check_task()
 
@@ -75,14 +79,13 @@ class TokenLayout:
         ids, segments = self.image_ids, self.segments
         if ids is not None and (not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS or ids.numel() == 0):
             raise LayoutTypeError(f"image_ids: expected a (V,) integer tensor; found {_describe(ids)}")
-        if self.new is not None and not (isinstance(self.new, str) and self.new in _NEW):
-            error = LayoutError if isinstance(self.new, str) else LayoutTypeError
-            raise error(f"new: expected 'text' or 'image', what generated tokens are, or None; found {self.new!r}")
         # Elsewhere the values cost a synchronisation to look at.
         if segments is not None and segments.device.type == "cpu":
             low, high = map(int, segments.aminmax())
             if low < 0 or high > max(Segment):
                 raise LayoutError(f"segments: expected values of Segment, 0 to {max(Segment):d}; found {low} to {high}")
+        if self.new is not None and (not isinstance(self.new, str) or self.new not in ("text", "image")):
+            raise LayoutError(f"new={self.new!r}: expected 'text' or 'image', what generated tokens are, or None")
 
     def _check(self, name: str, value: Tensor | None, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
         if value is None:
@@ -115,13 +118,8 @@ class TokenLayout:
 
     def to(self, device: torch.device) -> Self:
         """The same layout on another device."""
-
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device)
-
-        image, rest = self.image.to(device), map(move, (self.segments, self.padding, self.labels, self.image_ids))
-        segments, padding, labels, image_ids = rest
-        return type(self)(image, self.task, segments, padding, labels, image_ids, self.new)
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)})
 
     @classmethod
     def from_ids(
@@ -221,6 +219,42 @@ def scoring_mask(layout: TokenLayout, kind: str) -> Tensor:
         behind = layout.image.flip(1).cumsum(1).flip(1) == 0
         chosen = behind & real & ~labelled
     return chosen | (last & ~chosen.any(1, keepdim=True))
+
+
+def packed_samples(given: Mapping[str, Any], shape: tuple[int, int], padding: Tensor | None = None) -> Tensor | None:
+    """The packed sample of its row that each token belongs to, as a batch or the arguments of a model say it.
+
+    A sample begins where `cu_seq_lens_q` says, in a batch of one row; else where `position_ids` begin again.
+
+    Args:
+        given: `position_ids` (B or 1, T), or (3 or 4, B, T) as M-RoPE has them; `cu_seq_lens_q` (N + 1,).
+        shape: (B, T).
+        padding: (B, T) bool, True for real tokens.
+
+    Returns:
+        (B, T) int64, from 0 up in each row; None where each row is one sample, or nothing is said.
+
+    Example:
+        >>> packed_samples({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, (1, 5)).tolist()
+        [[0, 0, 0, 1, 1]]
+    """
+    lengths = next((given[name] for name in _LENGTHS if isinstance(given.get(name), Tensor)), None)
+    if lengths is not None and lengths.dim() == 1 and shape[0] == 1:
+        tokens = torch.arange(shape[1], device=lengths.device)
+        return torch.bucketize(tokens, lengths[1:], right=True)[None] if len(lengths) > 2 else None
+    at = given.get("position_ids")
+    if not isinstance(at, Tensor) or at.dim() not in (2, 3) or at.shape[-1] != shape[1]:
+        return None
+    text = at.dim() == 2 or len(at) == 4  # of three, the first is time, which stands still within an image
+    at = at if at.dim() == 2 else at[0]
+    begins = at.diff(dim=1) < 0
+    if text:  # behind a sample of one token; zeros in a row are padding
+        begins[:, :-1] |= (at[:, 1:-1] == 0) & (at[:, 2:] == 1)
+    if padding is not None:
+        begins = begins & padding[:, 1:] & padding[:, :-1]
+    if len(begins) not in (1, shape[0]) or not begins.any():
+        return None
+    return torch.cat([torch.zeros_like(begins[:, :1]), begins], 1).cumsum(1).expand(shape)
 
 
 def id_tensor(image_ids: object) -> Tensor:

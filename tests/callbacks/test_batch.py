@@ -39,6 +39,20 @@ def test_input_ids_against_image_ids():
     assert layout.image_ids.tolist() == [7, 8]
 
 
+@pytest.mark.parametrize("images", [{"image_mask": IMAGE}, {"mm_token_type_ids": IMAGE.long()}, {"input_ids": IDS}])
+def test_packed_samples_of_a_batch(images):
+    positions = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])
+    assert batch_layout(images | {"position_ids": positions}, BARE, (7, 8)).packs.tolist() == [
+        [0, 0, 1, 1],
+        [0, 0, 0, 1],
+    ]
+    padded = {"position_ids": positions, "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])}
+    assert batch_layout(images | padded, BARE, (7, 8)).packs is None
+    assert batch_layout(images, BARE, (7, 8)).packs is None
+    one = {name: x[:1] for name, x in images.items()} | {"cu_seq_lens_q": torch.tensor([0, 3, 4])}
+    assert batch_layout(one, BARE, (7, 8)).packs.tolist() == [[0, 0, 0, 1]]
+
+
 @pytest.mark.parametrize("name", ["image_token_id", "image_token_index"])
 def test_input_ids_against_the_image_token_of_the_config(name):
     layout = batch_layout({"input_ids": IDS}, module(**{name: 7}))

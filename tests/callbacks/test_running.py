@@ -159,7 +159,7 @@ def test_consume_keeps_the_callers_batch():
 def test_a_layout_function_replaces_the_default():
     def layout(given):
         calls.append(set(given))
-        return td.TokenLayout(given["pixels"], "u")
+        return td.TokenLayout(given["pixels"], "u", labels=given["labels"])
 
     calls, given = [], batch(0, None)
     given["pixels"] = given.pop("image_mask")

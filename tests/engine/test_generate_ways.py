@@ -197,6 +197,11 @@ def test_guidance_by_a_second_prompt(negative: int, cached: bool) -> None:
     given = prompt(["tttttttttttt", "tttttttttttt"])
     second = prompt(["t" * 15, "t" * 15]).ids[:, -negative:] if negative > 1 else given.ids[:, -1:]
     more = {"negative_prompt_ids": second} if negative > 1 else {}
+    if negative == 5 and not cached:
+        # With its images it grows to the first one's shape, of which the layout says something else.
+        with pytest.raises(td.LayoutError, match="another prompt"):
+            generated(model, drop, given, cached, guidance_scale=2.0, **GREEDY | more)
+        return
     found = generated(model, drop, given, cached, guidance_scale=2.0, **GREEDY | more).sequences[:, 12:]
     right = guided_by_definition(METHODS["hmgen"], given.ids, second, 2.0)
     assert torch.equal(found, right)

@@ -88,7 +88,7 @@ def test_cls_attention_and_keys_equal_those_of_the_eager_encoder(attention: str)
         out = tower(data.inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
     module, spy = copy.deepcopy(model("llava", attention)), Spy()
     drop = td.apply(module, Looking(spy, (0, -1)))
-    with drop.layout(td.TokenLayout(data.image, padding=data.real)):
+    with drop.layout(td.TokenLayout(data.image, padding=data.real, labels=data.trained([False, False]))):
         module(**data.inputs, use_cache=False)
     seen = spy.given[0].encoded
     assert seen is not None
@@ -128,7 +128,7 @@ def test_mean_rows_without_cls(attention: str, rows_at_once: int, monkeypatch: p
     keys = tokens([keys[0].mean(0) for _, keys in calls])
     spy, module = Spy(), copy.deepcopy(model("qwen2_5_vl", attention))
     drop = td.apply(module, Looking(spy, (-1,)))
-    with drop.layout(td.TokenLayout(data.image, padding=data.real)):
+    with drop.layout(td.TokenLayout(data.image, padding=data.real, labels=data.trained([False, False]))):
         module(**data.inputs, use_cache=False)
     seen = spy.given[0].encoded
     assert seen is not None
@@ -218,7 +218,7 @@ def test_text_only_prompts_need_no_pixels() -> None:
 
 
 def test_what_was_seen_is_let_go() -> None:
-    data, module = batch("llava", None), copy.deepcopy(model("llava", "sdpa"))
+    data, module = batch("llava", None), copy.deepcopy(model("llava", "sdpa")).eval()
     drop = td.apply(module, METHODS["vscan"])
     tower, pixel_values = module.model.vision_tower, data.inputs["pixel_values"]
     tower(pixel_values)

@@ -4,12 +4,13 @@ Shape letters: B batch, T tokens.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from tokendrop.errors import BatchError
-from tokendrop.layout import TokenLayout
+from tokendrop.layout import TokenLayout, packed_samples
 
 OURS = ("image_mask", "segments", "task")
 
@@ -18,7 +19,8 @@ def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ())
     """The layout of a batch: which tokens are images, and what else it says about them.
 
     Images come from `image_mask`, else `mm_token_type_ids` (nonzero), else `input_ids` against `image_ids` or the
-    image token id of the model's config; the task from `task`, labels and padding from `labels` and `attention_mask`.
+    image token id of the model's config; the task from `task`, labels and padding from `labels` and `attention_mask`;
+    packed samples as `packed_samples` finds them.
 
     Args:
         batch: a mapping of (B, T) tensors.
@@ -39,14 +41,18 @@ def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ())
     padding = None if padding is None else padding != 0
     task, segments = batch.get("task"), batch.get("segments")
     task = tuple(task) if isinstance(task, list) else task
-    if "image_mask" in batch:
-        return TokenLayout(batch["image_mask"], task, segments, padding, labels)
-    if "mm_token_type_ids" in batch:
-        return TokenLayout(batch["mm_token_type_ids"] != 0, task, segments, padding, labels)
+    layout = None
     ids = image_ids or _config_ids(module)
-    if "input_ids" in batch and ids:
+    if "image_mask" in batch:
+        layout = TokenLayout(batch["image_mask"], task, segments, padding, labels)
+    elif "mm_token_type_ids" in batch:
+        layout = TokenLayout(batch["mm_token_type_ids"] != 0, task, segments, padding, labels)
+    elif "input_ids" in batch and ids:
         found = TokenLayout.from_ids(batch["input_ids"], ids)
-        return TokenLayout(found.image, task, segments, padding, labels, found.image_ids)
+        layout = TokenLayout(found.image, task, segments, padding, labels, found.image_ids)
+    if layout is not None:
+        batch_size, tokens = layout.image.shape
+        return replace(layout, packs=packed_samples(batch, (batch_size, tokens), padding))
     unknown = (
         ", and neither image_ids= nor the model's config says which ids are images" if "input_ids" in batch else ""
     )

@@ -183,7 +183,9 @@ class TokenDrop(L.Callback):
         if not isinstance(layout, TokenLayout):
             raise LayoutTypeError(f"layout: expected a TokenLayout; found {type(layout).__name__}")
         self.current = layout
-        step, first = (trainer.global_step, batch_idx), trainer.global_rank * len(layout.image)
+        # No rank packs more samples than it has tokens.
+        samples = len(layout.image) if layout.packs is None else layout.image.numel()
+        step, first = (trainer.global_step, batch_idx), trainer.global_rank * samples
         plan = self._entered.enter_context(self.handle.layout(layout, step, first))
         if self.consume and isinstance(batch, MutableMapping):
             for key in OURS:

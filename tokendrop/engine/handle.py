@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward import head
-from tokendrop.engine.forward.state import Frame, embedded, frames, this_thread
+from tokendrop.engine.forward.ids import SeenIds
+from tokendrop.engine.forward.state import Frame, frames, this_thread
 from tokendrop.engine.model import projections
 from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
-from tokendrop.engine.plan.labelled import LabelledRows
+from tokendrop.engine.plan.labelled import LabelledRows, unknown_without_labels
 from tokendrop.engine.plan.plan import Plan, Planner
 from tokendrop.errors import (
     AppliedError,
     LayoutError,
     LayoutTypeError,
+    LayoutWarning,
     MissingLayoutError,
     NoEffectWarning,
     UnsupportedError,
@@ -65,7 +67,7 @@ class Handle(nn.Module):
         self.strength, self.entered, self._sharded = 1.0, 0, False
         self.layers, self.labelled_logits, self.encoder = sets, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
-        self._unknown: set[str] = set()
+        self._said: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in sets.parameters()) else None
 
     @property
@@ -99,6 +101,9 @@ class Handle(nn.Module):
         for part in (0, 0) if step is None else _pair(step):
             check_integer("step", part, 0, LayoutTypeError)
         plan = self.plan(layout)
+        trains = torch.is_grad_enabled() and self.owner.training and not plan.dense
+        if trains and layout.labels is None and (unknown := unknown_without_labels(self.served(layout)[0])):
+            self.say_once("labels", unknown, LayoutWarning, 2)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         seen = Seen()
         encode = None if self.encoder is None else partial(self.encoder.encoded, seen)
@@ -106,12 +111,18 @@ class Handle(nn.Module):
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
-        embeddings = _input_embeddings(self.owner) if layout.labels is None else None
         with ExitStack() as stack:
-            if embeddings is not None:
-                stack.callback(embeddings.register_forward_pre_hook(partial(embedded, self.key)).remove)
+            if layout.labels is None:
+                frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
+                stack.enter_context(frame.given.watching(self.owner, self.path))
             stack.enter_context(self._entered(frame))
             yield plan
+
+    def say_once(self, kind: str, message: str, category: type[Warning], level: int) -> None:
+        """Warn, the first time for each kind, at `level` frames above the caller."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, category, stacklevel=level + 2)
 
     @contextmanager
     def disabled(self) -> Generator[None]:
@@ -184,14 +195,12 @@ class Handle(nn.Module):
             if len(self.methods) == 1:
                 return next(iter(self.methods))
             raise LayoutError(f"task: found none, and the methods are for {_named(self.methods)}; name the task")
-        if task not in self.methods and task not in self._unknown:
-            self._unknown.add(task)
-            warnings.warn(
+        if task not in self.methods:
+            message = (
                 f"no method for task {task!r}, which runs dense; methods are for {_named(self.methods)}. Give it None "
-                "to run it dense without this warning",
-                NoEffectWarning,
-                stacklevel=6,
+                "to run it dense without this warning"
             )
+            self.say_once(f"task {task}", message, NoEffectWarning, 5)
         return task
 
     def route_of(self, key: str | None) -> Route:
@@ -254,15 +263,6 @@ def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> N
     added = cast(Handle, model.tokendrop)
     path, layers = f"{prefix}{added.path}", added.decoder_layers
     projections.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.spec, state)
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    for module in model.modules():
-        find = getattr(module, "get_input_embeddings", None)
-        if callable(find):
-            found = find()
-            return found if isinstance(found, nn.Module) else None
-    return None
 
 
 def _named(methods: Mapping[Any, object]) -> str:

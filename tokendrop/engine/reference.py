@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens, D hidden, L layers.
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,19 @@ from tokendrop.engine.model.decoder import LayerSpec, find_layers, head_width, l
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.layout import IGNORED, TokenLayout
-from tokendrop.roles import Attention, LayerRoute, Merge, Method, Queries, Role, Route, Scoring, Select, selections
+from tokendrop.roles import (
+    Attention,
+    Encoded,
+    LayerRoute,
+    Merge,
+    Method,
+    Queries,
+    Role,
+    Route,
+    Scoring,
+    Select,
+    selections,
+)
 
 
 @contextmanager
@@ -94,7 +107,9 @@ class _Roles:
         for sample, route in enumerate(self.routes):
             select = route[index].select
             if select is not None and (index == 0 or route[index - 1].select != select):
-                rows[sample] = self._select(sample, select, states)
+                self.kept[sample] = []
+                for number, tokens in self._packs(sample):
+                    rows[sample] = self._select(sample, select, states, number, tokens, rows[sample])
                 if route[index].image is Role.GONE:
                     self.alive[sample] = self.kept[sample]
             roles[sample, self.layout.image[sample]] = int(route[index].image)
@@ -102,50 +117,74 @@ class _Roles:
                 roles[sample, self.kept[sample]] = int(Role.ACTIVE)
         return roles, torch.stack(rows)
 
-    def _select(self, sample: int, select: Select, states: Tensor) -> Tensor:
-        candidates = torch.zeros_like(self.layout.image[sample : sample + 1])
-        candidates[0, self.alive[sample]] = True
-        one, looks = torch.tensor([sample]), self._attention(sample, select.queries)
+    def _packs(self, sample: int) -> list[tuple[int, list[int]]]:
+        # The number in the batch and the tokens of each packed sample of a row; without packs, of the row.
+        layout, (batch, tokens) = self.layout, self.layout.image.shape
+        if layout.packs is None:
+            return [(sample, list(range(tokens)))]
+        real = [[layout.padding is None or bool(layout.padding[b, t]) for t in range(tokens)] for b in range(batch)]
+        names = [sorted({int(layout.packs[b, t]) for t in range(tokens) if real[b][t]}) for b in range(batch)]
+        of = [t for t in range(tokens) if real[sample][t]]
+        first = sum(map(len, names[:sample]))
+        return [
+            (first + at, [t for t in of if int(layout.packs[sample, t]) == name])
+            for at, name in enumerate(names[sample])
+        ]
+
+    def _select(
+        self, sample: int, select: Select, states: Tensor, number: int, tokens: list[int], row: Tensor
+    ) -> Tensor:
+        alive = [token for token in self.alive[sample] if token in tokens]
+        candidates = torch.zeros_like(self.layout.image[sample])
+        candidates[alive] = True
+        one, looks = torch.tensor([sample]), self._attention(sample, select.queries, tokens)
         encoded = None
         if select.encoder and self.encoder is not None:
             encoded = self.encoder.encoded(self.seen, select.encoder, self.layout.image).of(one)
-        router = self.sets[select.layer]["router"](states[one]) if select.learned else None
-        count = select.count(int(self.layout.image[sample].sum()))
+            encoded = Encoded(encoded[0][:, :, tokens], encoded[1][:, :, tokens], encoded[2][:, tokens])
+        router = self.sets[select.layer]["router"](states[one])[:, tokens] if select.learned else None
+        count = select.count(int(self.layout.image[sample, tokens].sum()))
         looks = torch.tensor([count]), looks, encoded, router
-        scoring = Scoring(states[one], candidates, one, select.layer, select.seed, self.step, *looks)
-        scores = select.score(scoring)[0].tolist()
-        self.kept[sample] = sorted(self.alive[sample], key=lambda token: (-scores[token], token))[:count]
+        states, candidates = states[one][:, tokens], candidates[None, tokens]
+        scoring = Scoring(states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks)
+        scores = dict(zip(tokens, select.score(scoring)[0].tolist(), strict=True))
+        kept = sorted(sorted(alive, key=lambda token: (-scores[token], token))[:count])
+        self.kept[sample] = self.kept[sample] + kept
+        places = [tokens.index(token) for token in kept]
         if router is not None:
-            at = torch.tensor([sample]), torch.tensor(self.kept[sample], dtype=torch.int64)
-            self.scale = self.scale.to(router.dtype).index_put(at, router[0, self.kept[sample]])
+            at = torch.tensor([sample]), torch.tensor(kept, dtype=torch.int64)
+            self.scale = self.scale.to(router.dtype).index_put(at, router[0, places])
         if select.merge is None:
-            return states[sample]
-        kept = torch.isin(torch.arange(len(states[sample])), torch.tensor(self.kept[sample], dtype=torch.int64))[None]
-        return _merging(select.merge(scoring, kept)).to(states.dtype) @ states[sample]
+            return row
+        chosen = torch.isin(torch.arange(len(tokens)), torch.tensor(places, dtype=torch.int64))[None]
+        merged = _merging(select.merge(scoring, chosen)).to(states.dtype) @ states[0]
+        return row.index_copy(0, torch.tensor(tokens), merged)
 
     @torch.no_grad()
-    def _attention(self, sample: int, queries: Queries | None) -> Attention | None:
+    def _attention(self, sample: int, queries: Queries | None, tokens: list[int]) -> Attention | None:
         if queries is None:
             return None
         layer, spec, states, named = self.inputs[queries.layer]
         live = ~self.layout.image
-        for row, tokens in zip(live, self.alive, strict=True):
-            row[tokens] = True
+        for row, alive in zip(live, self.alive, strict=True):
+            row[alive] = True
         mask = _mask(named.get("attention_mask"), live, ~live, states, spec.backend(layer))
         named = named | {"attention_mask": mask, spec.cache or "": None}
-        rows = torch.tensor(self._rows(sample, queries.rows), dtype=torch.int64)
+        rows = torch.tensor(self._rows(sample, queries.rows, tokens), dtype=torch.int64)
+        live = live & torch.isin(torch.arange(live.shape[1]), torch.tensor(tokens))
         seen = probabilities(caught_logits(lambda: type(layer).forward(layer, states, **named)), live)
         values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
         valid = torch.ones(1, len(rows), dtype=torch.bool)
-        return Attention(seen[sample : sample + 1, :, rows], valid, values[sample : sample + 1])
+        seen, values = seen[sample : sample + 1, :, rows][..., tokens], values[sample : sample + 1, :, tokens]
+        return Attention(seen, valid, values)
 
-    def _rows(self, sample: int, which: str) -> list[int]:
-        layout, tokens = self.layout, range(self.layout.image.shape[1])
+    def _rows(self, sample: int, which: str, tokens: list[int]) -> list[int]:
+        layout = self.layout
         real = [t for t in tokens if layout.padding is None or layout.padding[sample, t]]
-        labelled = [layout.labels is not None and int(layout.labels[sample, t]) != IGNORED for t in tokens]
+        labelled = {t: layout.labels is not None and int(layout.labels[sample, t]) != IGNORED for t in tokens}
         images = [t for t in tokens if layout.image[sample, t]]
         if which == "answer":
-            rows = [t for t in tokens[:-1] if labelled[t + 1] and not labelled[t]]
+            rows = [t for t, after in pairwise(tokens) if labelled[after] and not labelled[t]]
         else:
             rows = [t for t in real if t > max(images, default=-1) and not labelled[t]]
         return rows or real[-1:]

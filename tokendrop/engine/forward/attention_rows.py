@@ -73,7 +73,7 @@ def attention_rows(
         spec: how it is called.
         named: its arguments by name, for all (B, T) tokens.
         states_of: gives the (B, T, D) hidden states at its input.
-        group: the samples to look at.
+        group: the samples to look at; with `active`, samples packed into rows, which are those tokens.
         rows: (B, R) of these samples.
         live: (B, T) bool, of these samples, the tokens that may be seen.
 
@@ -91,11 +91,16 @@ def attention_rows(
     shape = (states.shape[0], states.shape[1])
     named = {spec.mask or "": None} | named
     _check_mask(named[spec.mask or ""], shape[1])
+    float_mask = states.dtype if spec.backend(layer) == "eager" else None
+    if group.active is not None:  # packed samples, each as a row of its own
+        named = compact(named, group, Form(shape, spec.mask, float_mask, False))
+        states = states[group.samples[:, None], group.active.index]
+        shape = (states.shape[0], states.shape[1])
+        group = replace(group, samples=torch.arange(shape[0], device=states.device), whole=True, active=None)
     maskless = {name: value for name, value in named.items() if name != spec.mask}
     if not group.whole:
         states = states[group.samples]
         maskless = {name: select(value, group, None, shape, name) for name, value in maskless.items()}
-    float_mask = states.dtype if spec.backend(layer) == "eager" else None
     # With a context, and merged, the mask is made for these rows against all T tokens.
     arguments = compact(named, replace(group, active=rows, context=rows), Form(shape, spec.mask, float_mask, True))
     chosen = states[torch.arange(len(states), device=states.device)[:, None], rows.index]

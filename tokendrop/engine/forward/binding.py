@@ -31,6 +31,10 @@ class Routing(Protocol):
         """For each of the B samples, the route of its task and the projection set of its image tokens."""
         ...
 
+    def say_once(self, kind: str, message: str, category: type[Warning], level: int) -> None:
+        """Warn, the first time for each kind, at `level` frames above the caller."""
+        ...
+
 
 @dataclass(eq=False)
 class Binding:

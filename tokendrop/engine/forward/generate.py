@@ -16,7 +16,7 @@ from tokendrop.roles import Role, Route
 
 
 class Ids(NamedTuple):
-    """What was seen at the input embeddings.
+    """The vocabulary ids that were seen.
 
     Args:
         now: (R, T + Q) or (R, Q) vocabulary ids of this forward; None where it was given embeddings.
@@ -47,7 +47,7 @@ def may_skip(routes: Sequence[Route]) -> bool:
 
 
 def by_ids(layout: TokenLayout, routes: Sequence[Route], ids: Ids, shape: tuple[int, int]) -> TokenLayout:
-    """The layout of the first token, where the prompt has no image and ids say what all the other tokens are.
+    """The layout of the first token, for a prompt shorter than T without an image, where ids say what the others are.
 
     So runs a prompt without images in chunks, or a second one beside it, as under guidance by a negative prompt.
 
@@ -60,13 +60,12 @@ def by_ids(layout: TokenLayout, routes: Sequence[Route], ids: Ids, shape: tuple[
     Returns:
         The layout itself where that is not so.
     """
-    tokens = layout.image.shape[1]
-    if ids.now is None or ids.now.shape != shape or (layout.image_ids is None and layout.new == "image"):
+    if shape[1] >= layout.image.shape[1] or ids.now is None or ids.now.shape != shape:
+        return layout
+    if layout.image_ids is None and layout.new == "image":
         return layout
     images = new_images(layout, ids, *shape, False)
-    fits = shape[1] >= tokens and not bool(images[:, :tokens].any())
-    selects = any(layer.select is not None for route in routes for layer in route)
-    if fits or bool(layout.image.any() | images[:, 0].any()) or (selects and bool(images.any())):
+    if bool(layout.image.any() | images[:, 0].any()) or (_selects(routes) and bool(images.any())):
         return layout
     return replace(layout, image=layout.image[:, :1], padding=None, segments=None)
 
@@ -98,9 +97,10 @@ def row_order(layout: TokenLayout, routes: Sequence[Route], ids: Ids, hidden: Te
     times = rows // batch
     sizes = [n for n in range(times, 0, -1) if times % n == 0]
     orders = [[row for _ in range(times // n) for row in range(batch) for _ in range(n)] for n in sizes]
-    selects = any(layer.select is not None for route in routes for layer in route)
-    alike = len(set(layout.tasks)) == 1 and bool((layout.image == layout.image[:1]).all())
-    if times == 1 or batch == 1 or (alike and not selects):
+    if times == 1 or batch == 1:
+        return orders[0]
+    selects, one_task = _selects(routes), len(set(layout.tasks)) == 1
+    if one_task and not selects and bool((layout.image == layout.image[:1]).all()):
         return orders[0]
     whole = ids.now is not None and ids.now.shape == (rows, length)
     given = ids.now if whole and ids.now is not None else hidden
@@ -109,7 +109,7 @@ def row_order(layout: TokenLayout, routes: Sequence[Route], ids: Ids, hidden: Te
         image = torch.isin(given[:, :tokens], layout.image_ids.to(given.device)).to(layout.image.device)
     for n, order in zip(sizes, orders, strict=True):
         # A search is known by its copies; guidance, whose halves differ, by its images. A selection is the sample's.
-        described = image is not None and not selects and torch.equal(image, layout.image[order])
+        described = image is not None and one_task and not selects and torch.equal(image, layout.image[order])
         if (n == times or described) and _copied(given[:, :tokens], layout, order, n):
             return order
     raise LayoutError(
@@ -117,6 +117,10 @@ def row_order(layout: TokenLayout, routes: Sequence[Route], ids: Ids, hidden: Te
         "their ids do not show which is which. Enter a layout with all the rows, in the order in which the model runs "
         "them: under guidance the conditional ones, then the others"
     )
+
+
+def _selects(routes: Sequence[Route]) -> bool:
+    return any(layer.select is not None for route in routes for layer in route)
 
 
 def _copied(given: Tensor, layout: TokenLayout, order: Sequence[int], n: int) -> bool:

@@ -4,6 +4,7 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,14 +17,16 @@ from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.calls import group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
+from tokendrop.engine.forward.ids import check_rows
 from tokendrop.engine.forward.state import Forward, Frame, frames
 from tokendrop.engine.forward.step import Step, decode
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.projections import ROUTER
-from tokendrop.engine.plan.plan import Group, Span
-from tokendrop.errors import MissingLayoutError, UnsupportedError
+from tokendrop.engine.plan.plan import Group, Plan, Span
+from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
+from tokendrop.layout import packed_samples
 from tokendrop.roles import Role
 
 WORK = "tokendrop_work"
@@ -73,7 +76,7 @@ def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, n
     name, forward = f"{type(layer).__name__} {binding.index}", frame.forward
     if binding.index == 0:
         check_packing(named, binding.spec.backend(layer))
-        forward = frame.forward = _begin(binding, frame, hidden, named)
+        forward = frame.forward = _begin(layer, binding, frame, hidden, named)
     elif forward is None or binding.index != forward.next_layer:
         due = 0 if forward is None else forward.next_layer
         raise UnsupportedError(
@@ -89,30 +92,29 @@ def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, n
     return forward
 
 
-def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
-    layout, plan, handle = frame.layout, frame.plan, binding.handle
-    if not frame.generates:
-        return frame.start(plan)
-    (batch, tokens), (cache, stored) = hidden.shape[:2], _cache(binding, named)
-    ids, (routes, names) = frame.take_ids(batch), handle.served(layout)
-    one_by_one, frame.reach = stored + tokens - max(frame.reach, plan.shape[1]) <= 1, stored + tokens
-    if stored:
-        if cache not in frame.caches:
-            raise UnsupportedError(
-                f"a cache with {stored} tokens was not filled inside this layout; continue it inside the one that "
-                "filled it, or generate from the prompt on inside this one"
-            )
-        image = generate.new_images(layout, ids, batch, tokens, one_by_one)
-        step = Step.of(image, frame.caches[cache], routes, names)
-        if step.any_image:
-            generate.refuse_routers(routes)
-        return frame.start(plan, cache, step)
-    if plan.dense:
-        layout = generate.by_ids(layout, routes, ids, (batch, tokens))
-    if cache is None and (batch, tokens) == plan.shape and layout is frame.layout:
-        return frame.start(plan)
+def _begin(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
+    layout, shape = frame.layout, (hidden.shape[0], hidden.shape[1])
+    cache, stored = _cache(binding, named)
+    ids = generate.Ids(frame.ids, frame.saw_ids)
+    if frame.generates and stored:
+        return _continue(binding, frame, shape, ids, cache, stored)
+    plan = _packed(layer, binding, frame, shape, named)
+    if not frame.generates or (cache is None and shape == plan.shape):
+        check_rows(layout, range(len(layout.image)), ids.now, shape)
+        frame.reach = shape[1]
+        return frame.start(plan, prompt=plan)
+    return _grow(binding, frame, hidden, plan, ids, cache)
+
+
+def _grow(binding: Binding, frame: Frame, hidden: Tensor, prompt: Plan, ids: generate.Ids, cache: Any) -> Forward:
+    handle, shape = binding.handle, (hidden.shape[0], hidden.shape[1])
+    if shape != prompt.shape:
+        _refuse_packs(prompt)
+    routes, _ = handle.served(prompt.layout)
+    layout = generate.by_ids(prompt.layout, routes, ids, shape)
     order = generate.row_order(layout, routes, ids, hidden)
-    image = generate.new_images(layout, ids, batch, tokens - layout.image.shape[1], one_by_one)
+    check_rows(layout, order, ids.now, shape)
+    image = generate.new_images(layout, ids, shape[0], shape[1] - layout.image.shape[1], frame.one_by_one(shape[1]))
     plan = handle.plan(generate.grown(layout, routes, order, image), cache is not None)
     if not plan.dense:
         generate.refuse_routers(routes)
@@ -120,7 +122,24 @@ def _begin(binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]
         frame.caches[cache] = order
         if not plan.dense or generate.may_skip(routes):
             let_grow(cache)
-    return frame.start(plan, cache)
+    return frame.start(plan, cache, prompt=prompt)
+
+
+def _continue(
+    binding: Binding, frame: Frame, shape: tuple[int, int], ids: generate.Ids, cache: Any, stored: int
+) -> Forward:
+    _refuse_packs(frame.plan)
+    if cache not in frame.caches:
+        raise UnsupportedError(
+            f"a cache with {stored} tokens was not filled inside this layout; continue it inside the one that filled "
+            "it, or generate from the prompt on inside this one"
+        )
+    routes, names = binding.handle.served(frame.layout)
+    image = generate.new_images(frame.layout, ids, *shape, frame.one_by_one(stored + shape[1]))
+    step = Step.of(image, frame.caches[cache], routes, names)
+    if step.any_image:
+        generate.refuse_routers(routes)
+    return frame.start(frame.plan, cache, step)
 
 
 def _cache(binding: Binding, named: dict[str, Any]) -> tuple[Any, int]:
@@ -141,6 +160,34 @@ def _cut(binding: Binding, forward: Forward, named: dict[str, Any]) -> dict[str,
     return named | {name: next(left for given, left in forward.cut if given is mask)}
 
 
+def _refuse_packs(plan: Plan) -> None:
+    if plan.packs is not None:
+        raise UnsupportedError(
+            f"{len(plan.packs.rows)} samples are packed into {plan.shape[0]} rows; behind a row only its last sample "
+            "could go on. Generate with a row for each sample"
+        )
+
+
+def _packed(layer: nn.Module, binding: Binding, frame: Frame, shape: tuple[int, int], named: dict[str, Any]) -> Plan:
+    # The plan of the layout, and of the packed samples that a mask may keep apart and the layout does not know of.
+    plan, layout = frame.plan, frame.layout
+    mask = named.get(binding.spec.mask or "")
+    if shape != plan.shape or torch.compiler.is_compiling():
+        return plan
+    if mask is None and plan.packs is not None and binding.spec.backend(layer) in ("sdpa", "eager"):
+        message = (
+            f"the layout has {len(plan.packs.rows)} samples packed into {shape[0]} rows, but the layers are given no "
+            "mask, so that a sample sees those before it; call the model with position_ids that begin again in each, "
+            "without attention_mask, and with use_cache=False, or transformers does not look for them"
+        )
+        binding.handle.say_once("packs", message, LayoutWarning, 1)
+    selects = any(span.selects for span in plan.spans)
+    if mask is None or layout.packs is not None or not selects:
+        return plan
+    packs = packed_samples(named, shape, layout.padding)
+    return plan if packs is None else binding.handle.plan(replace(layout, packs=packs))
+
+
 def _run(
     layer: nn.Module,
     binding: Binding,
@@ -155,7 +202,8 @@ def _run(
     look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
     span = forward.span
     if span is None or index == span.stop:
-        router = dict(binding.handle.sets(index)).get(ROUTER)
+        sets = binding.handle.sets(index)
+        router = sets[ROUTER] if ROUTER in sets else None  # noqa: SIM401
         span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
         forward.span = span
         hidden = _enter(forward, span, hidden)

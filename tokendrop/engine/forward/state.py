@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokendrop.engine.forward.calls import Made
-from tokendrop.engine.forward.generate import Ids
+from tokendrop.engine.forward.ids import SeenIds
 from tokendrop.engine.forward.step import Step
 from tokendrop.engine.model.vision import Seen
 from tokendrop.engine.plan.labelled import LabelledRows
@@ -62,8 +62,9 @@ class Frame:
         first: the index of the first sample in the global batch.
         forward: the forward under way.
         caches: those that generations inside have filled, and the sample that each of their rows came from.
-        ids: (B, T) vocabulary ids that the model embedded for the next forward, where they were seen.
-        saw_ids: whether those of any forward were.
+        given: sees the vocabulary ids that a forward is given, where the layout has no labels.
+        ids: those of the forward under way; None where nobody saw them.
+        saw_ids: whether somebody saw those of any forward.
         reach: tokens of a row up to which the last forward went.
         returns_tuple: whether the layers return one.
         labelled: the rows that the output head runs on; None for all.
@@ -78,6 +79,7 @@ class Frame:
     first: int
     forward: Forward | None = None
     caches: "weakref.WeakKeyDictionary[Any, list[int]]" = field(default_factory=weakref.WeakKeyDictionary)
+    given: SeenIds = field(default_factory=SeenIds)
     ids: Tensor | None = None
     saw_ids: bool = False
     reach: int = 0
@@ -87,20 +89,15 @@ class Frame:
     seen: Seen = field(default_factory=dict)
     encode: Encode | None = None
 
-    def take_ids(self, rows: int) -> Ids:
-        """The ids of the forward that begins; none are left for the next one, which may be given embeddings."""
-        ids, self.ids = self.ids, None
-        if ids is not None and (ids.dim() != 2 or len(ids) != rows):
-            ids = None
-        self.saw_ids |= ids is not None
-        return Ids(ids, self.saw_ids)
+    def start(self, plan: Plan, cache: Any = None, step: Step | None = None, prompt: Plan | None = None) -> Forward:
+        """Begin a forward on rows of `prompt`, by default of the layout's own plan, and on what follows them."""
+        times, scoring = plan.shape[0] // len(self.layout.image), (prompt or self.plan).scoring
+        return Forward(plan, Selections(plan, scoring, self.step, self.first, times, self.encode), cache, step)
 
-    def start(self, plan: Plan, cache: Any = None, step: Step | None = None) -> Forward:
-        """Begin a forward."""
-        times = plan.shape[0] // len(self.layout.image)
-        return Forward(
-            plan, Selections(plan, self.plan.scoring, self.step, self.first, times, self.encode), cache, step
-        )
+    def one_by_one(self, reach: int) -> bool:
+        """Whether a forward up to token `reach` of each row goes one token further than the last did, at most."""
+        before, self.reach = max(self.reach, self.plan.shape[1]), reach
+        return reach - before <= 1
 
     @property
     def generates(self) -> bool:
@@ -113,12 +110,14 @@ class Frame:
         return not self.plan.routed if self.generates else self.plan.dense
 
     def check(self, hidden: Tensor, stored: int) -> None:
-        """Refuse hidden states of another batch, and a cache of `stored` tokens in training.
+        """Begin with this forward's ids; refuse hidden states of another batch, and a filled cache in training.
 
         Raises:
             LayoutError: they are not (B, T, D).
             UnsupportedError: the cache is not empty.
         """
+        self.ids = self.given.taken()
+        self.saw_ids |= self.ids is not None
         if self.generates:
             return
         same, gradients = tuple(hidden.shape[:2]) == self.plan.shape, self.layout.labels is None
@@ -142,12 +141,3 @@ def frames(key: str) -> list[Frame | None]:
     """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
     by_key: dict[str, list[Frame | None]] = this_thread.__dict__.setdefault("frames", {})
     return by_key.setdefault(key, [])
-
-
-def embedded(key: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-    """A pre-hook of the input embeddings, which remembers the (B, T) ids for the forward that follows."""
-    entered = frames(key)
-    frame = entered[-1] if entered else None
-    # A model may also embed one id, to look for it among embeddings.
-    if frame is not None and args and isinstance(args[0], Tensor) and args[0].dim() == 2:
-        frame.ids = args[0]

@@ -1,18 +1,29 @@
 """From a layout and the routes of its tasks to index tensors: what each layer of one forward computes.
 
-Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all groups, L layers.
+Shape letters: B batch, T tokens, P samples (packed ones count each), K computed rows, M context rows, N rows of all
+groups, L layers.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
 
-from tokendrop.engine.plan.rows import Rows, Split, choose_rows, round_up, split_rows
+from tokendrop.engine.plan.packs import Packs
+from tokendrop.engine.plan.rows import (
+    Rows,
+    Split,
+    before_one_image,
+    choose_rows,
+    needed_rows,
+    real_rows,
+    round_up,
+    split_rows,
+)
 from tokendrop.errors import NeededRowError
-from tokendrop.layout import IGNORED, TokenLayout, scoring_mask
+from tokendrop.layout import TokenLayout, scoring_mask
 from tokendrop.roles import LayerRoute, Role, Route, Select, selections
 
 
@@ -22,13 +33,15 @@ class Choice:
 
     Args:
         select: which image tokens stay ACTIVE.
-        kept: (B,) int64, how many of them.
+        kept: (P,) int64, how many of them in each sample.
         counts: (B,) int64, how many rows compute then.
+        packs: the P samples, where rows hold several.
     """
 
     select: Select
     kept: Tensor
     counts: Tensor
+    packs: Packs | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +126,8 @@ class Plan:
         routed: whether image tokens of these tasks, where there are any, do not.
         has_context: whether any token is CONTEXT anywhere.
         needed: rows whose output is trained, one for each label.
-        scoring: (B, R) rows whose attention scores image tokens, by kind.
+        scoring: (P, R) rows of each sample whose attention scores image tokens, by kind.
+        packs: the P samples, where rows hold several.
     """
 
     shape: tuple[int, int]
@@ -126,6 +140,7 @@ class Plan:
     has_context: bool
     needed: int
     scoring: Mapping[str, Rows]
+    packs: Packs | None
 
 
 class Planner:
@@ -149,17 +164,21 @@ class Planner:
     ) -> None:
         self.layout, self.names, self.multiple, self.tokens = layout, names, multiple, layout.image.shape[1]
         self.needed = needed_rows(layout)
-        self.computing = ~layout.image & (_real(layout) | self.needed)
-        unneeded_image = layout.image & self.needed
-        # The one transfer from the device: everything the shapes of this forward depend on.
+        self.computing = ~layout.image & (real_rows(layout) | self.needed)
+        self.packs = Packs.of(layout)
+        alone = layout if self.packs is None else self.packs.layout(layout)
         kinds: list[str] = sorted({select.queries.rows for select in selections(routes) if select.queries is not None})
-        asked = {kind: scoring_mask(layout, kind) for kind in kinds}
-        masks = (self.computing, layout.image, unneeded_image, self.needed, *asked.values())
-        sums = torch.stack([_before_one_image(layout, self.computing), *(mask.sum(1) for mask in masks)])
-        self.before, self.text, self.images, self.needed_images, needed, *counts = sums.tolist()
+        asked = {kind: scoring_mask(alone, kind) for kind in kinds}
+        masks = self.computing, layout.image, layout.image & self.needed, self.needed
+        rows = torch.stack([before_one_image(layout, self.computing), *(mask.sum(1) for mask in masks)])
+        samples = torch.stack([mask.sum(1) for mask in (alone.image, *asked.values())])
+        # All that the shapes of this forward depend on; the one transfer from the device, but for those of packs.
+        found = iter(torch.cat([rows.flatten(), samples.flatten()]).tolist())
+        each = [list(islice(found, one.shape[1])) for one in (rows, samples) for _ in range(len(one))]
+        self.before, self.text, self.images, self.needed_images, needed, self.candidates, *counts = each
         # Powers of two, so that shapes stay few.
-        sizes = [min(self.tokens, 1 << (max(count) - 1).bit_length()) for count in counts]
-        pairs = zip(asked.items(), sums[5:], sizes, strict=True)
+        sizes = [min(alone.image.shape[1], 1 << (max(count) - 1).bit_length()) for count in counts]
+        pairs = zip(asked.items(), samples[1:], sizes, strict=True)
         self.scoring = {kind: choose_rows(mask, count, size) for (kind, mask), count, size in pairs}
         self.needed_rows = sum(needed)
         dense: Route = (LayerRoute(),) * len(routes[0])
@@ -185,7 +204,7 @@ class Planner:
         dense = not any(span.rows or span.selects or any(one.split for one in span.groups) for span in spans)
         has_context = any(group.context is not None for span in spans for group in span.groups)
         batch, tokens = self.layout.image.shape
-        more = dense, self.routed, has_context, self.needed_rows, self.scoring
+        more = dense, self.routed, has_context, self.needed_rows, self.scoring, self.packs
         return Plan((batch, tokens), self.layout, self.computing, tuple(spans), span_of, *more)
 
     def _check_needed(self) -> None:
@@ -225,11 +244,8 @@ class Planner:
             split = self._split(image, samples, owns)
             return Group(Role.ACTIVE, number, samples, chosen, whole, self.tokens, None, None, split)
         if select is not None:
-            kept = [select.count(count) for count in images]
-            counts = [a + b for a, b in zip(text, kept, strict=True)]
-            size = round_up(max(counts), self.tokens, self.multiple)
-            limits = torch.tensor([kept, counts], device=chosen.device)
-            choice = Choice(select, limits[0], limits[1])
+            choice, most = self._choice(select, samples)
+            size = round_up(most, self.tokens, self.multiple)
             return Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
         size = round_up(max(text), self.tokens, self.multiple)
         active = choose_rows(self.computing[chosen], torch.tensor(text, device=chosen.device), size)
@@ -241,6 +257,18 @@ class Planner:
         split = self._split(every_row, samples, owns)
         late = self._late(samples, size, context_size)
         return Group(role, number, samples, chosen, whole, size, active, context, None, split, late=late)
+
+    def _choice(self, select: Select, samples: tuple[int, ...]) -> tuple[Choice, int]:
+        # The samples of a row: itself, or those packed into it.
+        owners = range(len(self.images)) if self.packs is None else self.packs.rows
+        kept: dict[int, list[int]] = {sample: [] for sample in samples}
+        for owner, count in zip(owners, self.candidates, strict=True):
+            if owner in kept:
+                kept[owner].append(select.count(count))
+        counts = [self.text[sample] + sum(own) for sample, own in kept.items()]
+        each = torch.tensor([one for own in kept.values() for one in own], device=self.layout.image.device)
+        packs = None if self.packs is None else self.packs.within(samples)
+        return Choice(select, each, torch.tensor(counts, device=each.device), packs), max(counts)
 
     def _late(self, samples: tuple[int, ...], size: int, context_size: int) -> Tensor | None:
         before = {self.before[sample] for sample in samples}
@@ -268,28 +296,3 @@ def span_rows(groups: tuple[Group, ...], tokens: int) -> Rows | None:
         indices.append((group.samples[:, None] * tokens + rows.index).flatten())
         valids.append(rows.valid.flatten())
     return Rows(torch.cat(indices)[None], torch.cat(valids)[None])
-
-
-def needed_rows(layout: TokenLayout) -> Tensor:
-    """(B, T) bool, the rows whose output is trained: labels[t + 1] is one."""
-    needed = torch.zeros_like(layout.image)
-    if layout.labels is not None:
-        needed[:, :-1] = layout.labels[:, 1:] != IGNORED
-    return needed
-
-
-def _before_one_image(layout: TokenLayout, computing: Tensor) -> Tensor:
-    # (B,) computing rows before the image; -1 where there is not one image in one piece, or padding.
-    tokens = torch.arange(layout.image.shape[1], device=layout.image.device)
-    first = layout.image.to(torch.uint8).argmax(1)
-    last = len(tokens) - 1 - layout.image.flip(1).to(torch.uint8).argmax(1)
-    one = layout.image.sum(1) == last - first + 1
-    one &= True if layout.padding is None else layout.padding.all(1)
-    return (computing & (tokens < first[:, None])).sum(1).where(one, -1)
-
-
-def _real(layout: TokenLayout) -> Tensor:
-    # Without labels nobody knows whether the output of a padding row is used.
-    if layout.padding is None or layout.labels is None:
-        return torch.ones_like(layout.image)
-    return layout.padding

@@ -1,4 +1,4 @@
-"""Index tensors: which rows of each sample compute, and which projections they use.
+"""Index tensors: which rows of each sample matter, which compute, and which projections they use.
 
 Shape letters: B batch, T tokens, K computed rows.
 """
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tokendrop.layout import IGNORED, TokenLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,3 +72,28 @@ def split_rows(rows: Tensor, names: tuple[str | None, ...]) -> Split:
     # The layer's own projections run, and so are in the graph, even where no row needs them.
     used = [(name, part) for name, part in zip(sets, parts, strict=True) if name is None or len(part)]
     return Split(tuple(n for n, _ in used), tuple(p for _, p in used), torch.cat([p for _, p in used]).argsort())
+
+
+def needed_rows(layout: TokenLayout) -> Tensor:
+    """(B, T) bool, the rows whose output is trained: labels[t + 1] is one."""
+    needed = torch.zeros_like(layout.image)
+    if layout.labels is not None:
+        needed[:, :-1] = layout.labels[:, 1:] != IGNORED
+    return needed
+
+
+def before_one_image(layout: TokenLayout, computing: Tensor) -> Tensor:
+    """(B,) int64, computing rows before the image; -1 where there is not one image in one piece, or padding."""
+    tokens = torch.arange(layout.image.shape[1], device=layout.image.device)
+    first = layout.image.to(torch.uint8).argmax(1)
+    last = len(tokens) - 1 - layout.image.flip(1).to(torch.uint8).argmax(1)
+    one = layout.image.sum(1) == last - first + 1
+    one &= True if layout.padding is None else layout.padding.all(1)
+    return (computing & (tokens < first[:, None])).sum(1).where(one, -1)
+
+
+def real_rows(layout: TokenLayout) -> Tensor:
+    """(B, T) bool, rows whose output may be used; without labels nobody knows that of a padding row."""
+    if layout.padding is None or layout.labels is None:
+        return torch.ones_like(layout.image)
+    return layout.padding

@@ -1,6 +1,6 @@
 """Selections, made where a span is entered.
 
-Shape letters: B batch, T tokens, R scoring rows, D hidden.
+Shape letters: B batch, T tokens, P samples (packed ones count each), R scoring rows, D hidden.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from tokendrop.engine.plan.packs import Packs
 from tokendrop.engine.plan.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
 from tokendrop.kernels import merge_tokens
 from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select
 
-# From a group, its scoring rows and its live tokens (B, T), to what these rows look at in the layer about to be called.
+# From a group, its scoring rows and its live tokens (P, T), to what these rows look at in the layer about to be called.
 Look = Callable[[Group, Rows, Tensor], Attention]
 # From layers of the vision encoder, the image tokens (B, T) and how often each row is repeated, what it says of them.
 Encode = Callable[[tuple[int, ...], Tensor, int], Encoded]
@@ -93,45 +94,77 @@ class Selections:
         return replace(group, active=choose_rows(chosen, choice.counts, group.size))
 
     def _select(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Tensor:
-        select, candidates = choice.select, self.alive[group.samples]
-        router = router[group.samples] if select.learned and router is not None else None
-        states = states if group.whole else states[group.samples]
-        samples = group.samples // self.times + self.first
+        select, candidates = choice.select, _samples(group, self.alive)
+        router = _samples(group, router) if select.learned and router is not None else None
         attention = self.seen.pop((select, group.members), None)
         if select.queries is not None and attention is None:
             attention = self._look(group, select.queries, look)
         encoded = None
         if select.encoder and self.encode is not None:
             if not self.alive.any():
-                return candidates
-            encoded = self.encode(select.encoder, self.plan.layout.image, self.times)
-            encoded = encoded.of(group.samples * len(encoded.place) // len(self.alive))
+                return self.alive[group.samples]
+            encoded = self._encoded(group, self.encode(select.encoder, self.plan.layout.image, self.times))
         looks = choice.kept, attention, encoded, router
-        scoring = Scoring(states, candidates, samples, select.layer, select.seed, self.step, *looks)
+        numbers = self._numbers(group) + self.first
+        scoring = Scoring(_samples(group, states), candidates, numbers, select.layer, select.seed, self.step, *looks)
         scores = select.score(scoring)
         if not isinstance(scores, Tensor) or scores.shape != candidates.shape:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise MethodError(
                 f"a score returned {found}; expected one number for each token, {tuple(candidates.shape)}"
             )
-        kept = highest(scores, candidates, choice.kept)
+        chosen = highest(scores, candidates, choice.kept)
         if router is not None:
-            self._learn(group, router, candidates, kept)
+            self._learn(group, router, candidates, chosen)
         if select.merge is not None:
-            self.merges.append((group.samples, select.merge(scoring, kept)))
+            merge = select.merge(scoring, chosen)
+            if choice.packs is not None:
+                merge = Merge(*(part[group.samples] for part in choice.packs.merge(merge, self.alive)))
+            self.merges.append((group.samples, merge))
+        kept = _rows(group, torch.zeros_like(self.alive), chosen)
         if group.role is Role.GONE:
-            self.alive = self.alive.index_copy(0, group.samples, kept)
-        return kept
+            self.alive = self.alive.index_copy(0, group.samples, kept[group.samples])
+        return kept[group.samples]
 
     def _learn(self, group: Group, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
         ones = router.new_ones(self.plan.shape) if self.scale is None else self.scale
-        self.scale = ones.index_copy(0, group.samples, router.where(kept, 1.0))
+        self.scale = _rows(group, ones, router.where(kept, 1.0))
         each = binary_cross_entropy_with_logits(router, kept.to(router.dtype), reduction="none")
         self.losses.append(each.where(candidates, 0.0).sum() / candidates.sum())
 
+    def _encoded(self, group: Group, encoded: Encoded) -> Encoded:
+        if packs := _packs(group):
+            return packs.encoded(encoded)
+        return encoded.of(group.samples * len(encoded.place) // len(self.alive))
+
+    def _numbers(self, group: Group) -> Tensor:
+        # Which samples of the batch they are; rows that a search repeats are one.
+        return packs.number if (packs := _packs(group)) else group.samples // self.times
+
     def _look(self, group: Group, queries: Queries, look: Look) -> Attention:
-        rows = self.scoring[queries.rows].of(group.samples // self.times)
-        return look(group, rows, self.plan.computing[group.samples] | self.alive[group.samples])
+        rows = self.scoring[queries.rows].of(self._numbers(group))
+        live = _samples(group, self.plan.computing | self.alive)
+        if packs := _packs(group):
+            group = replace(group, samples=packs.row, whole=False, active=packs.tokens)
+        return look(group, rows, live)
+
+
+def _packs(group: Group) -> Packs | None:
+    return None if group.choice is None else group.choice.packs
+
+
+def _samples(group: Group, x: Tensor) -> Tensor:
+    """Of (B, T, ...), the samples of a group, (P, T, ...)."""
+    if packs := _packs(group):
+        return packs.take(x)
+    return x if group.whole else x[group.samples]
+
+
+def _rows(group: Group, full: Tensor, x: Tensor) -> Tensor:
+    """`full` (B, T) with the samples of a group from `x` (P, T)."""
+    if packs := _packs(group):
+        return packs.put(full, x)
+    return full.index_copy(0, group.samples, x)
 
 
 def highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
