@@ -129,7 +129,7 @@ class Handle(nn.Module):
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
         with ExitStack() as stack:
-            if layout.image_ids is not None and layout.labels is None:
+            if layout.labels is None:
                 frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
                 stack.enter_context(frame.given.watching(self.owner, self.path))
             stack.enter_context(self._entered(frame))
