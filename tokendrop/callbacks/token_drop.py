@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from tokendrop.analysis.flops import task_costs
+from tokendrop.analysis.spent import task_costs
 from tokendrop.callbacks.averages import renew_averages
 from tokendrop.callbacks.batch import batch_layout, sub_batches
 from tokendrop.callbacks.launched import BeforeLaunch, check_home
