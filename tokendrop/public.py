@@ -6,8 +6,8 @@ from tokendrop.analysis.inspection import Inspection, inspect
 from tokendrop.callbacks import AttentionAllocation, SynergyMonitor, TokenDrop
 from tokendrop.config import from_config, methods_of, to_config
 from tokendrop.engine.drop_layers import DropLayers
-from tokendrop.engine.handle import Handle, handle
-from tokendrop.engine.inject import apply
+from tokendrop.engine.handle import Handle
+from tokendrop.engine.inject import apply, handle
 from tokendrop.errors import (
     AppliedError,
     BatchError,

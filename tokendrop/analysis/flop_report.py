@@ -26,12 +26,13 @@ from tokendrop.analysis.flop_ledger import (
 )
 from tokendrop.analysis.flops import LayerCost, head_flops, refusal, scoring_flops
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import Methods, apply
-from tokendrop.engine.model.decoder import linear_shape
+from tokendrop.engine.inject import apply
 from tokendrop.engine.model.from_config import model_from_config
+from tokendrop.engine.model.linears import linear_shape
 from tokendrop.engine.model.sets import ROUTER
 from tokendrop.engine.plan.plan import Group, Plan, Planner
 from tokendrop.engine.plan.rows import round_up
+from tokendrop.engine.support import Methods
 from tokendrop.errors import LayoutError, UnsupportedError, check_flag
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import LayerRoute, Route
@@ -180,13 +181,13 @@ def _weightless(source: Any) -> nn.Module:
 
 
 def _check(drop: Handle) -> None:
-    if unknown := refusal(drop.decoder_layers, drop.spec):
+    if unknown := refusal(drop.decoder_layers, drop.specs):
         raise UnsupportedError(f"FLOPs follow from the linears of a layer, but {unknown}; count a run of your model")
 
 
 def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) -> list[Parts]:
-    costs = [LayerCost.of(layer, drop.spec) for layer in drop.decoder_layers]
-    eager, times = drop.spec.backend(drop.decoder_layers[0]) == "eager", 3 if backward else 1
+    costs = [LayerCost.of(layer, spec) for layer, spec in zip(drop.decoder_layers, drop.specs, strict=True)]
+    eager, times = drop.backend == "eager", 3 if backward else 1
     found = []
     for index, (cost, span, one) in enumerate(zip(costs, plan.span_of, route, strict=True)):
         (group,) = span.groups

@@ -4,7 +4,7 @@ One multiply-add is 2 FLOPs. Causal attention is counted in full, as every count
 Shape letters: B batch, T tokens, K computed rows, M context rows, R scoring rows, D hidden, H heads, L layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokendrop.engine.model.decoder import LayerSpec, base_linear, is_linear, linear_shape, linears
+from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape, linears
 from tokendrop.engine.plan.plan import Plan
 from tokendrop.roles import Select
 
@@ -117,11 +118,11 @@ def _linear_flops(module: nn.Module, trained: bool = False) -> int:
     return 2 * sum(prod(linear_shape(one)) for one in linears(module) if not trained or is_trained(one))
 
 
-def refusal(layers: nn.ModuleList, spec: LayerSpec) -> str | None:
+def refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec]) -> str | None:
     """Why the FLOPs of such layers do not follow from their linears, or None."""
     if any(p.dim() > 2 for p in layers.parameters()):
-        return f"{spec.layer_class.__name__} holds weights of more than two dimensions, such as experts"
-    return spec.separate_refusal()
+        return f"{specs[0].layer_class.__name__} holds weights of more than two dimensions, such as experts"
+    return next(filter(None, (spec.separate_refusal() for spec in specs)), None)
 
 
 def scoring_flops(select: Select, plan: Plan, layer: LayerCost) -> int:

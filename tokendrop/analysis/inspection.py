@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tokendrop.engine.inject import check_support
-from tokendrop.engine.model.decoder import find_layers, layer_spec
+from tokendrop.engine.model.decoder import find_layers, layer_specs
+from tokendrop.engine.support import check_shared, check_support
 from tokendrop.errors import TokenDropError
 from tokendrop.methods import Drop, HiMix, HMGen
 from tokendrop.roles import Method
@@ -54,7 +54,7 @@ def inspect(model: nn.Module, layers: str | None = None) -> Inspection:
     Source: ours.
     """
     path, found = find_layers(model, layers)
-    spec = layer_spec(found[0], type(found[0]))
+    specs = layer_specs(found)
     cases: dict[str, Method] = {
         "HiMix": HiMix(),
         "HMGen": HMGen("0:1"),
@@ -66,8 +66,10 @@ def inspect(model: nn.Module, layers: str | None = None) -> Inspection:
     support = {}
     for name, method in cases.items():
         try:
-            check_support(model, found, spec, {None: method})
+            check_shared(found, path)
+            check_support(model, found, specs, {None: method})
             support[name] = "yes"
         except TokenDropError as error:
             support[name] = str(error)
-    return Inspection(path, type(found[0]).__name__, len(found), spec.backend(found[0]), support)
+    backend = next((spec.backend(one) for spec, one in zip(specs, found, strict=True) if spec.attention), "sdpa")
+    return Inspection(path, type(found[0]).__name__, len(found), backend, support)

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tokendrop.analysis.flops import LayerCost, head_flops, is_trained, output_head, scoring_flops
+from tokendrop.analysis.flops import LayerCost, head_flops, is_trained, output_head, refusal, scoring_flops
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model.decoder import base_linear, input_embeddings, linear_shape
+from tokendrop.engine.model.linears import base_linear, linear_shape
 from tokendrop.engine.model.sets import ROUTER
 from tokendrop.engine.plan.labelled import labelled_rows
 from tokendrop.engine.plan.plan import Plan, Span
@@ -58,12 +58,14 @@ class _Costs:
         reached: whether its gradient is made: whether something in it, or before it, is trained.
         head: of a row in the forward of the output head.
         head_backward: in its backward.
+        refusal: why these are not what the layers cost, or None.
     """
 
     layers: list[LayerCost]
     reached: list[bool]
     head: int
     head_backward: int
+    refusal: str | None
 
     def run(self, start: int, stop: int, rows: int, context: int = 0, pairs: int | None = None) -> tuple[int, int]:
         """Forward and backward of layers `start` to `stop`."""
@@ -89,7 +91,7 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
     """
     tokens, depth = plan.shape[1], len(plan.span_of)
     made = _costs(handle)
-    eager = handle.spec.backend(handle.decoder_layers[0]) == "eager" or None  # its attention is never split
+    eager = handle.backend == "eager" or None  # its attention is never split
     dense = tokens * (made.head + made.head_backward) + sum(made.run(0, depth, tokens))
     # Labelled rows of all samples run together, rounded up once.
     headed = tokens if not handle.labelled_logits else labelled_rows(plan, handle.multiple) / plan.shape[0]
@@ -112,6 +114,11 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
             for member in group.members:
                 costs[tasks[member]] += TaskCost(rows, 0, forward + backward + learning, 0, forward)
     return costs
+
+
+def unknown_flops(handle: Handle) -> str | None:
+    """Why nothing is known of the FLOPs of a dropped model, or None."""
+    return _costs(handle).refusal
 
 
 def _routing(handle: Handle, plan: Plan, span: Span) -> tuple[int, int]:
@@ -149,7 +156,8 @@ def _found(handle: Handle) -> _Costs:
         reached.append(flows)
     head, once = output_head(owner), head_flops(owner)
     own = head is not None and is_trained(base_linear(head))
-    return _Costs([LayerCost.of(layer, handle.spec) for layer in layers], reached, once, once * (flows + own))
+    costs = [LayerCost.of(layer, spec) for layer, spec in zip(layers, handle.specs, strict=True)]
+    return _Costs(costs, reached, once, once * (flows + own), refusal(layers, handle.specs))
 
 
 def _trained_before(handle: Handle) -> bool:
@@ -157,8 +165,8 @@ def _trained_before(handle: Handle) -> bool:
     owner, layers = handle.owner, handle.decoder_layers
     stack = list(owner.get_submodule(handle.path.rpartition(".")[0]).children())
     behind: list[nn.Module] = [handle, *stack[stack.index(layers) :]]
-    head, embeddings = output_head(owner), input_embeddings(owner)
-    tied = set() if embeddings is None else set(map(id, embeddings.parameters()))
+    head = output_head(owner)
+    tied = {id(p) for module in owner.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     rest = {id(p) for module in behind for p in module.parameters()}
     rest |= set() if head is None else {id(p) for p in head.parameters()} - tied
     return any(p.requires_grad and id(p) not in rest for p in owner.parameters())

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tokendrop.engine.forward.arguments import columns_of, is_bias
 from tokendrop.engine.plan.rows import Split, split_rows
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError
 from tokendrop.layout import TokenLayout
@@ -255,7 +256,8 @@ def decode(
         store.expect(at[:, :0], step.image[:, :0], new)
         return None
     store.expect(at, ~step.image if skips else torch.ones_like(step.image), new)
-    return named | {mask: _mask(named.get(mask), store, at)}
+    biased = {name: columns_of(x, store.positions) for name, x in named.items() if is_bias(x, store.length)}
+    return named | biased | {mask: _mask(named.get(mask), store, at)}
 
 
 def _mask(mask: Tensor | None, store: Any, rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
     if forward.step is None:
         out = _run(layer, binding, frame, forward, proceed, hidden, named)
     else:
-        out = _decode(binding, frame, forward.cache.layers[binding.index], forward.step, proceed, hidden, named)
+        out = _decode(layer, binding, frame, forward, proceed, hidden, named)
     if forward.next_layer == len(forward.plan.span_of):
         frame.losses, frame.forward = forward.selections.losses, None
     return out
@@ -163,13 +163,13 @@ def _run(
     look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
     span = forward.span
     if span is None or index == span.stop:
-        sets = binding.handle.sets(index)
-        router = sets[ROUTER] if ROUTER in sets else None  # dynamo cannot make a dict of a ModuleDict
+        router = dict(binding.handle.sets(index).items()).get(ROUTER)
         span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
         forward.span = span
         hidden = _enter(forward, span, hidden)
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)
+    frame.ran.append(span)
     shape, made = forward.plan.shape, forward.made
     calls = group_calls(layer, spec, index, span, shape, forward.context, cache, made, named, hidden)
     out = proceed(hidden, **{WORK: Work(spec, calls, binding.handle.sets(index))})
@@ -183,18 +183,24 @@ def _run(
 
 
 def _decode(
+    layer: nn.Module,
     binding: Binding,
     frame: Frame,
-    store: Any,
-    step: generate.Step,
+    forward: Forward,
     proceed: Callable[..., Any],
     hidden: Tensor,
     named: dict[str, Any],
 ) -> Any:
-    index = binding.index
-    role = step.role(index)
+    index, step, backend = binding.index, cast(generate.Step, forward.step), binding.spec.backend(layer)
+    stores, role = forward.cache.layers, step.role(index)
+    store = stores[index] if index < len(stores) else None  # a layer may keep its state elsewhere
     skips = role is Role.BYPASS
     holed, mask = isinstance(store, generate.HoledLayer), binding.spec.mask or ""
+    if holed and backend not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"layer {index} generates behind tokens that its cache does not hold, and the {backend!r} attention takes "
+            "no mask that says which; load it with attn_implementation='sdpa'"
+        )
     arguments = generate.decode(store, step, skips, hidden, named, mask) if holed else named
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden

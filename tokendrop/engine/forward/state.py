@@ -18,7 +18,7 @@ from tokendrop.engine.model.vision import Seen
 from tokendrop.engine.plan.labelled import LabelledRows
 from tokendrop.engine.plan.plan import Plan, Span
 from tokendrop.engine.plan.selection import Encode, Selections
-from tokendrop.errors import LayoutError
+from tokendrop.errors import LayoutError, LayoutTypeError
 from tokendrop.layout import TokenLayout
 
 
@@ -68,6 +68,9 @@ class Frame:
         losses: of the routers in the last forward.
         seen: what was seen of the vision encoder, when it last ran.
         encode: what it says of the image tokens; None where no method looks at it.
+        ran: the span of each layer that ran in the last forward, its rows chosen.
+        mask: the padding mask (B, T) that a model is given while its loss for experts is to see none.
+        routed: router logits of all rows that ran, by layer, for its output.
     """
 
     layout: TokenLayout
@@ -84,11 +87,15 @@ class Frame:
     losses: list[Tensor] = field(default_factory=list)
     seen: Seen = field(default_factory=dict)
     encode: Encode | None = None
+    ran: list[Span] = field(default_factory=list)
+    mask: Tensor | None = None
+    routed: tuple[Tensor, ...] | None = None
 
     def start(
         self, plan: Plan, cache: Any = None, step: generate.Step | None = None, prompt: Plan | None = None
     ) -> Forward:
         """Begin a forward on rows of `prompt`, by default of the layout's own plan, and on what follows them."""
+        self.ran = []
         times, scoring = plan.shape[0] // len(self.layout.image), (prompt or self.plan).scoring
         return Forward(plan, Selections(plan, scoring, self.step, self.first, times, self.encode), cache, step)
 
@@ -134,3 +141,14 @@ def in_thread() -> str:
         f". This is thread {thread.name!r}, and a layout holds in the thread that enters it: enter it inside the "
         "function that the thread runs, around model.generate(..., streamer=streamer) for one that streams"
     )
+
+
+def pair_of(step: object) -> tuple[object, ...]:
+    """The optimiser step and the micro-batch.
+
+    Raises:
+        LayoutTypeError: no pair.
+    """
+    if not isinstance(step, tuple) or len(step) != 2:
+        raise LayoutTypeError(f"step: expected the optimiser step and the micro-batch, two numbers; found {step!r}")
+    return step

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tokendrop.engine.model.decoder import base_linear, is_transposed, linear_shape
+from tokendrop.engine.model.linears import base_linear, is_transposed, linear_shape
 from tokendrop.errors import UnsupportedError
 
 _ROWS = 1024  # unit vectors at once
