@@ -19,11 +19,13 @@ from tokendrop.callbacks.optimizers import check_optimizers
 from tokendrop.callbacks.saved import check_added, tell_of_added, warn_of_difference
 from tokendrop.callbacks.standing import begin, count, end, evaluated_strength, progress_state, saved_progress
 from tokendrop.callbacks.strategies import check_strategy
+from tokendrop.callbacks.summary import log_methods, show_summary
 from tokendrop.callbacks.tuners import kept_in_tuners
 from tokendrop.config import STATE_KEY, described, saved_state
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply
 from tokendrop.engine.model.decoder import find_layers, has_decoder
+from tokendrop.engine.summary import task_lines, text
 from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import (
     AppliedError,
@@ -155,6 +157,12 @@ class TokenDrop(BeforeLaunch):
             )
         return found
 
+    @override
+    def __repr__(self) -> str:
+        heads = ["not applied yet"] if self.handle is None else self.handle.heads()
+        lines = task_lines(check_methods(self.methods), None if self.handle is None else len(self.handle.layers))
+        return text("TokenDrop", heads if self.schedule is None else [*heads, str(self.schedule)], lines)
+
     def remove(self) -> None:
         """Make the model exactly what it was.
 
@@ -183,6 +191,8 @@ class TokenDrop(BeforeLaunch):
         self._start(trainer, pl_module)
         if self.handle is not None:
             check_optimizers(trainer, pl_module, self.handle)
+            show_summary(trainer, self.handle, self.schedule)
+            log_methods(trainer, pl_module, self.methods, self.schedule)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
