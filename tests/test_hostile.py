@@ -186,7 +186,7 @@ CATALOGUE = {
     "TokenLayout.labels": tensors(torch.int64, IMAGE, IMAGE.int(), ROWS[..., 0]),
     "TokenLayout.image_ids": ((td.LayoutTypeError, [3, [3], torch.tensor([1.5]), torch.zeros(0).long()]),),
     "TokenLayout.packs": tensors(torch.int64, IMAGE, IMAGE.int(), ROWS[..., 0]),
-    "TokenLayout.new": ((td.LayoutError, ["video", 3, None, ["text"], IMAGE]),),
+    "TokenLayout.new": ((td.LayoutError, ["video", "", 3, ["text"], IMAGE]),),
     "TokenLayout.from_ids.input_ids": ((td.LayoutTypeError, [None, [[1]], IMAGE, ROWS, torch.zeros(4).long()]),),
     "TokenLayout.from_ids.image_ids": ((td.LayoutTypeError, [None, 1.5, "a", [], [True], torch.tensor([0.5])]),),
     "TokenLayout.from_ids.task": TASK,

@@ -28,8 +28,9 @@ from tokendrop.analysis.flops import LayerCost, head_flops, refusal, scoring_flo
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply
 from tokendrop.engine.model.from_config import model_from_config
-from tokendrop.engine.model.linears import linear_shape
+from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape
 from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.model.weights import readable
 from tokendrop.engine.plan.plan import Group, Plan, Planner
 from tokendrop.engine.plan.rows import round_up
 from tokendrop.engine.support import Methods
@@ -132,6 +133,8 @@ def flops(
     check_flag("backward", backward)
     check_flag("counted", counted)
     layout = _layout(text, image, before, task)
+    if counted:
+        _check_countable(model_or_config)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake if counted else torch.device("meta"):
         drop = apply(_weightless(model_or_config), methods, layers, multiple)
@@ -147,6 +150,15 @@ def flops(
     route = (LayerRoute(),) * len(drop.layers)
     dense = _formula(drop, Planner(layout, [route], [None], multiple).plan(), route, text + image, backward)
     return FlopReport.of(dense, _formula(drop, plan, drop.served(layout)[0][0], rows, backward))
+
+
+def _check_countable(model: Any) -> None:
+    linears = (base_linear(one) for one in (model.modules() if isinstance(model, nn.Module) else ()) if is_linear(one))
+    if packed := next((one for one in linears if not readable(one)), None):
+        raise UnsupportedError(
+            f"counted=True runs the model without weights, which a quantised {type(packed).__name__} cannot do; use "
+            "the formula, counted=False"
+        )
 
 
 def _count(name: str, value: Any) -> int:

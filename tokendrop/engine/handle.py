@@ -34,7 +34,7 @@ from tokendrop.errors import (
     check_integer,
 )
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import LayerRoute, Method, Role, Route
+from tokendrop.roles import LayerRoute, Method, Route
 
 
 class Handle(Described, nn.Module):
@@ -71,9 +71,7 @@ class Handle(Described, nn.Module):
         self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
         self.layers, self.labelled_logits, self.encoder = added, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
-        routes = [method.route(len(added)) for method in methods.values() if method is not None]
-        # Whether rows of the linears take ways of their own, so that their classes are swapped.
-        self.splits = bool(self.names) or any(one.image is Role.CONTEXT for route in routes for one in route)
+        self.splits = projections.splits([one for one in methods.values() if one is not None], len(added))
         self._said: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in added.parameters()) else None
 
@@ -132,7 +130,7 @@ class Handle(Described, nn.Module):
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
         with ExitStack() as stack:
-            if layout.image_ids is not None and layout.labels is None:
+            if layout.labels is None:
                 frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
                 stack.enter_context(frame.given.watching(self.owner, self.path))
             stack.enter_context(self._entered(frame))

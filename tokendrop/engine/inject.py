@@ -22,7 +22,7 @@ from tokendrop.engine.model.decoder import (
     uncompiled,
 )
 from tokendrop.engine.model.saved import notice_saving, take_saved
-from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached, swap
+from tokendrop.engine.model.swap import Swapped, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.model.weights import check_one_device
 from tokendrop.engine.support import Methods, check_methods, check_shared, check_support
@@ -109,9 +109,7 @@ def apply(
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, specs, given)
     check_one_device(found, path)
-    for index, layer in enumerate(found):
-        check_forward(layer, f"layer {index} of {path!r}")
-    projections.check(found, specs)
+    projections.check(found, specs, projections.splits(given.values(), len(found)))
     headed = head.find_head(model) if labelled_logits else None
     selects = selections(method.route(len(found)) for method in given.values())
     looked = {index for select in selects for index in select.encoder}

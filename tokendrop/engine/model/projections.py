@@ -4,7 +4,7 @@ Shape letters: B batch, K rows, D hidden.
 """
 
 import threading
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +19,7 @@ from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached
 from tokendrop.engine.model.weights import is_plain
 from tokendrop.engine.plan.rows import Split
 from tokendrop.errors import UnsupportedError
+from tokendrop.roles import Method, Role
 
 
 class _Using(threading.local):
@@ -155,15 +156,27 @@ def parts_of(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
     return Parts(letters, tuple(widths[letter] for letter in letters), spec.groups(layer), transposed)
 
 
-def check(layers: nn.ModuleList, specs: Sequence[LayerSpec]) -> None:
-    """Refuse linears that a `forward` in their instance would lead past the split.
+def splits(methods: Collection[Method], count: int) -> bool:
+    """Whether rows of the linears go ways of their own under some method, in a decoder of `count` layers."""
+    context = (one.image is Role.CONTEXT for method in methods for one in method.route(count))
+    return any(method.separate != "none" for method in methods) or any(context)
+
+
+def check(layers: nn.ModuleList, specs: Sequence[LayerSpec], linears: bool) -> None:
+    """Refuse layers, and linears in them, that a `forward` in their instance would lead past the swapped class.
+
+    Args:
+        layers: the decoder's.
+        specs: how each is made.
+        linears: whether those are swapped too.
 
     Raises:
         UnsupportedError: with its name.
     """
     for index, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
-        for name, letters in spec.linears:
-            check_forward(spec.linear(layer, letters[0]), f"{spec.attention}.{name} of layer {index}")
+        check_forward(layer, f"decoder layer {index}")
+        for name, letters in spec.linears if linears else ():
+            check_forward(spec.linear(layer, letters[0]), f"{spec.attention}.{name} of decoder layer {index}")
 
 
 def settle(layers: Iterable[nn.Module], specs: Iterable[LayerSpec]) -> None:
