@@ -69,7 +69,7 @@ def test_a_kind_is_as_mild_as_the_budget_lets_it_be(found):
 
 
 def td_costs(drop, plan):
-    from tokendrop.analysis.flops import task_costs
+    from tokendrop.analysis.spent import task_costs
 
     return task_costs(drop, plan, plan.layout.tasks).values()
 

@@ -12,18 +12,20 @@ from typing_extensions import override
 
 from tokendrop.callbacks.averages import renew_averages
 from tokendrop.callbacks.batch import batch_layout, sub_batches
-from tokendrop.callbacks.costs import log_costs
+from tokendrop.callbacks.costs import FlopsPerBatch, log_costs
 from tokendrop.callbacks.late import followed
 from tokendrop.callbacks.launched import BeforeLaunch, check_home
 from tokendrop.callbacks.optimizers import check_optimizers
 from tokendrop.callbacks.saved import check_added, tell_of_added, warn_of_difference
 from tokendrop.callbacks.standing import begin, count, end, evaluated_strength, progress_state, saved_progress
 from tokendrop.callbacks.strategies import check_strategy
+from tokendrop.callbacks.summary import log_methods, show_summary
 from tokendrop.callbacks.tuners import kept_in_tuners
 from tokendrop.config import STATE_KEY, described, saved_state
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply
 from tokendrop.engine.model.decoder import find_layers, has_decoder
+from tokendrop.engine.summary import task_lines, text
 from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import (
     AppliedError,
@@ -103,6 +105,7 @@ class TokenDrop(BeforeLaunch):
         self._told = False  # how a checkpoint with added parameters is loaded
         self._alone = self._removed = self._restored = False
         self._said: set[str] = set()
+        self._flops = FlopsPerBatch()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -154,6 +157,12 @@ class TokenDrop(BeforeLaunch):
             )
         return found
 
+    @override
+    def __repr__(self) -> str:
+        heads = ["not applied yet"] if self.handle is None else self.handle.heads()
+        lines = task_lines(check_methods(self.methods), None if self.handle is None else len(self.handle.layers))
+        return text("TokenDrop", heads if self.schedule is None else [*heads, str(self.schedule)], lines)
+
     def remove(self) -> None:
         """Make the model exactly what it was.
 
@@ -182,6 +191,8 @@ class TokenDrop(BeforeLaunch):
         self._start(trainer, pl_module)
         if self.handle is not None:
             check_optimizers(trainer, pl_module, self.handle)
+            show_summary(trainer, self.handle, self.schedule)
+            log_methods(trainer, pl_module, self.methods, self.schedule)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -199,6 +210,7 @@ class TokenDrop(BeforeLaunch):
         if self.layout is None and (hint := sub_batches(batch)):
             self.current = None
             self._entered.enter_context(self.handle.expecting(hint))
+            self._flops.enter(pl_module, self.handle, None)
             return
         layout = self.layout(batch) if self.layout else batch_layout(batch, pl_module, self.image_ids)
         if not isinstance(layout, TokenLayout):
@@ -211,9 +223,10 @@ class TokenDrop(BeforeLaunch):
         if self.consume and isinstance(batch, MutableMapping):
             for key in OURS:
                 batch.pop(key, None)
-        if trainer.state.fn == "predict":
-            return
-        log_costs(pl_module, self.handle, plan, layout.tasks, bool(trainer.training))
+        training = bool(trainer.training)
+        costs = self._flops.enter(pl_module, self.handle, plan, layout.tasks, training)
+        if trainer.state.fn != "predict":
+            log_costs(pl_module, self.handle, costs, plan.shape[0], training)
 
     @property
     @override
@@ -246,7 +259,8 @@ class TokenDrop(BeforeLaunch):
     def _leave(self, *_: Any, **__: Any) -> None:
         self._entered.close()
 
-    def _stop(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
+        self._flops.remove(pl_module)
         self._entered.close()
         self._wrapped.close()
         self._tuned.close()
