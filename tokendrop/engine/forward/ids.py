@@ -70,7 +70,7 @@ def check_rows(layout: TokenLayout, ids: Tensor | None, shape: tuple[int, int]) 
     if shape[0] % batch or shape[1] < tokens or torch.compiler.is_compiling():
         return
     if ids is None or layout.image_ids is None or tuple(ids.shape) != shape:
-        if times > 1 and not _generating():
+        if times > 1 and not generating():
             raise LayoutError(
                 f"the hidden states are of {shape[0]} rows, and the layout of {batch}; only `generate` is known to "
                 f"repeat the rows of a prompt one by one. Enter the layout of all {shape[0]} rows"
@@ -93,8 +93,8 @@ def check_rows(layout: TokenLayout, ids: Tensor | None, shape: tuple[int, int]) 
         )
 
 
-def _generating() -> bool:
-    # transformers says it nowhere else; its subclasses have a `generate` of their own.
+def generating() -> bool:
+    """Whether a function named `generate` runs; transformers says it nowhere else, and models have one of their own."""
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_name != "generate":
         frame = frame.f_back

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.arguments import check_packing
@@ -17,7 +18,7 @@ from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.calls import group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
-from tokendrop.engine.forward.ids import check_rows
+from tokendrop.engine.forward.ids import check_rows, generating
 from tokendrop.engine.forward.state import Forward, Frame, frames
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.projections import ROUTER
@@ -93,7 +94,7 @@ def _begin(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, nam
     handle, (batch, tokens) = binding.handle, hidden.shape[:2]
     cache = named.get(binding.spec.cache) if binding.spec.cache else None
     stored = 0 if cache is None else int(cache.get_seq_length())
-    plan = frame.plan if stored else _prompt(layer, binding, frame, (batch, tokens), named)
+    plan = frame.plan if stored else _prompt(layer, binding, frame, hidden, named)
     layout = plan.layout
     if not frame.generates:
         if stored:
@@ -126,12 +127,12 @@ def _refuse_packs(plan: Plan) -> None:
         )
 
 
-def _prompt(layer: nn.Module, binding: Binding, frame: Frame, shape: tuple[int, int], named: dict[str, Any]) -> Plan:
+def _prompt(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Plan:
     # The plan of the layout, and of the packed samples that a mask may keep apart and the layout does not know of.
-    plan, layout = frame.plan, frame.layout
+    plan, layout, shape = frame.plan, frame.layout, (hidden.shape[0], hidden.shape[1])
     check_rows(layout, frame.ids, shape)
     mask = named.get(binding.spec.mask or "")
-    if shape != plan.shape or torch.compiler.is_compiling():
+    if shape != plan.shape or torch.compiler.is_compiling() or isinstance(hidden, FakeTensor):
         return plan
     if mask is None and plan.packs is not None and binding.spec.backend(layer) in ("sdpa", "eager"):
         message = (
@@ -141,7 +142,8 @@ def _prompt(layer: nn.Module, binding: Binding, frame: Frame, shape: tuple[int, 
         )
         binding.handle.say_once("packs", message, LayoutWarning, 1)
     selects = any(span.selects for span in plan.spans)
-    if mask is None or layout.packs is not None or not selects:
+    # Under `generate` positions begin again behind padding, and nowhere else.
+    if mask is None or layout.packs is not None or not selects or (frame.generates and generating()):
         return plan
     packs = packed_samples(named, shape, layout.padding)
     return plan if packs is None else binding.handle.plan(replace(layout, packs=packs))
