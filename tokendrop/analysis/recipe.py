@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -111,8 +112,8 @@ def recipe(
         raise UnsupportedError(f"no recipe for {task} in {type(model).__name__}: {reason}")
     cost, method = min(least)
     raise MethodError(
-        f"budget={budget!r}: the least for {task} with {text} text and {image} image tokens is {cost:.3f}, by {method}; "
-        "ask for that or more"
+        f"budget={budget!r}: the least for {task} with {text} text and {image} image tokens is {ceil(1000 * cost) / 1000}, "
+        f"by {method}; ask for that or more"
     )
 
 

@@ -134,13 +134,21 @@ class Frame:
             way = "gradients are on; continue under torch.no_grad(), or pass" if gradients else "the layout has labels;"
             raise UnsupportedError(
                 f"a cache with {stored} tokens reached a training forward: {way}{'' if gradients else ' pass'} "
-                "use_cache=False to train"
+                f"use_cache=False to train{self._hint()}"
             )
         if not same:
             raise LayoutError(
                 f"the hidden states are {tuple(hidden.shape)}, but the layout is for (B, T) = {self.plan.shape}; enter "
-                f"the layout of this very batch{', and generate under torch.no_grad()' if gradients else ''}"
+                f"the layout of this very batch{', and generate under torch.no_grad()' if gradients else self._hint()}"
             )
+
+    def _hint(self) -> str:
+        if self.layout.labels is None or torch.is_grad_enabled():
+            return ""
+        return (
+            ". To generate under a batch's layout with labels, enter that of the prompt inside: "
+            "with tokendrop.handle(model).layout(tokendrop.TokenLayout.from_ids(prompt, image_ids)):"
+        )
 
 
 this_thread = threading.local()
