@@ -66,6 +66,7 @@ class Handle(nn.Module):
         self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
         self.names = sets.set_names({task: m for task, m in methods.items() if m is not None})
         self.strength, self.entered, self._sharded, self.hint = 1.0, 0, False, ""
+        self.source: object = None  # of layouts where none is entered: "auto", or a function
         self.in_training = False  # whether layers in eval mode are trained all the same, as pretrained ones may be
         self.progress: object | None = None  # of the training that set the strength, for the callback
         self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
@@ -223,7 +224,10 @@ class Handle(nn.Module):
         if task is None:
             if len(self.methods) == 1:
                 return next(iter(self.methods))
-            raise LayoutError(f"task: found none, and the methods are for {_named(self.methods)}; name the task")
+            raise LayoutError(
+                f"task: found none, and the methods are for {_named(self.methods)}; name the task, in the "
+                "layout or as 'task' of the batch"
+            )
         if task not in self.methods:
             message = (
                 f"no method for task {task!r}, which runs dense; methods are for {_named(self.methods)}. Give it None "
@@ -273,7 +277,7 @@ class Handle(nn.Module):
         model, layers = self.owner, self.decoder_layers
         if model._modules.get("tokendrop") is not self:
             raise AppliedError(f"this handle is not on {type(model).__name__} any more; it was removed before")
-        swapped = [*layers, *(self.encoder.watched.values() if self.encoder else ())]
+        swapped = [*layers, *(self.encoder.watched.values() if self.encoder else ()), *([model] if self.source else ())]
         if any("_tokendrop_base" not in vars(type(module)) for module in swapped):
             raise AppliedError(
                 f"{type(layers[0]).__name__} was wrapped after apply (fully_shard does that); remove before sharding"

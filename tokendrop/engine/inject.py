@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tokendrop.engine.auto import Layouts, check_layouts, enter_own
 from tokendrop.engine.forward import head
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.groups import run
@@ -69,7 +70,12 @@ class _RoutedLayer(Swapped):
 
 
 def apply(
-    model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64, labelled_logits: bool = False
+    model: nn.Module,
+    methods: Methods,
+    layers: str | None = None,
+    multiple: int = 64,
+    labelled_logits: bool = False,
+    layout: Layouts | None = None,
 ) -> Handle:
     """Make the image tokens of a model skip work; call it before `fully_shard`, `torch.compile` or DDP.
 
@@ -83,6 +89,9 @@ def apply(
         multiple: row counts are rounded up to it (or to T / 16 where that is less), so that shapes stay few.
         labelled_logits: run the output head and the loss of a Hugging Face model on the N rows with a label only; the
             logits of a forward with labels are then (1, N, V).
+        layout: where no layout is entered, "auto" makes one from the arguments of each outermost forward or `generate`
+            of the model, as `tokendrop.callbacks.batch.batch_layout` does of a batch; a function makes it from
+            (args, kwargs), None runs dense. The model takes `task`, `image_mask` and `segments` beside its own then.
 
     Returns:
         The handle, which is also `model.tokendrop`.
@@ -91,7 +100,7 @@ def apply(
         AppliedError: the model, or a part of it, is dropped already.
         DecoderError: no decoder, or several.
         LayerRangeError: a method's range does not fit the decoder, or the vision encoder that it looks at.
-        MethodError: no methods, or something that is no method.
+        MethodError: no methods, or something that is no method; a layout that is none of these.
         UnsupportedError: a role or projections that such layers cannot have; no vision encoder, and a method needs one.
 
     Example:
@@ -109,6 +118,7 @@ def apply(
     check_module(model)
     model = uncompiled(model)
     check_flag("labelled_logits", labelled_logits)
+    check_layouts(layout)
     if any(isinstance(module, Handle) for module in model.modules()):
         raise AppliedError(f"{type(model).__name__} is dropped already; call remove() on its handle first")
     check_integer("multiple", multiple, 1)
@@ -118,18 +128,7 @@ def apply(
             "holds it, or run its layers with DropLayers"
         )
     path, found = find_layers(model, layers)
-    if any(uncompiled(layer) is not layer for layer in found):
-        raise UnsupportedError(
-            f"the layers of {path!r} are compiled one by one; call apply before torch.compile(layer), or compile them "
-            "in place by layer.compile()"
-        )
-    if any("_tokendrop" in layer.__dict__ for layer in found):
-        raise AppliedError(
-            f"the layers of {path!r} are dropped already, through another module; remove that first, by "
-            "tokendrop.handle(model).remove()"
-        )
-    if hasattr(model, "tokendrop"):
-        raise AppliedError(f"{type(model).__name__} has an attribute 'tokendrop' of its own; rename it")
+    _check_free(model, path, found)
     spec = layer_spec(found[0], type(found[0]))
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, spec, given)
@@ -154,7 +153,24 @@ def apply(
     if headed is not None:
         head.inject(*headed, handle.key)
     model.tokendrop = handle
+    if layout is not None:
+        enter_own(model, handle, layout)
     return handle
+
+
+def _check_free(model: nn.Module, path: str, found: nn.ModuleList) -> None:
+    if any(uncompiled(layer) is not layer for layer in found):
+        raise UnsupportedError(
+            f"the layers of {path!r} are compiled one by one; call apply before torch.compile(layer), or compile them "
+            "in place by layer.compile()"
+        )
+    if any("_tokendrop" in layer.__dict__ for layer in found):
+        raise AppliedError(
+            f"the layers of {path!r} are dropped already, through another module; remove that first, by "
+            "tokendrop.handle(model).remove()"
+        )
+    if hasattr(model, "tokendrop"):
+        raise AppliedError(f"{type(model).__name__} has an attribute 'tokendrop' of its own; rename it")
 
 
 def _seen(key: str) -> Seen | None:

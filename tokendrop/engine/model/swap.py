@@ -18,7 +18,7 @@ class Swapped(nn.Module):
     _tokendrop_base: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple[Any, ...]:
-        return _rebuild, (self._tokendrop_mixin, self._tokendrop_base), self.__dict__
+        return _rebuild, (self._tokendrop_mixin, self._tokendrop_base), self.__getstate__()
 
 
 @lru_cache
