@@ -95,7 +95,7 @@ class Handle(nn.Module):
         Args:
             layout: of (B, T) tokens.
             step: the optimiser step and the micro-batch, which random selections depend on; by default the number of
-                layouts entered before this one, and 0.
+                layouts entered before this one with gradients, `handle.entered`, and 0.
             first: the index of the first sample in the global batch, likewise.
 
         Raises:
@@ -120,7 +120,7 @@ class Handle(nn.Module):
         frame = Frame(layout, plan, at, first, trained=trained, seen=seen, encode=encode)
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
-        self.entered += 1
+        self.entered += torch.is_grad_enabled()  # evaluations change no draw of the training
         with ExitStack() as stack:
             if layout.image_ids is not None and layout.labels is None:
                 frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
