@@ -8,11 +8,19 @@ The batch's `task` names the method of each of its samples; the model takes it a
 import tempfile
 
 from tiny import Samples, collate, vlm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tokendrop as td
 
 METHODS = {"understanding": td.HiMix(separate="shared"), "generation": td.HMGen("1:3", separate="shared")}
+
+
+class Resumed(TrainerCallback):
+    """Needed only where selections are random: a resumed run draws those that follow, and not the first ones again."""
+
+    def on_train_begin(self, args, state, control, model, **_: object) -> None:
+        """Count the forwards of the training so far."""
+        td.handle(model).entered = state.global_step * args.gradient_accumulation_steps
 
 
 def train(out: str, methods: td.Method | dict[str, td.Method] = METHODS, steps: int = 5, **more: object) -> Trainer:
@@ -32,7 +40,7 @@ def train(out: str, methods: td.Method | dict[str, td.Method] = METHODS, steps: 
     given |= {"train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "weight_decay": 0.0, "use_cpu": True}
     given |= {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
     args = TrainingArguments(output_dir=out, max_steps=steps, **(given | more))
-    trainer = Trainer(model, args, collate, train_dataset=Samples(40), eval_dataset=Samples(4))
+    trainer = Trainer(model, args, collate, Samples(40), Samples(4), callbacks=[Resumed()])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

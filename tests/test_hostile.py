@@ -197,6 +197,9 @@ CATALOGUE = {
     "apply.layers": (PATH,),
     "apply.multiple": (COUNT,),
     "apply.labelled_logits": (FLAG,),
+    "apply.layout": (
+        (td.MethodError, ["Auto", "", 3, True, td.TokenLayout, td.TokenLayout(IMAGE), lambda: None, lambda batch: None]),
+    ),
     "gather_tokens.x": (
         (td.LayoutTypeError, [None, [[1]]]),
         (td.LayoutError, [ROWS[0], ROWS[:, :, 0], ROWS.to("meta")]),

@@ -374,3 +374,34 @@ def test_a_recompute_of_the_whole_model():
     with drop.layout(MADE.layout(task=None), step=(0, 0)):
         plain(**arguments()).loss.backward()
     same_gradients(own, plain)
+
+
+def test_evaluations_change_no_draw():
+    own, _, mine, _ = pair(td.RandomLTD(":", 2))
+    own(**arguments())
+    with torch.no_grad():
+        own(**arguments())
+    own.generate(PROMPT.ids, max_new_tokens=1)
+    assert mine.entered == 1
+
+
+class Kept(nn.Module):
+    """A module that says what of it is pickled, as Lightning's leave their trainer out."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.trainer = vlm(), lambda: None
+
+    def __getstate__(self):
+        return self.__dict__ | {"trainer": None}
+
+    def forward(self, **batch):
+        return self.model(**batch).loss
+
+
+def test_what_a_class_says_of_its_state_holds():
+    module = Kept()
+    td.apply(module, td.HMGen("1:"), layout="auto")
+    other = pickle.loads(pickle.dumps(module))  # noqa: S301
+    assert other.trainer is None
+    assert torch.equal(other(**arguments()), module(**arguments()))

@@ -105,9 +105,10 @@ def test_it_evaluates_under_the_method(tmp_path):
         assert found != pytest.approx(trainer.model(**batch).loss.item(), rel=1e-3)
 
 
-def test_it_goes_on_from_a_checkpoint(tmp_path):
-    whole = hf_trainer.train(str(tmp_path), save_strategy="steps", save_steps=3)
-    resumed = hf_trainer.train(str(tmp_path), resume=str(tmp_path / "checkpoint-3"))
+@pytest.mark.parametrize("methods", [METHODS, RANDOM], ids=["projections", "random"])
+def test_it_goes_on_from_a_checkpoint(methods, tmp_path):
+    whole = hf_trainer.train(str(tmp_path), methods, save_strategy="steps", save_steps=3)
+    resumed = hf_trainer.train(str(tmp_path), methods, resume=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 5
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
@@ -125,6 +126,14 @@ def test_accelerate(capsys):
     runpy.run_path(str(EXAMPLES / "accelerate_loop.py"), run_name="__main__")
     assert capsys.readouterr().out.count("loss") == 5
     same(accelerate_loop.train().state_dict(), written_out([[one] for one in batches(2, 5)]))
+
+
+def test_accelerate_in_mixed_precision():
+    model = accelerate_loop.train(steps=2, mixed_precision="bf16")  # hangs a forward on the instance
+    drop = td.handle(model)
+    assert drop.entered == 2
+    drop.remove()
+    assert type(model) is type(tiny.vlm())
 
 
 def test_fsdp2_under_torchrun(tmp_path):
