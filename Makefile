@@ -14,6 +14,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check
+	$(BIN)/mypy --strict --python-executable $(BIN)/python tests/typed
+	$(BIN)/basedpyright --level error tests/typed
 
 # The table in docs/families.md, from the results of its tests; about ten minutes.
 families: $(STAMP)

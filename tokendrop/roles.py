@@ -204,7 +204,7 @@ class Method(Protocol):
     @property
     def separate(self) -> Separate:
         """Whether image tokens get projections of their own, and whose."""
-        ...
+        return "none"
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """The L routes, with the schedule at `strength` (0 dense, 1 the whole method)."""

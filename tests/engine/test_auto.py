@@ -10,6 +10,7 @@ import torch
 from helpers import MIXED, batch, checkpointed, llama, perturbed, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import tokendrop as td
 
@@ -271,6 +272,22 @@ def test_copies_pickles_and_what_follows():
         assert torch.equal(own(**arguments(task=MADE.tasks)).loss, expected)
 
 
+def test_a_model_whose_class_is_swapped_for_its_experts_too():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, num_hidden_layers=2, num_local_experts=2, vocab_size=50, image_token_id=IMAGE)
+    own = MixtralForCausalLM(config)
+    before, plain = snapshot(own), copy.deepcopy(own)
+    mine, drop = td.apply(own, td.HMGen("1:"), layout="auto"), td.apply(plain, td.HMGen("1:"))
+    with drop.layout(MADE.layout(task=None)):
+        expected = plain(**arguments(output_router_logits=True)).loss
+    other = pickle.loads(pickle.dumps(own))  # noqa: S301
+    for model in (own, other, copy.deepcopy(own)):
+        assert torch.equal(model(**arguments(output_router_logits=True)).loss, expected)
+        assert "input_ids" in inspect.signature(model.forward).parameters
+    mine.remove()
+    assert snapshot(own) == before
+
+
 def test_columns_that_a_trainer_keeps():
     own, plain, *_ = pair(td.HiMix())
     names = set(inspect.signature(own.forward).parameters)
@@ -341,7 +358,7 @@ def test_functions_that_are_wrong():
 
 def test_tasks_that_are_wrong():
     own, *_ = pair(METHODS["gone"])
-    with pytest.raises(td.LayoutError, match="'u', 'g'; name the task, in the layout or as 'task' of the batch"):
+    with pytest.raises(td.LayoutError, match="'u', 'g'; name the task, in layout or batch"):
         own(**arguments())
     with pytest.raises(
         td.LayoutTypeError, match=r"task: expected a string, or one string for each sample; found tensor"

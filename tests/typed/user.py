@@ -1,4 +1,4 @@
-"""What a user writes, read by mypy and pyright: see tests/test_types.py. Never run."""
+"""What a user writes, read by mypy and pyright in `make lint`; never run. A comment marks what they must refuse."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 import tokendrop as td
+from tokendrop.roles import Route, Separate
 
 
 @dataclass(frozen=True)
 class Mine:
     """A method of the user's own."""
 
-    separate: td.Separate = "none"
+    separate: Separate = "none"
 
-    def route(self, num_layers: int, strength: float = 1.0) -> td.Route:
+    def route(self, num_layers: int, strength: float = 1.0) -> Route:
         return td.HiMix().route(num_layers, strength)
 
 
@@ -25,7 +26,7 @@ METHODS: list[td.Method] = [
     td.HMGen(shallow="8:24:2", separate="shared"),
     td.RandomLTD(),
     td.FastV(layer=2, keep=0.5),
-    td.PyramidDrop(),
+    td.PyramidDrop([4, 8], [0.5, 0.25]),
     td.HiDrop(),
     td.VScan(),
     td.DuetVLM(),
@@ -64,3 +65,8 @@ def costed(model: nn.Module) -> float:
     named = {"understanding": td.FastV(), "generation": td.HMGen("1:3")}
     td.TokenDrop(named, schedule=td.Schedule(start=10, steps=100))
     return td.flops(model, by_task(), text=64, image=576, task="understanding").ratio
+
+
+def refused(model: nn.Module) -> None:
+    td.apply(model, td.Schedule())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    td.TokenDrop({"understanding": "HiMix"})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]

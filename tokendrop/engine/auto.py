@@ -44,15 +44,20 @@ class _OwnLayouts(Swapped):
         base: Any = vars(cls).get("_tokendrop_base")
         if base is None:  # what FSDP2 makes of a swapped class
             return
-        cls._tokendrop_ours = frozenset(OURS) - inspect.signature(base.forward).parameters.keys()
+        own: Any = base
+        while "_tokendrop_base" in vars(
+            own
+        ):  # swapped for several reasons, and only its author's class names arguments
+            own = vars(own)["_tokendrop_base"]
+        cls._tokendrop_ours = frozenset(OURS) - inspect.signature(own.forward).parameters.keys()
         # What a batch says costs a look at its values, so a compiler has nothing to trace before the model's own code.
         cls._tokendrop_within = staticmethod(torch.compiler.disable(_within, recursive=False))
-        cls.forward = _entering(base.forward, cls._tokendrop_ours)
-        if callable(generate := getattr(base, "generate", None)):
-            cls.generate = _entering(generate, cls._tokendrop_ours)
+        for name in ("forward", "generate"):
+            if callable(getattr(own, name, None)):
+                setattr(cls, name, _entering(name, getattr(base, name), getattr(own, name), cls._tokendrop_ours))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, self._tokendrop_base.forward, super().__call__, args, kwargs)
+        return _run(self, "forward", super().__call__, args, kwargs)
 
 
 def check_layouts(layout: object) -> None:
@@ -79,14 +84,14 @@ def enter_own(model: nn.Module, handle: Handle, layout: Layouts) -> None:
     swap(model, _OwnLayouts)
 
 
-def _entering(original: _Function, ours: frozenset[str]) -> _Function:
-    @functools.wraps(original)
+def _entering(name: str, proceed: _Function, own: _Function, ours: frozenset[str]) -> _Function:
+    @functools.wraps(own)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, original, functools.partial(original, self), args, kwargs)
+        return _run(self, name, functools.partial(proceed, self), args, kwargs)
 
     # Trainers keep the columns that a forward names. By signature alone: what is "wrapped", accelerate unwraps.
     del method.__wrapped__
-    signature = inspect.signature(original)
+    signature = inspect.signature(own)
     parameters = list(signature.parameters.values())
     last = [parameters.pop()] if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
     named = [inspect.Parameter(one, inspect.Parameter.KEYWORD_ONLY, default=None) for one in OURS if one in ours]
@@ -94,28 +99,26 @@ def _entering(original: _Function, ours: frozenset[str]) -> _Function:
     return method
 
 
-def _run(
-    model: nn.Module, original: _Function, proceed: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _run(model: nn.Module, name: str, proceed: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handle: Any = model._modules.get("tokendrop")
     if handle is None:  # of a class that was made of a dropped model's
         return proceed(*args, **kwargs)
     swapped: Any = type(model)
-    given = {name: value for name, value in kwargs.items() if name not in swapped._tokendrop_ours}
+    given = {key: value for key, value in kwargs.items() if key not in swapped._tokendrop_ours}
     if frames(handle.key):
         return proceed(*args, **given)
-    return swapped._tokendrop_within(model, original, proceed, args, kwargs, given)
+    return swapped._tokendrop_within(model, name, proceed, args, kwargs, given)
 
 
 def _within(
     model: nn.Module,
-    original: _Function,
+    name: str,
     proceed: _Function,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     given: dict[str, Any],
 ) -> Any:
-    with _untraced()(model, original, args, kwargs):
+    with _untraced()(model, name, args, kwargs):
         return proceed(*args, **given)
 
 
@@ -124,7 +127,7 @@ def _untraced() -> _Function:
     return torch.compiler.disable(_entered)
 
 
-def _entered(model: nn.Module, original: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExitStack:
+def _entered(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExitStack:
     if torch._C._current_graph_task_id() != -1:
         raise UnsupportedError(
             f"a backward recomputes the whole forward of {type(model).__name__}, whose selections would then be drawn "
@@ -132,9 +135,7 @@ def _entered(model: nn.Module, original: _Function, args: tuple[Any, ...], kwarg
             "activation checkpointing"
         )
     handle: Any = model._modules["tokendrop"]
-    swapped: Any = type(model)
-    generates = original is getattr(swapped._tokendrop_base, "generate", None)
-    named = _named(original, args, kwargs)
+    generates, named = name == "generate", _named(getattr(type(model), name), args, kwargs)
     if generates and "inputs" in named:
         named["input_ids"] = named.pop("inputs")
     if generates:  # a function is given what the forward of the prompt will be given
@@ -146,8 +147,8 @@ def _entered(model: nn.Module, original: _Function, args: tuple[Any, ...], kwarg
     return stack
 
 
-def _named(original: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    parameters = list(inspect.signature(original).parameters.values())[1:]
+def _named(method: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    parameters = list(inspect.signature(method).parameters.values())[1:]
     positional = [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     return _said(dict(zip(positional, args, strict=False)) | kwargs)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -12,12 +12,12 @@ from tokendrop.roles import (
     Attention,
     LayerRoute,
     Layers,
+    Method,
     Queries,
     Role,
     Route,
     Scoring,
     Select,
-    Separate,
     check_layers,
     layer_indices,
 )
@@ -51,7 +51,7 @@ def check_keep(keep: int | float) -> None:
 
 
 @dataclass(frozen=True)
-class Drop:
+class Drop(Method):
     """Image tokens with the lowest scores leave where a range of layers begins.
 
     kept = round(keep M) of M image tokens, at least 1, or `keep` of them if it is a count
@@ -80,8 +80,6 @@ class Drop:
     score: str | Callable[[Scoring], Tensor] = "random"
     then: Literal["rejoin", "gone"] = "rejoin"
     seed: int = 0
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))

@@ -1,8 +1,9 @@
 """DUET-VLM: image tokens leave by the vision encoder's attention, then in stages scored by the prompt's text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from tokendrop import scores
 from tokendrop.errors import MethodError, check_integer
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_count, check_stages, staged
-from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, Separate
+from tokendrop.roles import Encoded, Merge, Method, Route, Scoring, Select
 
 
 @dataclass(frozen=True)
-class DuetVLM:
+class DuetVLM(Method):
     """Image tokens that the vision encoder, then the prompt's text hardly look at are GONE.
 
     Vision stage, from layer 0 on: the tokens with the highest attention in the encoder (`dominant`) stay, and of the
@@ -46,14 +47,12 @@ class DuetVLM:
     its new positions are left out.
     """
 
-    text_layers: tuple[int, ...] = (16, 24)
-    text_keep: tuple[int | float, ...] = (0.5, 0)
+    text_layers: Sequence[int] = (16, 24)
+    text_keep: Sequence[int | float] = (0.5, 0)
     dominant: int | float = 0
     contextual: int | float = 7
     cluster_width: int = 4
     vision_layer: int = -2
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         check_stages(self, "text_layers", "text_keep", first=1 if self.dominant else 0)

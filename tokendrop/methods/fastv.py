@@ -1,16 +1,15 @@
 """FastV: image tokens that the prompt's last token hardly looks at leave behind the first layers."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from tokendrop.errors import MethodError
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_stage_layers, staged
-from tokendrop.roles import Route, Separate
+from tokendrop.roles import Method, Route
 
 
 @dataclass(frozen=True)
-class FastV:
+class FastV(Method):
     """Image tokens with the lowest attention in layer `layer` - 1 are GONE from `layer` on.
 
     s[t] = mean over heads of the attention of the last prompt row to t; the round(keep M) highest of M stay
@@ -32,8 +31,6 @@ class FastV:
 
     layer: int = 2
     keep: int | float = 0.5
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         check_stage_layers((self.layer,), "layer")

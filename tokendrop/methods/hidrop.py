@@ -1,15 +1,15 @@
 """HiDrop: image tokens enter late, leave in stages, and are out before the last layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from tokendrop.errors import LayerRangeError
 from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import LayerRoute, Role, Route, Separate
+from tokendrop.roles import LayerRoute, Method, Role, Route
 
 
 @dataclass(frozen=True)
-class HiDrop:
+class HiDrop(Method):
     """Image tokens are BYPASS until `entry`, fewer at each stage, and all GONE from `exit` on.
 
     s[t] = mean over heads and scoring rows of the attention to t in the layer that is entered
@@ -35,11 +35,9 @@ class HiDrop:
     """
 
     entry: int = 8
-    layers: tuple[int, ...] = (10, 14, 16, 18)
-    keep: tuple[int | float, ...] = (215, 10, 5, 1)
+    layers: Sequence[int] = (10, 14, 16, 18)
+    keep: Sequence[int | float] = (215, 10, 5, 1)
     exit: int = 24
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         check_stages(self, "layers", "keep")

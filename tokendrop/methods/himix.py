@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tokendrop.roles import (
     LayerRoute,
     Layers,
+    Method,
     Role,
     Route,
     Separate,
@@ -16,7 +17,7 @@ from tokendrop.roles import (
 
 
 @dataclass(frozen=True)
-class HiMix:
+class HiMix(Method):
     """Image tokens are CONTEXT in `layers`: only text has queries, attention output and FFN.
 
     K_v, V_v = norm(x0) W_v^K, norm(x0) W_v^V    with x0 the image tokens as they entered the range

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tokendrop.roles import (
     LayerRoute,
     Layers,
+    Method,
     Role,
     Route,
     Separate,
@@ -16,7 +17,7 @@ from tokendrop.roles import (
 
 
 @dataclass(frozen=True)
-class HMGen:
+class HMGen(Method):
     """Image tokens are BYPASS in the `shallow` layers and ACTIVE in the others, the full layers.
 
     In a shallow layer text attends to text only, and image hidden states are handed on unchanged.

@@ -1,12 +1,12 @@
 """Mixture-of-Depths: a router of each layer chooses the image tokens that run through it."""
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 from torch import Tensor
 
 from tokendrop.methods.drop import check_keep
-from tokendrop.roles import LayerRoute, Layers, Role, Route, Scoring, Select, Separate, check_layers, layer_indices
+from tokendrop.roles import LayerRoute, Layers, Method, Role, Route, Scoring, Select, check_layers, layer_indices
 
 
 def _router(scoring: Scoring) -> Tensor:
@@ -14,7 +14,7 @@ def _router(scoring: Scoring) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MixtureOfDepths:
+class MixtureOfDepths(Method):
     """In each layer of the range the image tokens that its router ranks highest stay ACTIVE; the rest are BYPASS.
 
     out = x + r (layer(x) - x) with r = w x for a kept image token, x for the rest; text tokens run as ever
@@ -39,8 +39,6 @@ class MixtureOfDepths:
 
     layers: Layers = "1::2"
     keep: int | float = 0.125
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))

@@ -1,14 +1,14 @@
 """PyramidDrop: image tokens leave in stages, each a smaller share of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import Route, Separate
+from tokendrop.roles import Method, Route
 
 
 @dataclass(frozen=True)
-class PyramidDrop:
+class PyramidDrop(Method):
     """At the entry of each stage's layer all but the most looked at image tokens are GONE.
 
     s[t] = mean over heads and scoring rows of the attention to t in the layer that is entered
@@ -32,10 +32,8 @@ class PyramidDrop:
     after each stage; ours keep theirs.
     """
 
-    layers: tuple[int, ...] = (8, 16, 24)
-    keep: tuple[int | float, ...] = (0.5, 0.25, 0.125)
-
-    separate: ClassVar[Separate] = "none"
+    layers: Sequence[int] = (8, 16, 24)
+    keep: Sequence[int | float] = (0.5, 0.25, 0.125)
 
     def __post_init__(self) -> None:
         check_stages(self, "layers", "keep")

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from tokendrop.errors import check_integer
 from tokendrop.methods.drop import SCORES, check_keep
-from tokendrop.roles import LayerRoute, Layers, Role, Route, Select, Separate, check_layers, layer_indices
+from tokendrop.roles import LayerRoute, Layers, Method, Role, Route, Select, check_layers, layer_indices
 
 
 @dataclass(frozen=True)
-class RandomLTD:
+class RandomLTD(Method):
     """In each layer of the range other random image tokens of each sample stay ACTIVE; the rest are BYPASS.
 
     kept = round(keep M) of M image tokens, at least 1, or `keep` of them if it is a count
@@ -38,7 +38,6 @@ class RandomLTD:
     keep: int | float = 0.5
     seed: int = 0
 
-    separate: ClassVar[Separate] = "none"
     training_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

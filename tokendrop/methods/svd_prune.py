@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 from tokendrop import scores
 from tokendrop.errors import MethodError
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import check_count, staged
-from tokendrop.roles import Route, Select, Separate
+from tokendrop.roles import Method, Route, Select
 
 
 @dataclass(frozen=True)
-class SVDPrune:
+class SVDPrune(Method):
     """Image tokens with the lowest statistical leverage are GONE from layer 0 on.
 
     s[t] = sum over i <= r of U[t, i]^2, with U S V^T the thin SVD of the sample's (M, D) image features as they enter
@@ -37,8 +37,6 @@ class SVDPrune:
     keep: int | float = 32
     rank: int | None = None
     energy: float = 0.9
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

@@ -1,8 +1,9 @@
 """VScan: image tokens chosen by two scans of the vision encoder, the others merged into them; then by attention."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -10,11 +11,11 @@ from tokendrop import scores
 from tokendrop.errors import check_flag, check_integer
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_count, check_stages, staged
-from tokendrop.roles import Encoded, Merge, Route, Scoring, Select, Separate
+from tokendrop.roles import Encoded, Merge, Method, Route, Scoring, Select
 
 
 @dataclass(frozen=True)
-class VScan:
+class VScan(Method):
     """Image tokens that the vision encoder hardly looks at are GONE from layer 0 on, merged into those that stay.
 
     kept = floor(n / 2) tokens that get most attention in their window in a shallow layer of the encoder, and the n -
@@ -43,14 +44,12 @@ class VScan:
     """
 
     keep: int | float = 96
-    text_layers: tuple[int, ...] = (16,)
-    text_keep: tuple[int | float, ...] = (32,)
+    text_layers: Sequence[int] = (16,)
+    text_keep: Sequence[int | float] = (32,)
     local_layer: int = 5
     global_layer: int = -2
     window: int = 6
     merge: bool = True
-
-    separate: ClassVar[Separate] = "none"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
