@@ -6,7 +6,6 @@ Shape letters: L layers.
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import ceil
 from typing import Any
 
@@ -86,14 +85,16 @@ def recipe(
         raise MethodError(f"budget={budget!r}: expected a share of the dense FLOPs, above 0 and at most 1")
     model = config_or_model if isinstance(config_or_model, nn.Module) else model_from_config(config_or_model)
     depth, refused = len(find_layers(model, layers)[1]), list[Exception]()
+    ratios: dict[str, float | None] = {}
 
-    @cache
     def ratio(method: Method) -> float | None:
-        try:
-            return flops(model, method, text, image, layers=layers).ratio
-        except (UnsupportedError, LayerRangeError) as error:
-            refused.append(error)
-            return None
+        if str(method) not in ratios:
+            ratios[str(method)] = None
+            try:
+                ratios[str(method)] = flops(model, method, text, image, layers=layers).ratio
+            except (UnsupportedError, LayerRangeError) as error:
+                refused.append(error)
+        return ratios[str(method)]
 
     least: list[tuple[float, str]] = []
     for kind in _kinds(task, depth):
@@ -112,8 +113,8 @@ def recipe(
         raise UnsupportedError(f"no recipe for {task} in {type(model).__name__}: {reason}")
     cost, method = min(least)
     raise MethodError(
-        f"budget={budget!r}: the least for {task} with {text} text and {image} image tokens is {ceil(1000 * cost) / 1000}, "
-        f"by {method}; ask for that or more"
+        f"budget={budget!r}: the least for {task} with {text} text and {image} image tokens is "
+        f"{ceil(1000 * cost) / 1000}, by {method}; ask for that or more"
     )
 
 
