@@ -120,6 +120,7 @@ CATALOGUE = {
     "VScan.global_layer": (INDEX,),
     "VScan.window": (COUNT,),
     "VScan.merge": (FLAG,),
+    "VScan.scan": ((td.MethodError, ["windows", 3, None, ["capped"]]),),
     "Drop.layers": (LAYERS,),
     "Drop.keep": (KEEP,),
     "Drop.score": ((td.MethodError, ["loudest", 3, None, ["random"]]),),
