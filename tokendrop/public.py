@@ -3,6 +3,7 @@
 from tokendrop.analysis.allocation import Allocation, attention_allocation
 from tokendrop.analysis.flop_report import FlopReport, flops
 from tokendrop.analysis.inspection import Inspection, inspect
+from tokendrop.analysis.recipe import recipe
 from tokendrop.callbacks import AttentionAllocation, SynergyMonitor, TokenDrop
 from tokendrop.config import from_config, methods_of, to_config
 from tokendrop.engine.drop_layers import DropLayers
@@ -93,6 +94,7 @@ __all__ = [
     "handle",
     "inspect",
     "methods_of",
+    "recipe",
     "scatter_tokens",
     "to_config",
 ]

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.results import append, environment, row
 from benchmarks.train.cases import Sizes, Step, decoder, inputs, methods
 from benchmarks.train.measure import peak_bytes, seconds
-from tokendrop.analysis.flops import task_costs
 from tokendrop.analysis.memory import saved_bytes
+from tokendrop.analysis.spent import task_costs
 
 IDLE = "nothing dropped"
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from tokendrop.analysis.advice import Advice, Plan
-from tokendrop.analysis.flops import task_costs
 from tokendrop.analysis.memory import saved_bytes
+from tokendrop.analysis.spent import task_costs
 from tokendrop.analysis.subject import Subject
 from tokendrop.engine.forward.groups import split_output
 from tokendrop.engine.handle import Handle

@@ -24,7 +24,7 @@ from tokendrop.analysis.flop_ledger import (
     Parts,
     counted_parts,
 )
-from tokendrop.analysis.flops import LayerCost, head_flops
+from tokendrop.analysis.flops import LayerCost, head_flops, refusal, scoring_flops
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply
 from tokendrop.engine.model.from_config import model_from_config
@@ -193,11 +193,8 @@ def _weightless(source: Any) -> nn.Module:
 
 
 def _check(drop: Handle) -> None:
-    refusal = next(filter(None, (spec.separate_refusal() for spec in drop.specs)), None)
-    if any(p.dim() > 2 for p in drop.decoder_layers.parameters()):
-        refusal = f"{drop.spec.layer_class.__name__} holds weights of more than two dimensions, such as experts"
-    if refusal:
-        raise UnsupportedError(f"FLOPs follow from the linears of a layer, but {refusal}; count a run of your model")
+    if unknown := refusal(drop.decoder_layers, drop.specs):
+        raise UnsupportedError(f"FLOPs follow from the linears of a layer, but {unknown}; count a run of your model")
 
 
 def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) -> list[Parts]:
@@ -220,11 +217,9 @@ def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) 
         if select is not None and select.learned:
             parts[SCORING] += times * 2 * plan.shape[1] * linear_shape(drop.sets(index)[ROUTER])[1]
         if select is not None and select.queries is not None:
-            # Scored without gradients, by the layer before or the one that is entered.
-            scores = plan.scoring[select.queries.rows].index.shape[1]
+            # By the layer before or the one that is entered.
             at = index - (select.queries.layer < index)
-            made = (plan.shape[1] + scores) * sum(costs[at].letters.values())
-            found[at][SCORING] += made + scores * plan.shape[1] * costs[at].pair // 2
+            found[at][SCORING] += scoring_flops(select, plan, costs[at])
     return [*found, {HEAD: times * rows * head_flops(drop.owner)}]
 
 

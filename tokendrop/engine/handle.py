@@ -21,6 +21,7 @@ from tokendrop.engine.model.decoder import LayerSpec, find_layers
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.plan.labelled import LabelledRows, unknown_without_labels
 from tokendrop.engine.plan.plan import Plan, Planner
+from tokendrop.engine.summary import Described
 from tokendrop.engine.support import sharded_together
 from tokendrop.engine.undo import check_swapped, undo
 from tokendrop.errors import (
@@ -36,7 +37,7 @@ from tokendrop.layout import TokenLayout
 from tokendrop.roles import LayerRoute, Method, Route
 
 
-class Handle(nn.Module):
+class Handle(Described, nn.Module):
     """A dropped model's methods, its image-only projections, and the way to run it; made by `apply`.
 
     Args:
@@ -129,7 +130,7 @@ class Handle(nn.Module):
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
         self.entered += 1
         with ExitStack() as stack:
-            if layout.image_ids is not None and layout.labels is None:
+            if layout.labels is None:
                 frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
                 stack.enter_context(frame.given.watching(self.owner, self.path))
             stack.enter_context(self._entered(frame))

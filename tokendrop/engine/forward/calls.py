@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward.arguments import Form, compact, select
-from tokendrop.engine.forward.generate import growing_layer, holed_layer
 from tokendrop.engine.forward.groups import Call
+from tokendrop.engine.model.cache import growing_layer, holed_layer
 from tokendrop.engine.model.decoder import LayerSpec, sees_both_sides
 from tokendrop.engine.plan.plan import Group, Span
 from tokendrop.engine.plan.rows import Rows

@@ -53,9 +53,11 @@ def keys_values(
 
     Raises:
         UnsupportedError: it updates no cache with keys and values.
+        UnsupportedError: under `torch.export` without strict=True.
 
     Source: ours.
     """
+    check_export()
     capture = _Capture()
     with suppress(_CapturedError):
         forward(layer, states, **(arguments | {cache: capture}))
@@ -64,6 +66,20 @@ def keys_values(
             "taken; use HMGen, or a score that needs no attention"
         )
     return capture.keys, capture.values
+
+
+def check_export() -> None:
+    """Refuse to end a layer early where module calls are traced: they would not be seen to end.
+
+    Raises:
+        UnsupportedError: under `torch.export` without strict=True.
+    """
+    exporting = getattr(torch.compiler, "is_exporting", bool)  # newer than torch 2.6
+    if exporting() and not torch.compiler.is_dynamo_compiling():
+        raise UnsupportedError(
+            "torch.export without strict=True cannot trace layers that are run up to their keys and values only, as "
+            "those of CONTEXT tokens and of attention that scores them are; export with strict=True"
+        )
 
 
 class ContextKeys:

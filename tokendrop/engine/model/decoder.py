@@ -156,6 +156,17 @@ def _mixes(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d) and module.kernel_size != (1,)
 
 
+def has_decoder(model: nn.Module, layers: str | None) -> bool:
+    """Whether there is a decoder, or the layer list `layers` where one is named."""
+    if layers is None:
+        return bool(decoders(model))
+    try:
+        find_layers(model, layers)
+    except DecoderError:
+        return False
+    return True
+
+
 def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
     """The decoder's layer list: the one whose layers hold causal attention, or the one at `path`.
 

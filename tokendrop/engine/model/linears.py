@@ -34,10 +34,9 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
     return (columns, rows) if is_transposed(linear) else (rows, columns)
 
 
-def linear_sizes(module: nn.Module) -> list[tuple[int, int]]:
-    """Output and input features of each linear in a module, those of adapters among them."""
-    linears = (one for one in module.modules() if base_linear(one) is one and is_linear(one))
-    return [linear_shape(one) for one in linears]
+def linears(module: nn.Module) -> list[nn.Module]:
+    """Each linear in a module, those of adapters among them."""
+    return [one for one in module.modules() if base_linear(one) is one and is_linear(one)]
 
 
 def _features(linear: nn.Module) -> tuple[Any, Any]:
