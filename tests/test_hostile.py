@@ -205,7 +205,7 @@ CATALOGUE = {
     "apply.multiple": (COUNT,),
     "apply.labelled_logits": (FLAG,),
     "apply.layout": (
-        (td.MethodError, ["Auto", "", 3, True, td.TokenLayout, td.TokenLayout(IMAGE), lambda: None, lambda one: None]),
+        (td.MethodError, ["Auto", "", 3, True, td.TokenLayout, lambda: None, lambda one: None]),
     ),
     "gather_tokens.x": (
         (td.LayoutTypeError, [None, [[1]]]),
