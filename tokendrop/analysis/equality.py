@@ -82,8 +82,8 @@ def check_equal(
         except Exception as error:
             raise UnsupportedError(
                 f"the reference cannot run {type(model).__name__} on the first batch ({type(error).__name__}: "
-                f"{error}), so that nothing says whether the dropped model is right; unchecked=True measures it all the "
-                "same"
+                f"{error}), so that nothing says whether the dropped model is right; unchecked=True measures it "
+                "all the same"
             ) from error
     return _compared(model, methods, parameters, found, wanted, _tolerance(seen, subject.device))
 
