@@ -9,10 +9,7 @@ from typing import Any
 from tokendrop.analysis.report import Image, Section, Table, lines_png
 
 Row = Mapping[str, Any]
-HEADER = (
-    "method", "part", "FLOPs ratio", "time ratio", "capture", "kept ratio", "memory ratio", "seconds", "dense seconds",
-    "samples/s", "dense samples/s",
-)  # fmt: skip
+HEADER = ("method", "part", "FLOPs ratio", "time ratio", "capture", "memory ratio", "s/batch", "samples/s")
 MISSING = "-"
 
 
@@ -29,22 +26,19 @@ def _line(row: Row) -> tuple[str, ...]:
         f"{row['flops_ratio']:.2f}",
         figure(row["time_ratio"]),
         figure(row["capture"]),
-        f"{row['kept_ratio']:.2f}",
         MISSING if memory is None else f"{memory:.2f}",
-        *(figure(row[f"{prefix}seconds"], 3) for prefix in ("", "dense_")),
-        *(figure(row[f"{prefix}samples_per_second"], 3) for prefix in ("", "dense_")),
+        *(f"{_short(row[name])} (dense {_short(row[f'dense_{name}'])})" for name in ("seconds", "samples_per_second")),
     )
 
 
-def figure(found: Mapping[str, float], digits: int = 0) -> str:
-    """Median, and 20th to 80th percentile where they differ from it.
+def _short(found: Mapping[str, float]) -> str:
+    rounded = float(f"{found['median']:.3g}")
+    return f"{rounded:g}"
 
-    Args:
-        found: median, p20, p80.
-        digits: significant ones; 0 for two decimals.
-    """
-    values = [found[key] for key in ("median", "p20", "p80")]
-    shown = [f"{float(f'{one:.{digits}g}'):g}" if digits else f"{one:.2f}" for one in values]
+
+def figure(found: Mapping[str, float]) -> str:
+    """Median, and 20th to 80th percentile where they differ from it."""
+    shown = [f"{found[key]:.2f}" for key in ("median", "p20", "p80")]
     return shown[0] if len(set(shown)) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 

@@ -76,7 +76,9 @@ def work(
         trained = [one for one in subject.model.parameters() if one.requires_grad]
         made = None if optimizer is None else optimizer(trained)
         if optimizer is not None and not isinstance(made, Optimizer):
-            raise MethodError(f"optimizer: expected a function of parameters that makes one; it made {type(made).__name__}")
+            raise MethodError(
+                f"optimizer: expected a function of parameters that makes one; it made {type(made).__name__}"
+            )
         try:
             yield Work(subject, held, drop, trained, made)
         finally:

@@ -125,6 +125,7 @@ def one_run(study: OwnStudy, name: str, seed: int) -> dict[str, Any]:
     given = arguments.get("callbacks") or []
     callbacks: list[L.Callback] = [given] if isinstance(given, L.Callback) else list(given)
     callbacks += _drop(study, name, methods, callbacks, module)
+    stage = _stage(study, module, data)
     counted, start = Counted(), time.perf_counter()
     with warnings.catch_warnings():
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -133,7 +134,6 @@ def one_run(study: OwnStudy, name: str, seed: int) -> dict[str, Any]:
         trainer = L.Trainer(**all_arguments)
         trainer.fit(module, datamodule=data)
         seconds = time.perf_counter() - start
-        stage = _stage(study, module, data)
         evaluate = trainer.test if stage == "test" else trainer.validate
         logged = {
             key: float(value) for one in evaluate(module, datamodule=data, verbose=False) for key, value in one.items()
