@@ -82,8 +82,8 @@ def check_equal(
         except Exception as error:
             raise UnsupportedError(
                 f"the reference cannot run {type(model).__name__} on the first batch ({type(error).__name__}: "
-                f"{error}), so that nothing says whether the dropped model is right; unchecked=True measures it "
-                "all the same"
+                f"{error}), so that nothing says whether the dropped model is right; unchecked=True "
+                "(--unchecked) measures it all the same"
             ) from error
     return _compared(model, methods, parameters, found, wanted, _tolerance(seen, subject.device))
 
@@ -109,7 +109,7 @@ def _compared(
             f"{methods} on {type(model).__name__} is not equal to the reference on the first batch: its loss is "
             f"{loss:.6g} against {expected:.6g}, and the gradient of {at!r} differs by {gaps[at]:.2g} of the largest, "
             f"where {tolerance:.2g} is allowed. Nothing is reported; tell us of it, with the model's config. "
-            "unchecked=True measures it all the same"
+            "unchecked=True (--unchecked) measures it all the same"
         )
     return gaps[at]
 
