@@ -47,6 +47,8 @@ class Family:
         inputs: number of images in each sample -> what the model takes beside ids and mask.
         per_image: image tokens of one image.
         first: first layer whose image tokens may leave for a range of layers.
+        attentions: the implementations it has.
+        alike: whether it differs in a few things only from another family, so that fewer tests of it say the same.
     """
 
     config: Callable[[], Any]
@@ -54,6 +56,14 @@ class Family:
     inputs: Callable[[list[int]], dict[str, Tensor]] | None = None
     per_image: int = 4
     first: int = 0
+    attentions: tuple[str, ...] = ("sdpa", "eager")
+    alike: bool = False
+
+    def pairs(self) -> list[tuple[str, str | None]]:
+        """The attentions and paddings to test, one padding each where it is much like another family."""
+        if self.alike:
+            return [(attention, ("left", "right")[at % 2]) for at, attention in enumerate(self.attentions * 2)][:2]
+        return [(attention, padding) for attention in self.attentions for padding in (None, "left", "right")]
 
 
 @dataclass(frozen=True)
@@ -209,6 +219,44 @@ def _gpt_neox() -> hf.GPTNeoXConfig:
     return hf.GPTNeoXConfig(**{k: v for k, v in _TEXT.items() if k != "num_key_value_heads"})
 
 
+def _falcon(**form: Any) -> hf.FalconConfig:
+    text = {k: v for k, v in _TEXT.items() if k not in ("num_key_value_heads", "intermediate_size")}
+    drop = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    return hf.FalconConfig(**text, **drop, ffn_hidden_size=40, **form)
+
+
+def _deepseek_v3() -> hf.DeepseekV3Config:
+    # What it caches is of two widths, neither that of its values.
+    widths = {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    heads = {"num_key_value_heads": 4, "first_k_dense_replace": 2, "moe_intermediate_size": 16}
+    return hf.DeepseekV3Config(**(_TEXT | heads), **widths, **experts)
+
+
+def _gpt_oss() -> hf.GptOssConfig:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}
+    return hf.GptOssConfig(**_TEXT, **more, rope_parameters=rope)
+
+
+def _minimax() -> hf.MiniMaxConfig:
+    kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention", "full_attention"]
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return hf.MiniMaxConfig(**_TEXT, **experts, head_dim=8, layer_types=kinds, block_size=8)
+
+
+def _falcon_h1() -> hf.FalconH1Config:
+    state = {"d_ssm": 32, "n_heads": 4, "d_head": 8, "d_state": 8, "chunk_size": 8, "n_groups": 1}
+    return hf.FalconH1Config(**_TEXT, **{f"mamba_{name}": value for name, value in state.items()})
+
+
+def _paligemma2() -> hf.PaliGemmaConfig:
+    vision = hf.SiglipVisionConfig(**_VISION, vision_use_head=False)
+    text = hf.Gemma2Config(**_TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=8)
+    parts = {"vision_config": vision, "text_config": text, "projection_dim": 32, "hidden_size": 32}
+    return hf.PaliGemmaConfig(**parts, image_token_id=IMAGE, image_token_index=IMAGE)
+
+
 def _gpt2() -> hf.GPT2Config:
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -241,15 +289,42 @@ FAMILIES: dict[str, Family] = {
         _padded,
     ),
     "internvl": Family(_internvl, hf.InternVLForConditionalGeneration, _pixels),
+    "falcon": Family(
+        lambda: _falcon(multi_query=False, parallel_attn=False, alibi=True), hf.FalconForCausalLM, alike=True
+    ),
+    "falcon_7b": Family(lambda: _falcon(multi_query=True), hf.FalconForCausalLM, alike=True),
+    "falcon_40b": Family(
+        lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2), hf.FalconForCausalLM, alike=True
+    ),
+    "mixtral": Family(
+        lambda: hf.MixtralConfig(**_TEXT, num_local_experts=4, num_experts_per_tok=2),
+        hf.MixtralForCausalLM,
+        alike=True,
+    ),
+    "qwen3_moe": Family(
+        lambda: hf.Qwen3MoeConfig(
+            **_TEXT, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1]
+        ),
+        hf.Qwen3MoeForCausalLM,
+        alike=True,
+    ),
+    "deepseek_v3": Family(_deepseek_v3, hf.DeepseekV3ForCausalLM, alike=True),
+    "gpt_oss": Family(_gpt_oss, hf.GptOssForCausalLM, attentions=("eager",), alike=True),
+    "paligemma2": Family(_paligemma2, hf.PaliGemmaForConditionalGeneration, _pixels, attentions=("eager",), alike=True),
+    "minimax": Family(_minimax, hf.MiniMaxForCausalLM, alike=True),
+    "falcon_h1": Family(_falcon_h1, hf.FalconH1ForCausalLM, alike=True),
 }
+# Some layers carry a state from row to row, for which the dense definition has no masks; tests/engine/test_hybrids.py.
+HYBRID = ("falcon_h1", "minimax")
+NAMES = sorted(FAMILIES.keys() - HYBRID)
 
 
 @lru_cache
-def model(name: str, attention: str) -> Any:
+def model(name: str, attention: str = "") -> Any:
     """A tiny random model in training mode, without dropout; shared, so copy it before you change it."""
     family = FAMILIES[name]
     config = family.config()
-    config._attn_implementation = attention
+    config._attn_implementation = attention or family.attentions[0]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = family.model(config)
@@ -294,4 +369,7 @@ def batch(name: str, padding: str | None) -> Batch:
     inputs = {"input_ids": ids, "attention_mask": mask} | (family.inputs(counts) if family.inputs else {})
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = image.long()
+    if family.model is hf.PaliGemmaForConditionalGeneration:
+        # What stands before the last image token is seen from both sides, the suffix behind it is causal.
+        inputs["token_type_ids"] = (image.flip(1).cumsum(1).flip(1) == 0).long()
     return Batch(inputs, image, mask == 1, labels)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-from families import FAMILIES
+from families import FAMILIES, NAMES
 
 PATH = Path(__file__).parent.parent / "docs" / "families.md"
 COLUMNS = ("HiMix", "HMGen", "projections", "drop, rejoin", "drop, gone", "generate", "checkpointing", "compile")
@@ -29,6 +29,15 @@ attention, unpadded, left- and right-padded. The columns:
 - **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another
   selection, and the same logits and gradients.
 
+Some layers carry a state from row to row (linear attention, state space models, short convolutions). There a token that
+is BYPASS or GONE is no step: the others are a sequence of their own, whose decay and convolution go from one to the
+next as if nothing had been between, while positions of rotary attention are kept. Their definition is a loop over
+samples and the rows that take part, unpadded, in float64. CONTEXT needs keys and values, so it is for layers without a
+state, and a cache would hold a state of rows that only fill up, so such models generate without one under a method.
+
+The loss that balances experts counts the rows that compute and are no padding, layer by layer; `router_logits` of an
+output have all rows that ran, with those that only fill up. gpt-oss and Gemma 2 have eager attention only.
+
 """
 
 
@@ -40,7 +49,7 @@ def render(cells: dict[tuple[str, str], str], refusals: dict[tuple[str, str], se
         lines.append(f"| {family.model.__name__} (`{name}`) | {row} |")
     lines += ["", "## What is refused", "", "| what | families | the error says |", "|---|---|---|"]
     for (what, message), families in sorted(refusals.items()):
-        names = "all" if len(families) == len(FAMILIES) else ", ".join(sorted(families))
+        names = "all" if families >= set(NAMES) else ", ".join(sorted(families))
         lines.append(f"| {what} | {names} | {message} |")
     return HEAD + "\n".join(lines) + "\n"
 
@@ -56,7 +65,7 @@ def committed() -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], set[s
         for column, result in zip(COLUMNS, row[1:], strict=True)
     }
     refusals = {
-        (what, message): set(FAMILIES) if names == "all" else set(names.split(", "))
+        (what, message): set(NAMES) if names == "all" else set(names.split(", "))
         for what, names, message in rows[split + 1 :]
     }
     return cells, refusals

@@ -115,11 +115,12 @@ def test_from_ids_with_a_mask_of_another_shape():
         TokenLayout.from_ids(torch.ones(2, 3, dtype=torch.long), 7, attention_mask=torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("new", ["video", None, 1])
+@pytest.mark.parametrize("new", ["video", 1])
 def test_new_tokens_are_text_or_images(new):
     with pytest.raises(LayoutError, match=rf"new={new!r}: expected 'text' or 'image'"):
         TokenLayout(IMAGE, new=new)
-    assert TokenLayout(IMAGE).new == "text"
+    assert TokenLayout(IMAGE).new is None  # nothing said
+    assert [TokenLayout(IMAGE, new=one).new for one in ("text", "image")] == ["text", "image"]
 
 
 POSITIONS = {

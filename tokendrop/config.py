@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from tokendrop import methods as published
-from tokendrop.engine.inject import Methods, check_methods
+from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import MethodError
 from tokendrop.roles import Method
 from tokendrop.schedule import Schedule

@@ -42,7 +42,8 @@ class TokenLayout:
         image_ids: (V,) int64, the vocabulary ids of image tokens.
         packs: (B, T) int64, the packed sample of its row that a token belongs to, any numbers; None where each row is
             one sample. What a method keeps of a sample's image tokens is kept of each packed sample.
-        new: what generated tokens are where nobody sees their ids, "text" or "image".
+        new: what generated tokens are where no ids say it, "text" or "image"; None for text, and for images where
+            tokens come one by one as embeddings behind a prompt that came as ids.
 
     Raises:
         LayoutTypeError: a tensor of the wrong dtype, or a task that is no string.
@@ -61,7 +62,7 @@ class TokenLayout:
     labels: Tensor | None = None
     image_ids: Tensor | None = None
     packs: Tensor | None = None
-    new: Literal["text", "image"] = "text"
+    new: Literal["text", "image"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.image, Tensor) or self.image.dtype != torch.bool or self.image.dim() != 2:
@@ -85,8 +86,8 @@ class TokenLayout:
             low, high = map(int, segments.aminmax())
             if low < 0 or high > max(Segment):
                 raise LayoutError(f"segments: expected values of Segment, 0 to {max(Segment):d}; found {low} to {high}")
-        if self.new not in ("text", "image"):
-            raise LayoutError(f"new={self.new!r}: expected 'text' or 'image', what generated tokens are")
+        if self.new is not None and (not isinstance(self.new, str) or self.new not in ("text", "image")):
+            raise LayoutError(f"new={self.new!r}: expected 'text' or 'image', what generated tokens are, or None")
 
     def _check(self, name: str, value: Tensor | None, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
         if value is None:

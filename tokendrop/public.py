@@ -4,11 +4,12 @@ from tokendrop.analysis.allocation import Allocation, attention_allocation
 from tokendrop.analysis.bench import Benchmark, benchmark
 from tokendrop.analysis.flop_report import FlopReport, flops
 from tokendrop.analysis.inspection import Inspection, inspect
+from tokendrop.analysis.recipe import recipe
 from tokendrop.callbacks import AttentionAllocation, SynergyMonitor, TokenDrop
 from tokendrop.config import from_config, methods_of, to_config
 from tokendrop.engine.drop_layers import DropLayers
-from tokendrop.engine.handle import Handle, handle
-from tokendrop.engine.inject import apply
+from tokendrop.engine.handle import Handle
+from tokendrop.engine.inject import apply, handle
 from tokendrop.errors import (
     AppliedError,
     BatchError,
@@ -96,6 +97,7 @@ __all__ = [
     "handle",
     "inspect",
     "methods_of",
+    "recipe",
     "scatter_tokens",
     "to_config",
 ]

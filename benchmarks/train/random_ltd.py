@@ -23,8 +23,8 @@ import tokendrop as td
 from benchmarks.results import append, environment, row
 from benchmarks.train.cases import Sizes, Step, decoder, inputs
 from benchmarks.train.measure import seconds
-from tokendrop.analysis.flops import task_costs
 from tokendrop.analysis.memory import saved_bytes
+from tokendrop.analysis.spent import task_costs
 
 
 class _Gather(torch.autograd.Function):

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokendrop as td
 from tokendrop.analysis import bench, bench_work, equality, timing
-from tokendrop.analysis.flops import task_costs
 from tokendrop.analysis.memory import saved_bytes
+from tokendrop.analysis.spent import task_costs
 from tokendrop.analysis.timing import now, spread
 from tokendrop.engine.model import context
 

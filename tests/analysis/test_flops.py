@@ -5,7 +5,8 @@ import torch
 from helpers import MIXED, batch, dropped, llama, loss_of
 
 import tokendrop as td
-from tokendrop.analysis.flops import LayerCost, TaskCost, counter, head_flops, task_costs
+from tokendrop.analysis.flops import LayerCost, counter, head_flops
+from tokendrop.analysis.spent import TaskCost, task_costs
 
 LONG = ["ttt" + "i" * 37 + "t" * 11 + "i" * 9 + "t" * 8, "t" * 5 + "i" * 21 + "t" * 13]
 BATCHES = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from families import FAMILIES, batch, model
+from families import FAMILIES, NAMES, batch, model
 from helpers import config, llama, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,9 +78,10 @@ def test_any_layout(text, image, before, multiple, method):
         both(config(), method, text=text, image=image, before=min(before, text), multiple=multiple, backward=True)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+# Of the others, experts have no formula, and a single head of keys is not counted whole by torch.
+@pytest.mark.parametrize("name", [*(name for name in NAMES if not FAMILIES[name].alike), "falcon_40b", "paligemma2"])
 def test_families(name):
-    built = copy.deepcopy(model(name, "sdpa"))
+    built = copy.deepcopy(model(name))
     with torch.no_grad():
         built(**batch(name, None).inputs)  # which leaves tensors of its own on some
     both(built, td.FastV(4, 0.5), text=6, image=12, before=2, backward=True)

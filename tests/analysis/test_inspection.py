@@ -18,7 +18,7 @@ CASES = ["HiMix", "HMGen", "Drop, rejoin", "Drop, gone", "Drop by attention", "i
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_what_it_says_is_what_apply_does(name):
-    built = model(name, "sdpa")
+    built = model(name)
     found = td.inspect(built)
     assert list(found.support) == CASES
     by_attention = td.Drop(":", 0.5, "attention")

@@ -1,6 +1,9 @@
 """TokenDrop written in a YAML file, as LightningCLI reads it."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 from lit_llama import LIGHTNING_WARNS, Batches, Lit, batch
 
 import tokendrop as td
@@ -59,6 +62,48 @@ def test_every_method_stays_itself(method):
     written = {"class_path": f"tokendrop.{type(method).__name__}", "init_args": vars(method)}
     assert parsed({"methods": {"u": written}}).methods == {"u": method}
     assert parsed({"methods": written}).methods == method
+
+
+SCHEDULES = [None, td.Schedule(), td.Schedule(1, 2, 3, "out", 4)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_what_to_config_writes_is_what_the_command_line_reads(method, schedule):
+    text = yaml.safe_dump(td.to_config({"u": method, "g": None}, schedule))
+    callback = parsed(yaml.safe_load(text))
+    assert (callback.methods, callback.schedule) == td.from_config(yaml.safe_load(text))
+    assert (callback.methods, callback.schedule) == ({"u": method, "g": None}, schedule)
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_cli.yaml"
+
+
+@pytest.mark.filterwarnings("ignore:The .train_dataloader. does not have many workers")
+def test_the_example_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    import lightning_cli
+
+    config = yaml.safe_load(EXAMPLE.read_text())
+    given = config["trainer"]["callbacks"][0]["init_args"]
+    cli = lightning_cli.main(
+        ["fit", "--config", str(EXAMPLE), "--trainer.logger.init_args.save_dir", str(tmp_path), "--data.size", "8"]
+    )
+    drop = next(one for one in cli.trainer.callbacks if isinstance(one, td.TokenDrop))
+    methods, schedule = drop.methods, drop.schedule
+    assert methods == {"understanding": td.HiMix("2:"), "generation": td.HMGen("1:3", separate="shared")}
+    assert schedule == td.Schedule(start=1, dense_tail=1)
+    written = td.to_config(methods, schedule)
+    assert td.from_config({"methods": given["methods"], "schedule": written["schedule"]}) == (methods, schedule)
+    assert td.from_config(written) == (methods, schedule)
+    assert cli.trainer.global_step == 4
+    assert "understanding" in capsys.readouterr().out  # the table
+    rows = (next(tmp_path.rglob("metrics.csv"))).read_text().splitlines()
+    ratios = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
+    kept = [float(row["tokendrop/kept_ratio/understanding"]) for row in ratios]
+    assert kept == [1, 0.625, 0.625, 1]  # (32 + 32 + 8 + 8) / 128 between a dense step and a dense tail
+    saved = yaml.safe_load(next(tmp_path.rglob("hparams.yaml")).read_text())
+    assert td.from_config(saved["tokendrop"]) == (methods, schedule)
 
 
 def test_all_methods_are_in_the_test_above():

@@ -143,7 +143,7 @@ def test_labels_behind_images_are_refused(name: str) -> None:
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", sorted(name for name in FAMILIES if FAMILIES[name].inputs))
 def test_image_tokens_are_found_in_every_family(name: str, padding: str) -> None:
-    data, module = batch(name, padding), torch.nn.ModuleDict({"inner": model(name, "sdpa")})
+    data, module = batch(name, padding), torch.nn.ModuleDict({"inner": model(name)})
     for given in (data.inputs, {key: value for key, value in data.inputs.items() if key != "mm_token_type_ids"}):
         found = batch_layout(given, module)
         assert torch.equal(found.image, data.image)

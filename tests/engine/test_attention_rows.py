@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch, model
+from families import FAMILIES, batch, model
 from helpers import Spy, checkpointed, close, dropped, engine_step, llama, reference_step
 from helpers import batch as written
 from torch import Tensor, nn
@@ -19,13 +19,16 @@ import tokendrop as td
 from tokendrop import layout as layouts
 from tokendrop.engine.forward import arguments
 from tokendrop.engine.forward import attention_rows as attention
-from tokendrop.engine.forward.attention_rows import caught_logits
+from tokendrop.engine.forward.attention_rows import caught_attention
 from tokendrop.engine.plan import plan, selection
 from tokendrop.engine.plan.selection import highest
 from tokendrop.layout import TokenLayout, scoring_mask
 from tokendrop.roles import LayerRoute, Queries, Role, Select
 
 NAMES = ("llama", "qwen3", "gemma3", "gpt_neox", "gpt2", "phi3", "llava", "qwen2_5_vl", "chameleon")
+# With sinks, biases of columns, one key for all heads, and values of another width than what is cached.
+# Falcon's eager attention adds its biases twice, its sdpa once.
+NAMES += ("gpt_oss", "falcon", "falcon_7b", "deepseek_v3")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,10 @@ class Looking:
 
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, one) for name in NAMES for one in FAMILIES[name].attentions if (name, one) != ("falcon", "sdpa")],
+)
 def test_rows_equal_those_of_the_eager_model(name: str, attention: str, padding: str | None, at: int) -> None:
     data = batch(name, padding)
     with torch.no_grad():
@@ -65,6 +70,22 @@ def test_rows_equal_those_of_the_eager_model(name: str, attention: str, padding:
         for sample in range(len(seen.probabilities)):
             found = seen.probabilities[sample][:, seen.valid[sample]]
             torch.testing.assert_close(found, dense[sample][:, chosen[sample]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_values_of_latent_attention_are_those_attended(attention: str) -> None:
+    # What it caches is what keys and values are made of; written out from its own linears.
+    module, spy, data, seen = copy.deepcopy(model("deepseek_v3", attention)), Spy(), batch("deepseek_v3", None), []
+    drop = td.apply(module, Looking(spy, 2), multiple=4)
+    with drop.layout(TokenLayout(data.image)), torch.no_grad():
+        module(**data.inputs, use_cache=False)
+    attended: Any = module.model.layers[2].self_attn
+    hook = attended.kv_a_layernorm.register_forward_hook(lambda *args: seen.append(args[2]))
+    with drop.disabled(), torch.no_grad():
+        module(**data.inputs, use_cache=False)
+        expected = attended.kv_b_proj(seen.pop()).unflatten(-1, (4, 6 + 8))[..., 6:].transpose(1, 2)
+    hook.remove()
+    torch.testing.assert_close(spy.given.pop().attention.values, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +128,12 @@ def test_scoring_rows_of_samples_with_different_turns() -> None:
 def test_attention_is_never_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
-    def watched(run: Any) -> Tensor:
-        logits = caught_logits(run)
-        shapes.append(logits.numel())
-        return logits
+    def watched(run: Any) -> Any:
+        caught = caught_attention(run)
+        shapes.append(caught.logits.numel())
+        return caught
 
-    monkeypatch.setattr("tokendrop.engine.forward.attention_rows.caught_logits", watched)
+    monkeypatch.setattr("tokendrop.engine.forward.attention_rows.caught_attention", watched)
     for backend in ("sdpa", "eager"):
         made = written(["ttiiiitttt", "ttttiiiitt"], "uu")
         module = llama(backend)
@@ -179,7 +200,7 @@ def test_layers_that_cannot_be_looked_into(case: str, method: Any) -> None:
 
 def test_attention_of_an_unknown_kind() -> None:
     with pytest.raises(td.UnsupportedError, match="without a call of scaled_dot_product_attention or softmax"):
-        caught_logits(lambda: torch.ones(2).exp())
+        caught_attention(lambda: torch.ones(2).exp())
 
 
 @pytest.mark.parametrize(

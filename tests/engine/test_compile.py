@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, batch, model
+from families import FAMILIES, NAMES, batch, model
 from helpers import llama
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -66,7 +66,7 @@ class Case:
 
     def __init__(self, name):
         torch._dynamo.reset()
-        self.module, self.data = copy.deepcopy(model(name, "sdpa")), batch(name, None)
+        self.module, self.data = copy.deepcopy(model(name)), batch(name, None)
         del find_layers(self.module)[1][3:]  # three layers show all there is to see, in half the time
         self.run(self.module, 0)  # what transformers makes once, under locks that Dynamo cannot trace
 
@@ -76,7 +76,7 @@ class Case:
         return td.TokenLayout(image, ["u", "g"], labels=labels)
 
     def run(self, module, shift):
-        moved = {"input_ids", "mm_token_type_ids"}
+        moved = {"input_ids", "mm_token_type_ids", "token_type_ids"}
         inputs = {name: x.roll(shift, 1) if name in moved else x for name, x in self.data.inputs.items()}
         del inputs["attention_mask"]
         logits, layout = module(**inputs, use_cache=False).logits, self.layout(shift)
@@ -99,7 +99,15 @@ CASES += [pytest.param(method, "aot_eager", marks=pytest.mark.slow) for method i
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize(("method", "backend"), CASES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    # Much like another family: not in the default run.
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if FAMILIES[name].alike else name
+        for name in FAMILIES
+        if name in NAMES
+    ],
+)
 def test_forward_and_backward_in_one_graph(name, method, backend, cell):
     case = Case(name)
     if name in BREAK:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, Batch, batch, model
+from families import FAMILIES, NAMES, Batch, batch, model
 from torch import Tensor, nn
 
 import tokendrop as td
@@ -20,7 +20,8 @@ from tokendrop.engine.reference import reference
 from tokendrop.errors import UnsupportedError
 
 TOLERANCE = 1e-5
-NAMES = sorted(FAMILIES)
+SEPARABLE = [name for name in NAMES if name != "deepseek_v3"]
+EVERY = [(name, *pair) for name in NAMES for pair in FAMILIES[name].pairs()]
 # "u" understands: its image rows need no output; "g" generates: image rows are trained. From layer n on.
 METHODS: dict[str, Callable[[int, str], dict[str, Any]]] = {
     "himix": lambda n, own: {"u": td.HiMix(f"{n}:", own)},
@@ -51,6 +52,13 @@ VISION: dict[str, dict[str, Any]] = {
 }
 # Those with a vision encoder whose patches, or squares of them, are the image tokens.
 ENCODERS = ("janus", "llava", "qwen2_5_vl")
+# Of a family much like another, each method in one way only.
+CASES = [
+    (name, method, *pair)
+    for name in NAMES
+    for at, method in enumerate(METHODS)
+    for pair in (FAMILIES[name].pairs()[at % 2 :][:1] if FAMILIES[name].alike else FAMILIES[name].pairs())
+]
 SHOWN = {
     "himix": ["HiMix"],
     "himix_range": ["HiMix"],
@@ -81,7 +89,7 @@ class Case:
     """A family's model, batch, methods and layout."""
 
     def __init__(
-        self, name: str, method: str, attention: str = "sdpa", padding: str | None = None, separate: str = "none"
+        self, name: str, method: str, attention: str = "", padding: str | None = None, separate: str = "none"
     ) -> None:
         self.base, self.data = model(name, attention), batch(name, padding)
         self.methods = VISION[method[1:]] if method[0] == "@" else METHODS[method](FAMILIES[name].first, separate)
@@ -153,10 +161,7 @@ class Result:
         return torch.equal(self.logits, other.logits) and torch.equal(self.loss, other.loss) and same
 
 
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "method", "attention", "padding"), CASES)
 def test_the_engine_equals_the_reference(
     name: str, method: str, attention: str, padding: str | None, cell: Any
 ) -> None:
@@ -175,12 +180,15 @@ def test_the_engine_equals_the_reference(
         cell(name, column)
 
 
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    ("name", "method"),
+    ("name", "method", "attention", "padding"),
     # Qwen3-VL adds visual features behind its first two layers, so none may leave before.
-    [(name, f"@{m}") for name in NAMES for m in VISION if name in ENCODERS or (m[:3] == "svd" and name != "qwen3_vl")],
+    [
+        (name, f"@{m}", *pair)
+        for name, *pair in EVERY
+        for m in VISION
+        if name in ENCODERS or (m[:3] == "svd" and name != "qwen3_vl")
+    ],
 )
 def test_methods_before_the_first_layer(name: str, method: str, attention: str, padding: str | None) -> None:
     case = Case(name, method, attention, padding)
@@ -203,8 +211,9 @@ def test_scores_of_the_engine_equal_those_of_the_reference(name: str, then: Any,
     assert dense.error(expected) > 1000 * TOLERANCE
 
 
-@pytest.mark.parametrize(("attention", "padding"), [("sdpa", "left"), ("eager", "right")])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "attention", "padding"), [one for one in EVERY if one[1:] in (("sdpa", "left"), ("eager", "right"))]
+)
 def test_padding_that_only_the_model_knows(name: str, attention: str, padding: str) -> None:
     case = Case(name, "mixed", attention, padding)
     case.layout = td.TokenLayout(case.data.image, case.layout.task, labels=case.labels)
@@ -213,9 +222,7 @@ def test_padding_that_only_the_model_knows(name: str, attention: str, padding: s
     assert found.gradient_error(expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "attention", "padding"), EVERY)
 def test_without_dropping_nothing_changes(name: str, attention: str, padding: str | None) -> None:
     case = Case(name, "mixed", attention, padding)
     # The engine gives the layers of a training forward no cache, and a cache copies keys, which may change rounding.
@@ -235,8 +242,15 @@ def test_without_dropping_nothing_changes(name: str, attention: str, padding: st
 
 
 @pytest.mark.parametrize("separate", ["shared", "per-task"])
-@pytest.mark.parametrize(("attention", "padding"), [("sdpa", "left"), ("eager", None)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "attention", "padding"),
+    [
+        (name, *pair)
+        for name in SEPARABLE
+        for pair in (("sdpa", "left"), ("eager", None))
+        if pair[0] in FAMILIES[name].attentions
+    ],
+)
 def test_image_only_projections(name: str, attention: str, padding: str | None, separate: str, cell: Any) -> None:
     case = Case(name, "mixed", attention, padding, separate)
     same, drop = case.dropped()
@@ -258,7 +272,23 @@ def test_image_only_projections(name: str, attention: str, padding: str | None, 
     cell(name, "projections")
 
 
-@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "gpt2"])
+def test_projections_of_latent_attention_are_refused(cell: Any, refusal: Any) -> None:
+    # Its keys and values are made of one latent, by no linear of their own.
+    case = Case("deepseek_v3", "hmgen", separate="shared")
+    before = described(case.base)
+    with pytest.raises(
+        UnsupportedError, match=r"inspection finds no linears for q, k and v.*separate='none'"
+    ) as caught:
+        td.apply(case.base, case.methods)
+    assert described(case.base) == before
+    refusal("deepseek_v3", "`separate`", str(caught.value))
+    cell("deepseek_v3", "projections", "refused, as below")
+
+
+FUSED = ["phi3", "gpt_neox", "gpt2", "falcon", "falcon_7b", "falcon_40b"]
+
+
+@pytest.mark.parametrize("name", FUSED)
 def test_image_only_projections_copy_their_part_of_a_fused_linear(name: str) -> None:
     # Written out from the families' own forward, not from what inspection learns.
     module = copy.deepcopy(model(name, "sdpa"))
@@ -269,6 +299,15 @@ def test_image_only_projections_copy_their_part_of_a_fused_linear(name: str) -> 
     elif name == "gpt_neox":
         by_head = module.gpt_neox.layers[0].attention.query_key_value.weight.view(4, 3, 8, 32)
         expected = {letter: by_head[:, at].reshape(32, 32) for at, letter in enumerate("qkv")}
+    elif "falcon" in name:
+        attention = module.transformer.h[0].self_attention
+        # (out, 1, in) is what the linear makes of each input feature, taken apart by Falcon's own code.
+        parts = attention._split_heads(attention.query_key_value.weight.T[None])
+        every = 2 if name == "falcon_40b" else 1  # its keys and values are repeated for two heads of queries
+        expected = {
+            letter: part[0, :, :: every if letter in "kv" else 1].flatten(1).T
+            for letter, part in zip("qkv", parts, strict=True)
+        }
     else:
         weight = module.transformer.h[0].attn.c_attn.weight
         expected = {letter: weight[:, 32 * at : 32 * at + 32].T for at, letter in enumerate("qkv")}
@@ -294,9 +333,16 @@ def checkpoint(module: Any, use_reentrant: bool) -> None:
     enable(**{f"{enable.__name__.split('_')[0]}_checkpointing_kwargs": {"use_reentrant": use_reentrant}})
 
 
-@pytest.mark.parametrize("separate", ["none", "per-task"])
-@pytest.mark.parametrize("method", ["himix", "hmgen", "mixed"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "method", "separate"),
+    [
+        (name, method, separate)
+        for name in NAMES
+        for method in (["mixed"] if FAMILIES[name].alike else ["himix", "hmgen", "mixed"])
+        for separate in ("none", "per-task")
+        if name in SEPARABLE or separate == "none"
+    ],
+)
 def test_checkpointing_equals_none(name: str, method: str, separate: str, cell: Any) -> None:
     case = Case(name, method, padding="left", separate=separate)
     module = copy.deepcopy(case.base)
@@ -318,7 +364,8 @@ def test_reentrant_checkpointing(name: str, refusal: Any) -> None:
     case.base = copy.deepcopy(case.base)
     checkpoint(case.base, use_reentrant=True)
     assert case.dropped()[0].equals(expected)
-    for refused in (Case(name, "himix"), Case(name, "hmgen", separate="shared")):
+    own = (Case(name, "hmgen", separate="shared"),) if name in SEPARABLE else ()
+    for refused in (Case(name, "himix"), *own):
         refused.base = case.base
         with pytest.raises(UnsupportedError, match="use_reentrant") as caught:
             refused.dropped()
@@ -332,7 +379,7 @@ def described(module: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_remove_restores(name: str) -> None:
-    case = Case(name, "mixed", separate="per-task")
+    case = Case(name, "mixed", separate="per-task" if name in SEPARABLE else "none")
     module = copy.deepcopy(case.base)
     dense, before, keys = case.run(module), described(module), list(module.state_dict())
     drop = td.apply(module, case.methods)
@@ -360,8 +407,10 @@ def test_a_compact_range_over_deepstack_layers_is_refused(method: Any, start: in
 
 @pytest.mark.parametrize("name", NAMES)
 def test_context_is_refused_for_other_attention(name: str, refusal: Any) -> None:
-    module = copy.deepcopy(model(name, "sdpa"))
-    module.config._attn_implementation = "flex_attention"
+    module = copy.deepcopy(model(name))
+    for one in find_layers(module)[1].modules():
+        if hasattr(one, "config"):
+            one.config._attn_implementation = "flex_attention"
     with pytest.raises(UnsupportedError, match="'flex_attention' attention takes no rectangular mask") as caught:
         td.apply(module, td.HiMix("2:"))
     refusal(name, "CONTEXT with flex or flash attention", str(caught.value))

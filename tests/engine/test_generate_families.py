@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, TEXT, Batch, batch, model
+from families import FAMILIES, NAMES, TEXT, Batch, batch, model
 from torch import Tensor
 
 import tokendrop as td
 
 TOLERANCE, NEW = 1e-5, 4
-NAMES = sorted(FAMILIES)
 METHODS: dict[str, Any] = {
     "himix": lambda n: td.HiMix(f"{n}:"),
     "hmgen": lambda _: td.HMGen("1:4:2"),
@@ -85,10 +84,16 @@ def agree(cached: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor]) -> None:
     assert error < TOLERANCE
 
 
-@pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "attention", "padding"),
+    [
+        (name, attention, padding)
+        for name in NAMES
+        for at, attention in enumerate(FAMILIES[name].attentions)
+        for padding in ((None, "left") if not FAMILIES[name].alike else ("left", None)[at : at + 1])
+    ],
+)
 def test_generate_with_a_cache_equals_without(
     name: str, method: str, attention: str, padding: str | None, cell: Any
 ) -> None:
@@ -100,14 +105,14 @@ def test_generate_with_a_cache_equals_without(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_with_a_cache_equal_steps_without(name: str, method: str) -> None:
-    case = Case(name, method, "sdpa")
+    case = Case(name, method, FAMILIES[name].attentions[0])
     agree(case.steps(True), case.steps(False))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_method_is_seen(name: str, method: str) -> None:
-    case = Case(name, method, "sdpa")
+    case = Case(name, method, FAMILIES[name].attentions[0])
     _, routed = case.steps(True)
     with torch.no_grad(), case.drop.disabled():
         inputs = case.data.inputs

@@ -20,7 +20,8 @@ from generation import (
     prompt,
 )
 from helpers import llama
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicIndexedLayer
 
 import tokendrop as td
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError
@@ -78,17 +79,13 @@ def test_two_tasks_with_the_same_roles_go_together() -> None:
     assert torch.isin(cached.sequences[:, 12:], IMAGE_IDS).any()
 
 
-def test_a_static_cache_under_hmgen() -> None:
-    model, drop = dropped(td.HMGen("1:4:2"))
-    cache = StaticCache(config=model.config, max_cache_len=24)
-    with drop.layout(EVEN.layout), torch.no_grad(), pytest.raises(UnsupportedError, match=r"StaticLayer.*DynamicCache"):
-        model(**EVEN.inputs, past_key_values=cache, use_cache=True)
-
-
-def test_a_static_cache_under_himix() -> None:
-    model, drop = dropped(td.HiMix())
-    cache = StaticCache(config=model.config, max_cache_len=24)
-    with drop.layout(EVEN.layout), torch.no_grad(), pytest.raises(UnsupportedError, match=r"StaticLayer.*DynamicCache"):
+@pytest.mark.parametrize("method", [td.HMGen("1:4:2"), td.HiMix()])
+def test_a_cache_that_does_not_grow_by_tokens(method: Any) -> None:
+    model, drop = dropped(method)
+    cache = DynamicCache(config=model.config)
+    cache.layers = [DynamicIndexedLayer() for _ in cache.layers]
+    refused = pytest.raises(UnsupportedError, match=r"DynamicIndexedLayer.*DynamicCache, or a StaticCache")
+    with drop.layout(EVEN.layout), torch.no_grad(), refused:
         model(**EVEN.inputs, past_key_values=cache, use_cache=True)
 
 
@@ -118,7 +115,7 @@ def test_assisted_decoding_without_holes() -> None:
 
 def test_a_prompt_in_chunks() -> None:
     model, drop = dropped(td.HMGen("1:4:2"))
-    with pytest.raises(LayoutError, match=r"\(2, 5\), but the layout is for \(2, 12\)"):
+    with pytest.raises(LayoutError, match=r"\(2, 5\), but the layout is for \(2, 12\).*prefill_chunk_size"):
         generated(model, drop, EVEN, True, prefill_chunk_size=5, do_sample=False)
 
 
@@ -151,6 +148,41 @@ def test_a_filled_cache_in_training() -> None:
     with drop.layout(EVEN.layout), torch.no_grad():
         cache = model(**EVEN.inputs, use_cache=True).past_key_values
     with drop.layout(EVEN.layout), pytest.raises(UnsupportedError, match="12 tokens reached a training forward"):
+        model(input_ids=EVEN.ids, past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("method", [td.HMGen("1:4:2"), td.HiMix()])
+@pytest.mark.parametrize("given", [EVEN, prompt(["tttttttt"])], ids=["images", "text"])
+def test_continuing_while_gradients_are_on(given: Any, method: Any) -> None:
+    model, drop = dropped(method)
+    token = torch.full((len(given.ids), 1), 5)
+    with drop.layout(given.layout):
+        with torch.no_grad():
+            cache = model(**given.inputs, use_cache=True).past_key_values
+        refused = pytest.raises(UnsupportedError, match=r"gradients are on; continue under torch\.no_grad\(\)")
+        with refused:
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+        # Nothing changed: it goes on where it was.
+        with torch.no_grad():
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+            plain = model(input_ids=torch.cat([given.ids, token], 1), use_cache=False).logits[:, -1:]
+    assert apart(logits, plain) < 1e-5
+
+
+def test_a_prompt_and_its_next_token_while_gradients_are_on() -> None:
+    model, drop = dropped(td.HMGen("1:4:2"))
+    with drop.layout(EVEN.layout):
+        cache = model(**EVEN.inputs, use_cache=True).past_key_values
+        with pytest.raises(LayoutError, match=r"\(2, 1, 32\).*\(2, 12\).*generate under torch\.no_grad\(\)"):
+            model(input_ids=torch.full((2, 1), 5), past_key_values=cache, use_cache=True)
+
+
+def test_a_filled_cache_beside_labels() -> None:
+    model, drop = dropped(td.HMGen("1:4:2"))
+    with drop.layout(EVEN.layout), torch.no_grad():
+        cache = model(**EVEN.inputs, use_cache=True).past_key_values
+    layout = td.TokenLayout(EVEN.layout.image, labels=EVEN.ids)
+    with drop.layout(layout), pytest.raises(UnsupportedError, match=r"the layout has labels; pass use_cache=False"):
         model(input_ids=EVEN.ids, past_key_values=cache, use_cache=True)
 
 

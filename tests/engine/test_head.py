@@ -8,11 +8,12 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, batch, model
+from families import FAMILIES, NAMES, batch, model
 from helpers import MIXED, llama, snapshot
 from helpers import batch as written
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import tokendrop as td
@@ -34,14 +35,14 @@ def agree(found, expected, tolerance=1e-5):
     assert max((found[name] - grad).abs().max() for name, grad in expected.items()) <= tolerance * largest
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_family_has_the_same_loss_and_gradients(name):
     data = batch(name, "left")
     labels = data.trained([False, False])
     layout = td.TokenLayout(data.image, padding=data.real, labels=labels)
     runs = []
     for labelled in (False, True):
-        module = copy.deepcopy(model(name, "sdpa"))
+        module = copy.deepcopy(model(name))
         drop = td.apply(module, td.HiMix(f"{FAMILIES[name].first}:"), multiple=4, labelled_logits=labelled)
         with drop.layout(layout):
             out = module(**data.inputs, labels=labels)
@@ -150,3 +151,62 @@ def test_in_one_graph():
     with drop.layout(MADE.layout()):
         inputs = {"input_ids": MADE.ids, "labels": MADE.labels, "use_cache": False}
         torch.testing.assert_close(compiled(**inputs).loss, module(**inputs).loss)
+
+
+def labelled(module, drop):
+    """Loss and logits' shape inside the layout."""
+    with torch.no_grad(), drop.layout(MADE.layout()):
+        out = module(input_ids=MADE.ids, attention_mask=MADE.mask, labels=MADE.labels, use_cache=False)
+    return out.loss, out.logits.shape[:2]
+
+
+def resized(module):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the new rows
+        module.resize_token_embeddings(72, mean_resizing=False)
+    return module
+
+
+def exchanged(module):
+    head = nn.Linear(32, 50, bias=False)
+    head.weight.data = module.lm_head.weight.data * 2
+    module.set_output_embeddings(head)
+    return module
+
+
+def adapted(module, **more):
+    made = get_peft_model(module, LoraConfig(r=2, **({"target_modules": ["lm_head"]} | more)))
+    for name, p in made.named_parameters():
+        if "lora_" in name:
+            p.data = torch.linspace(-1, 1, p.numel()).view(p.shape)
+    return made.eval()
+
+
+EXCHANGES = {
+    "resized": resized,
+    "exchanged": exchanged,
+    "adapted": adapted,
+    "kept": lambda module: adapted(module, target_modules=["k_proj"], modules_to_save=["lm_head"]),
+    "merged": lambda module: adapted(module).merge_and_unload(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_a_head_that_was_exchanged_since_runs_on_labelled_rows(name, ran):
+    whole = EXCHANGES[name](llama(tie_word_embeddings=False))
+    expected, _ = labelled(whole, td.apply(whole, METHODS))
+    module = llama(tie_word_embeddings=False)
+    drop = td.apply(module, METHODS, multiple=4, labelled_logits=True)
+    if ran:
+        labelled(module, drop)
+    module = EXCHANGES[name](module)
+    loss, shape = labelled(module, drop)
+    torch.testing.assert_close(loss, expected)
+    count = int((MADE.labels[:, 1:] != -100).sum())
+    assert shape[0] == 1
+    assert count <= shape[1] < count + 4
+    drop.remove()
+    assert all("_tokendrop_base" not in vars(type(one)) for one in module.modules())

@@ -1,11 +1,16 @@
-"""PEFT's LoRA, put on a dropped model and beneath the methods."""
+"""PEFT's adapters, put on a dropped model and beneath the methods.
+
+With `separate`, an adapter belongs to the text's projection: image rows go past both.
+"""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from helpers import MIXED, batch, close, llama, loss_of, perturbed
-from peft import LoraConfig, get_peft_model
+from families import model as family
+from helpers import MIXED, batch, close, dropped, llama, loss_of, perturbed
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 import tokendrop as td
 from tokendrop.engine.reference import reference
@@ -93,3 +98,197 @@ def test_merging_an_adapter_gives_the_same_model():
         before = model(input_ids=MADE.ids, attention_mask=MADE.mask).logits
         after = model.merge_and_unload()(input_ids=MADE.ids, attention_mask=MADE.mask).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+VARIANTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+    "dropout": {"lora_dropout": 0.5},
+    "ia3": None,
+}
+FAMILIES = {
+    "llama": (lambda: llama(attention_bias=True), ["q_proj", "k_proj", "v_proj"]),
+    "phi3": (lambda: copy.deepcopy(family("phi3", "sdpa")), ["qkv_proj"]),
+    "gpt2": (lambda: copy.deepcopy(family("gpt2", "sdpa")), ["c_attn"]),
+    "gpt_neox": (lambda: copy.deepcopy(family("gpt_neox", "sdpa")), ["query_key_value"]),
+}
+
+
+def varied(model, names, variant):
+    more = VARIANTS[variant]
+    if more is None:
+        config = IA3Config(target_modules=names, feedforward_modules=[], fan_in_fan_out=names == ["c_attn"])
+    else:
+        config = LoraConfig(r=2, target_modules=names, fan_in_fan_out=names == ["c_attn"], **more)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        made, generator = get_peft_model(model, config), torch.Generator().manual_seed(5)
+    for name, p in made.named_parameters():
+        if "lora_" in name or "ia3_" in name:
+            p.data += torch.empty(p.shape).normal_(0, 0.2, generator=generator)
+    return made.eval()
+
+
+def logits(model, drop):
+    with torch.no_grad(), drop.layout(MADE.layout()):
+        return model(input_ids=MADE.ids, attention_mask=MADE.mask, use_cache=False).logits[MADE.real]
+
+
+def agree(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+CASES = [("llama", variant) for variant in VARIANTS if variant != "bias"]
+CASES += [("llama", "bias"), ("phi3", "lora"), ("phi3", "dora"), ("gpt2", "lora"), ("gpt_neox", "lora")]
+
+
+@pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate:UserWarning")
+@pytest.mark.parametrize("first", ["adapter", "apply"])
+@pytest.mark.parametrize(
+    ("name", "variant", "separate"),
+    [*((*case, "shared") for case in CASES), ("llama", "lora", "none"), ("llama", "lora", "per-task")],
+)
+def test_merging_unmerging_and_disabling_change_nothing_else(name, variant, separate, first):
+    methods = {"u": td.HiMix("1:", separate), "g": td.HMGen("1:3", separate)}
+    make, targets = FAMILIES[name]
+    model = make()
+    if first == "adapter":
+        model = varied(model, targets, variant)
+        drop = perturbed(td.apply(model, methods, multiple=4))
+    else:
+        drop = perturbed(td.apply(model, methods, multiple=4))
+        model = varied(model, targets, variant)
+    sets = copy.deepcopy(drop.layers)
+    plain, own = dropped(make(), methods, multiple=4)
+    own.layers.load_state_dict(sets.state_dict())
+    with model.disable_adapter():
+        agree(logits(model, drop), logits(plain, own))
+    expected = logits(model, drop)
+    assert (expected - logits(plain, own)).abs().max() > 1e-2, "the adapter does something"
+    model.merge_adapter()
+    agree(logits(model, drop), expected)
+    model.unmerge_adapter()
+    agree(logits(model, drop), expected)
+    merged = model.merge_and_unload()
+    agree(logits(merged, drop), expected)
+    for ours, theirs in zip(drop.layers.parameters(), sets.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("first", ["adapter", "apply"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merging_before_anything_ran(name, first):
+    make, targets = FAMILIES[name]
+    runs = []
+    for merge in (False, True):
+        model = make()
+        if first == "adapter":
+            model = varied(model, targets, "lora")
+            drop = td.apply(model, METHODS["separate"], multiple=4)
+        else:
+            drop = td.apply(model, METHODS["separate"], multiple=4)
+            model = varied(model, targets, "lora")
+        runs.append(logits(model.merge_and_unload() if merge else model, drop))
+    agree(*runs)
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_image_only_projections_begin_as_the_adapted_text(name, variant):
+    """Step zero equals the model without them, whatever the adapter has learned by then."""
+    make, targets = FAMILIES[name]
+    runs = []
+    for methods in (METHODS["separate"], METHODS["shared weights"]):
+        model = varied(make(), targets, variant)
+        drop = td.apply(model.train(), methods, multiple=4)  # in training, with dropout
+        assert all(module.training for module in model.modules())
+        runs.append(logits(model.eval(), drop))
+    agree(*runs)
+
+
+def test_remove_with_an_adapter_that_came_later():
+    model, expected = llama(), varied(llama(), ["k_proj"], "lora")
+    drop = td.apply(model, METHODS["separate"])
+    model = varied(model, ["k_proj"], "lora")
+    logits(model, drop)
+    drop.remove()
+    classes = [type(module) for module in model.modules()]
+    assert classes == [type(module) for module in expected.modules()]
+    assert torch.equal(model(MADE.ids).logits, expected(MADE.ids).logits)
+
+
+def test_one_adapter_for_each_sample_is_refused_with_separate():
+    model = varied(llama(), ["k_proj"], "lora")
+    drop = td.apply(model, METHODS["separate"])
+    names = ["default", "__base__"] * 3
+    with pytest.raises(td.UnsupportedError, match="called with adapter_names, by sample"), drop.layout(MADE.layout()):
+        model(input_ids=MADE.ids, attention_mask=MADE.mask, adapter_names=names[: len(MADE.ids)])
+
+
+def test_something_else_in_the_place_of_a_linear_is_refused():
+    model = llama()
+    drop = td.apply(model, METHODS["separate"])
+    model.model.layers[1].self_attn.k_proj = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    with pytest.raises(td.UnsupportedError, match="Sequential took the place of the linear that makes k"):
+        drop.layout(MADE.layout()).__enter__()
+
+
+@pytest.mark.parametrize("first", ["adapter", "apply"])
+def test_an_adapter_file_without_trained_projections_is_said(first, tmp_path):
+    model = llama()
+    if first == "adapter":
+        model = adapted(model)
+    drop = td.apply(model, METHODS["separate"])
+    model = model if first == "adapter" else adapted(model)
+    drop.layers.requires_grad_(True)
+    count = len(drop.layers.state_dict())
+    with pytest.warns(td.NoEffectWarning, match=rf"PeftModel\w* is saved without the {count} parameters .* torch.save"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)  # said once
+    torch.save(td.handle(model).state_dict(), tmp_path / "image.pt")
+    again = llama()
+    if first == "adapter":
+        again = PeftModel.from_pretrained(again, tmp_path)
+    back = td.apply(again, METHODS["separate"])
+    again = again if first == "adapter" else PeftModel.from_pretrained(again, tmp_path)
+    perturbed(back).load_state_dict(torch.load(tmp_path / "image.pt", weights_only=True))
+    agree(logits(again, back), logits(model.eval(), drop))
+
+
+def test_projections_that_were_not_trained_are_not_missed(tmp_path):
+    model = llama()
+    drop = td.apply(model, METHODS["separate"])
+    model = adapted(model)  # which froze them, as copies of the base model's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", td.NoEffectWarning)
+        model.save_pretrained(tmp_path)
+    again = llama()
+    back = td.apply(again, METHODS["separate"])
+    again = PeftModel.from_pretrained(again, tmp_path)
+    agree(logits(again, back), logits(model.eval(), drop))
+
+
+def test_modules_to_save_trains_and_keeps_them(tmp_path):
+    names = ["image.q", "image.k", "image.v"]
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj"], modules_to_save=names)
+    model = llama()
+    drop = td.apply(model, METHODS["separate"], multiple=4)
+    model = get_peft_model(model, config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "tokendrop" in name}
+    assert len(trained) == len(td.apply(llama(), METHODS["separate"]).layers.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with drop.layout(MADE.layout()):
+        run(model)
+    assert all(p.grad is not None for name, p in model.named_parameters() if name in trained)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", td.NoEffectWarning)
+        model.save_pretrained(tmp_path)
+    again = llama()
+    back = td.apply(again, METHODS["separate"], multiple=4)
+    again = PeftModel.from_pretrained(again, tmp_path).eval()
+    expected = logits(model.eval(), drop)
+    assert torch.equal(logits(again, back), expected)
+    agree(logits(again.merge_and_unload(), back), expected)
+    assert list(back.layers.state_dict()) == list(td.apply(llama(), METHODS["separate"]).layers.state_dict())

@@ -1,9 +1,15 @@
-"""`save_pretrained`, `from_pretrained` and torch's distributed checkpoints of a dropped model."""
+"""`save_pretrained`, `from_pretrained`, checkpoints and pickles of a dropped model, and of parts of it."""
+
+import io
+import pickle
+import warnings
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import MIXED, batch, dropped, engine_step, llama, same, step
+from helpers import MIXED, batch, dropped, engine_step, llama, perturbed, same, step
+from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from transformers import LlamaForCausalLM
 
@@ -53,4 +59,114 @@ def test_a_distributed_checkpoint_has_the_same_keys_and_comes_back(methods, tmp_
     state = get_model_state_dict(other)
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     set_model_state_dict(other, state)
+    assert same(engine_step(other, again, MADE), engine_step(model, drop, MADE))
+
+
+def test_from_pretrained_and_apply_give_back_what_was_saved(tmp_path):
+    model, drop = dropped(llama(), SEPARATE)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    again = td.apply(loaded, SEPARATE)
+    assert same(engine_step(loaded, again, MADE), engine_step(model, drop, MADE))
+
+
+def test_also_in_shards_inside_a_wrapper_and_routers(tmp_path):
+    methods = SEPARATE | {"g": td.MixtureOfDepths("1:3", 0.5)}
+    model, drop = dropped(llama(), methods)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again = td.apply(nn.ModuleDict({"net": LlamaForCausalLM.from_pretrained(tmp_path)}), methods)
+    assert again.layers.state_dict().keys() == drop.layers.state_dict().keys()
+    assert all(torch.equal(value, drop.layers.state_dict()[key]) for key, value in again.layers.state_dict().items())
+
+
+def test_a_folder_of_other_methods_is_said(tmp_path):
+    model, _ = dropped(llama(), SEPARATE)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    with pytest.warns(
+        td.NoEffectWarning, match=r"holds \d+ parameters of another apply, such as tokendrop.layers.0.image-"
+    ):
+        drop = td.apply(loaded, td.HiMix("1:", "shared"))
+    assert torch.equal(drop.layers[1]["image"].k.weight, loaded.model.layers[1].self_attn.k_proj.weight)
+    drop.remove()
+    td.apply(loaded, td.HiMix("1:"))  # which adds nothing, and so misses nothing
+
+
+class Outer(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+
+def test_saving_the_part_without_what_was_added_is_said(tmp_path):
+    outer = Outer(llama())
+    drop = perturbed(td.apply(outer, SEPARATE))
+    count = len(drop.layers.state_dict())
+    with pytest.warns(
+        td.NoEffectWarning, match=rf"LlamaForCausalLM is saved without the {count} parameters .* torch.save"
+    ):
+        outer.net.save_pretrained(tmp_path)
+    torch.save(td.handle(outer).state_dict(), tmp_path / "image.pt")
+    again = Outer(LlamaForCausalLM.from_pretrained(tmp_path))
+    back = td.apply(again, SEPARATE)
+    back.load_state_dict(torch.load(tmp_path / "image.pt", weights_only=True))
+    assert same(engine_step(again.net, back, MADE), engine_step(outer.net, drop, MADE))
+
+
+def test_saving_a_part_where_nothing_was_added_says_nothing(tmp_path):
+    outer = Outer(llama())
+    td.apply(outer, PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outer.net.save_pretrained(tmp_path)
+
+
+def loaded(model, how):
+    file = io.BytesIO()
+    (pickle.dump if how == "pickle" else torch.save)(model, file)
+    file.seek(0)
+    return pickle.load(file) if how == "pickle" else torch.load(file, weights_only=False)  # noqa: S301
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+@pytest.mark.parametrize("methods", [PLAIN, SEPARATE], ids=["none", "per-task"])
+def test_a_part_that_was_saved_alone_finds_its_handle(methods, how):
+    outer = Outer(llama())
+    drop = perturbed(td.apply(outer, methods))
+    part = loaded(outer.net, how)
+    own = td.handle(part)
+    assert own is not drop
+    assert same(engine_step(part, own, MADE), engine_step(outer.net, drop, MADE))
+    own.remove()
+    assert same(step(part, MADE), step(llama(), MADE))
+    with pytest.raises(td.AppliedError, match="is not dropped"):
+        td.handle(part)
+    td.apply(part, methods)
+
+
+def test_a_part_is_not_dropped_twice():
+    outer = Outer(llama())
+    drop = td.apply(outer, SEPARATE)
+    assert td.handle(outer.net) is drop
+    with pytest.raises(
+        td.AppliedError, match=r"through another module; remove that first, by tokendrop.handle\(model\)"
+    ):
+        td.apply(loaded(outer.net, "torch"), SEPARATE)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_after_remove_the_whole_and_its_decoder_are_plain(how):
+    model, drop = dropped(llama(), SEPARATE)
+    drop.remove()
+    assert same(step(loaded(model, how), MADE), step(llama(), MADE))
+    with pytest.raises(td.AppliedError, match="is not dropped"):
+        td.handle(loaded(model.model, how))
+
+
+def test_a_file_of_a_dropped_model_into_one_that_is_dropped(tmp_path):
+    model, drop = dropped(llama(tie_word_embeddings=False), SEPARATE)
+    save_file(model.state_dict(), tmp_path / "all.safetensors")
+    other, again = dropped(llama(seed=3, tie_word_embeddings=False), SEPARATE)
+    other.load_state_dict(load_file(tmp_path / "all.safetensors"))
     assert same(engine_step(other, again, MADE), engine_step(model, drop, MADE))

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from tokendrop.analysis.advice import Advice, Plan
-from tokendrop.analysis.flops import task_costs
 from tokendrop.analysis.memory import saved_bytes
+from tokendrop.analysis.spent import task_costs
 from tokendrop.analysis.subject import Subject
 from tokendrop.engine.forward.groups import split_output
-from tokendrop.engine.handle import Handle, handle
-from tokendrop.engine.inject import apply
+from tokendrop.engine.handle import Handle
+from tokendrop.engine.inject import apply, handle
 from tokendrop.engine.model.decoder import find_layers, layer_spec
 from tokendrop.engine.plan.plan import needed_rows
 from tokendrop.errors import AppliedError, LayerRangeError, LayoutError, MethodError, TaskLossError, UnsupportedError

@@ -43,7 +43,8 @@ class _Seen(TorchFunctionMode):
             return
         self.found = True
         for start in range(0, rows, CHUNK):
-            self.sink(start, logits(start, min(start + CHUNK, rows)).float().softmax(-1))
+            # What attention sinks take, columns behind those of the tokens, is of no segment.
+            self.sink(start, logits(start, min(start + CHUNK, rows)).float().softmax(-1)[..., : self.tokens])
 
 
 def _logits(

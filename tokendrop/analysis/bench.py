@@ -27,7 +27,7 @@ from tokendrop.analysis.report import Section, Table
 from tokendrop.analysis.subject import Subject
 from tokendrop.analysis.timing import clock, spread
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import Methods, check_methods
+from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import (
     AppliedError,
     MethodError,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokendrop.analysis.equality import under
-from tokendrop.analysis.flops import counter, task_costs
+from tokendrop.analysis.flops import counter
 from tokendrop.analysis.memory import saved_bytes
+from tokendrop.analysis.spent import task_costs
 from tokendrop.analysis.subject import Subject
 from tokendrop.analysis.timing import now, peak_bytes
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import Methods
+from tokendrop.engine.support import Methods
 from tokendrop.errors import MethodError, TaskLossError
 from tokendrop.layout import TokenLayout
 from tokendrop.synergy.evaluate import preserved

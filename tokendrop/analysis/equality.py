@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from tokendrop.analysis.subject import Subject
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import Methods, apply
+from tokendrop.engine.inject import apply
 from tokendrop.engine.model.decoder import find_layers
 from tokendrop.engine.reference import reference
+from tokendrop.engine.support import Methods
 from tokendrop.errors import TokenDropError, UnsupportedError
 from tokendrop.layout import TokenLayout
 from tokendrop.synergy.evaluate import gradients, preserved, shared_parameters

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokendrop.analysis.flops import counter, output_head
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model.decoder import is_linear, linear_shape
+from tokendrop.engine.model.linears import is_linear, linear_shape
 from tokendrop.engine.model.sets import Router
 from tokendrop.errors import UnsupportedError
 

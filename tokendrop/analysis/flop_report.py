@@ -24,14 +24,16 @@ from tokendrop.analysis.flop_ledger import (
     Parts,
     counted_parts,
 )
-from tokendrop.analysis.flops import LayerCost, head_flops
+from tokendrop.analysis.flops import LayerCost, head_flops, refusal, scoring_flops
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import Methods, apply
-from tokendrop.engine.model.decoder import linear_shape
+from tokendrop.engine.inject import apply
 from tokendrop.engine.model.from_config import model_from_config
+from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape
 from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.model.weights import readable
 from tokendrop.engine.plan.plan import Group, Plan, Planner
 from tokendrop.engine.plan.rows import round_up
+from tokendrop.engine.support import Methods
 from tokendrop.errors import LayoutError, UnsupportedError, check_flag
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import LayerRoute, Route
@@ -131,6 +133,8 @@ def flops(
     check_flag("backward", backward)
     check_flag("counted", counted)
     layout = _layout(text, image, before, task)
+    if counted:
+        _check_countable(model_or_config)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake if counted else torch.device("meta"):
         drop = apply(_weightless(model_or_config), methods, layers, multiple)
@@ -146,6 +150,15 @@ def flops(
     route = (LayerRoute(),) * len(drop.layers)
     dense = _formula(drop, Planner(layout, [route], [None], multiple).plan(), route, text + image, backward)
     return FlopReport.of(dense, _formula(drop, plan, drop.served(layout)[0][0], rows, backward))
+
+
+def _check_countable(model: Any) -> None:
+    linears = (base_linear(one) for one in (model.modules() if isinstance(model, nn.Module) else ()) if is_linear(one))
+    if packed := next((one for one in linears if not readable(one)), None):
+        raise UnsupportedError(
+            f"counted=True runs the model without weights, which a quantised {type(packed).__name__} cannot do; use "
+            "the formula, counted=False"
+        )
 
 
 def _count(name: str, value: Any) -> int:
@@ -180,16 +193,13 @@ def _weightless(source: Any) -> nn.Module:
 
 
 def _check(drop: Handle) -> None:
-    refusal = drop.spec.separate_refusal()
-    if any(p.dim() > 2 for p in drop.decoder_layers.parameters()):
-        refusal = f"{drop.spec.layer_class.__name__} holds weights of more than two dimensions, such as experts"
-    if refusal:
-        raise UnsupportedError(f"FLOPs follow from the linears of a layer, but {refusal}; count a run of your model")
+    if unknown := refusal(drop.decoder_layers, drop.specs):
+        raise UnsupportedError(f"FLOPs follow from the linears of a layer, but {unknown}; count a run of your model")
 
 
 def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) -> list[Parts]:
-    costs = [LayerCost.of(layer, drop.spec) for layer in drop.decoder_layers]
-    eager, times = drop.spec.backend(drop.decoder_layers[0]) == "eager", 3 if backward else 1
+    costs = [LayerCost.of(layer, spec) for layer, spec in zip(drop.decoder_layers, drop.specs, strict=True)]
+    eager, times = drop.backend == "eager", 3 if backward else 1
     found = []
     for index, (cost, span, one) in enumerate(zip(costs, plan.span_of, route, strict=True)):
         (group,) = span.groups
@@ -207,11 +217,9 @@ def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) 
         if select is not None and select.learned:
             parts[SCORING] += times * 2 * plan.shape[1] * linear_shape(drop.sets(index)[ROUTER])[1]
         if select is not None and select.queries is not None:
-            # Scored without gradients, by the layer before or the one that is entered.
-            scores = plan.scoring[select.queries.rows].index.shape[1]
+            # By the layer before or the one that is entered.
             at = index - (select.queries.layer < index)
-            made = (plan.shape[1] + scores) * sum(costs[at].letters.values())
-            found[at][SCORING] += made + scores * plan.shape[1] * costs[at].pair // 2
+            found[at][SCORING] += scoring_flops(select, plan, costs[at])
     return [*found, {HEAD: times * rows * head_flops(drop.owner)}]
 
 

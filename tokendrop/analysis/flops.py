@@ -1,23 +1,22 @@
 """FLOPs: counted by an operator-level counter, and by formula.
 
 One multiply-add is 2 FLOPs. Causal attention is counted in full, as every counter does.
-Shape letters: B batch, T tokens, K computed rows, M context rows, D hidden, H heads, L layers.
+Shape letters: B batch, T tokens, K computed rows, M context rows, R scoring rows, D hidden, H heads, L layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokendrop.engine.handle import Handle
-from tokendrop.engine.model.decoder import LayerSpec, is_linear, linear_shape, linear_sizes
-from tokendrop.engine.plan.labelled import labelled_rows
+from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape, linears
 from tokendrop.engine.plan.plan import Plan
+from tokendrop.roles import Select
 
 _cpu = torch.ops.aten
 
@@ -63,6 +62,8 @@ class LayerCost:
         letters: of a row in the projections to "q", "k" and "v".
         pair: of a query and a key in attention, 4 * D.
         pair_backward: of a query and a key in the backward, 10 * D where scores are recomputed, else 8 * D.
+        trained_row: of `row`, in linears whose weights are trained.
+        trained_context_row: of `context_row`, likewise.
     """
 
     row: int
@@ -70,6 +71,8 @@ class LayerCost:
     letters: Mapping[str, int]
     pair: int
     pair_backward: int
+    trained_row: int
+    trained_context_row: int
 
     @property
     def context_row(self) -> int:
@@ -79,15 +82,19 @@ class LayerCost:
     @classmethod
     def of(cls, layer: nn.Module, spec: LayerSpec) -> "LayerCost":
         """The cost of a layer, from the shapes of its linears."""
-        widths = {"q": 0, "k": 0, "v": 0} if spec.separate_refusal() else spec.widths(layer)
-        inputs = 0 if spec.separate_refusal() else linear_shape(spec.linear(layer, "k"))[1]
+        unknown = spec.separate_refusal() is not None
+        widths = {"q": 0, "k": 0, "v": 0} if unknown else spec.widths(layer)
+        inputs = 0 if unknown else linear_shape(spec.linear(layer, "k"))[1]
         attention = getattr(layer, spec.attention or "", None)
+        trained = [] if unknown else [one for one in "kv" if is_trained(base_linear(spec.linear(layer, one)))]
         return cls(
             row=_linear_flops(layer),
             attention_row=0 if attention is None else _linear_flops(attention),
             letters={letter: 2 * inputs * width for letter, width in widths.items()},
             pair=4 * widths["q"],
             pair_backward=(8 if spec.backend(layer) == "eager" else 10) * widths["q"],
+            trained_row=_linear_flops(layer, trained=True),
+            trained_context_row=2 * inputs * sum(widths[letter] for letter in trained),
         )
 
     def forward(self, rows: int, context: int = 0, pairs: int | None = None) -> int:
@@ -96,82 +103,42 @@ class LayerCost:
         return rows * self.row + context * self.context_row + pairs * self.pair
 
     def backward(self, rows: int, context: int = 0, pairs: int | None = None) -> int:
-        """FLOPs of the backward of the same, all weights trained."""
+        """FLOPs of the backward of the same: the gradient of its input, and of the weights that are trained."""
         pairs = rows * (rows + context) if pairs is None else pairs
-        return 2 * (rows * self.row + context * self.context_row) + pairs * self.pair_backward
+        linears = rows * (self.row + self.trained_row) + context * (self.context_row + self.trained_context_row)
+        return linears + pairs * self.pair_backward
 
 
-def _linear_flops(module: nn.Module) -> int:
-    return 2 * sum(prod(size) for size in linear_sizes(module))
+def is_trained(module: nn.Module) -> bool:
+    """Whether a parameter that is its own is trained."""
+    return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
-@dataclass(frozen=True)
-class TaskCost:
-    """What the samples of one task cost in a batch, dropped and dense.
-
-    Args:
-        token_layers: computed rows, summed over layers and samples.
-        dense_token_layers: T * L for each sample.
-        flops: forward and backward of the decoder and its head.
-        dense_flops: the same without dropping.
-    """
-
-    token_layers: int = 0
-    dense_token_layers: int = 0
-    flops: int = 0
-    dense_flops: int = 0
-
-    @property
-    def kept_ratio(self) -> float:
-        """Computed token-layers over dense token-layers."""
-        return self.token_layers / self.dense_token_layers
-
-    @property
-    def flops_ratio(self) -> float:
-        """FLOPs over dense FLOPs."""
-        return self.flops / self.dense_flops
-
-    def __add__(self, other: "TaskCost") -> "TaskCost":
-        return TaskCost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+def _linear_flops(module: nn.Module, trained: bool = False) -> int:
+    return 2 * sum(prod(linear_shape(one)) for one in linears(module) if not trained or is_trained(one))
 
 
-def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dict[str | None, TaskCost]:
-    """What a planned step costs, by formula, for each task.
+def refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec]) -> str | None:
+    """Why the FLOPs of such layers do not follow from their linears, or None."""
+    if any(p.dim() > 2 for p in layers.parameters()):
+        return f"{specs[0].layer_class.__name__} holds weights of more than two dimensions, such as experts"
+    return next(filter(None, (spec.separate_refusal() for spec in specs)), None)
+
+
+def scoring_flops(select: Select, plan: Plan, layer: LayerCost) -> int:
+    """FLOPs of the attention that scores the image tokens of a sample, without gradients; 0 where nothing looks.
+
+    (T + R) (q + k + v) + 2 R T D
 
     Args:
-        handle: of the dropped model.
-        plan: of its layout.
-        tasks: of the B samples.
-
-    Returns:
-        Task -> cost of its samples.
+        select: what it scores them for.
+        plan: of the forward.
+        layer: the cost of the layer whose attention is made.
     """
-    tokens, depth = plan.shape[1], len(plan.span_of)
-    layer, head = _costs(handle)
-    eager = handle.spec.backend(handle.decoder_layers[0]) == "eager" or None  # its attention is never split
-    dense = tokens * 3 * head + depth * (layer.forward(tokens) + layer.backward(tokens))
-    # Labelled rows of all samples run together, rounded up once.
-    headed = tokens if not handle.labelled_logits else labelled_rows(plan, handle.multiple) / plan.shape[0]
-    costs = dict.fromkeys(tasks, TaskCost())
-    for task in tasks:
-        costs[task] += TaskCost(0, tokens * depth, round(3 * head * headed), dense)
-    for span in plan.spans:
-        for group in span.groups:
-            rows, context = group.size, group.context_size
-            layers, pairs = span.stop - span.start, group.pairs if eager is None else None
-            one = layers * (layer.forward(rows, context, pairs) + layer.backward(rows, context, pairs))
-            for member in group.members:
-                costs[tasks[member]] += TaskCost(rows * layers, 0, one, 0)
-    return costs
-
-
-_known: WeakKeyDictionary[Handle, tuple[LayerCost, int]] = WeakKeyDictionary()
-
-
-def _costs(handle: Handle) -> tuple[LayerCost, int]:
-    if handle not in _known:
-        _known[handle] = LayerCost.of(handle.decoder_layers[0], handle.spec), head_flops(handle.owner)
-    return _known[handle]
+    if select.queries is None:
+        return 0
+    tokens, scores = plan.shape[1], plan.scoring[select.queries.rows].index.shape[1]
+    return (tokens + scores) * sum(layer.letters.values()) + scores * tokens * layer.pair // 2
 
 
 def head_flops(model: nn.Module) -> int:

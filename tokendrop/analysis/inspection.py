@@ -3,15 +3,25 @@
 Shape letters: L layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from tokendrop.engine.inject import check_support
-from tokendrop.engine.model.decoder import find_layers, layer_spec
+from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs
+from tokendrop.engine.support import check_shared, check_support
 from tokendrop.errors import TokenDropError
 from tokendrop.methods import Drop, HiMix, HMGen
 from tokendrop.roles import Method
+
+_CASES: dict[str, Method] = {
+    "HiMix": HiMix(),
+    "HMGen": HMGen("0:1"),
+    "Drop, rejoin": Drop(":", keep=0.5),
+    "Drop, gone": Drop(":", keep=0.5, then="gone"),
+    "Drop by attention": Drop(":", keep=0.5, score="attention"),
+    "image-only projections": HMGen("0:1", separate="shared"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,20 +64,26 @@ def inspect(model: nn.Module, layers: str | None = None) -> Inspection:
     Source: ours.
     """
     path, found = find_layers(model, layers)
-    spec = layer_spec(found[0], type(found[0]))
-    cases: dict[str, Method] = {
-        "HiMix": HiMix(),
-        "HMGen": HMGen("0:1"),
-        "Drop, rejoin": Drop(":", keep=0.5),
-        "Drop, gone": Drop(":", keep=0.5, then="gone"),
-        "Drop by attention": Drop(":", keep=0.5, score="attention"),
-        "image-only projections": HMGen("0:1", separate="shared"),
-    }
-    support = {}
-    for name, method in cases.items():
+    specs = layer_specs(found)
+    support = dict.fromkeys(_CASES, "yes") | refusals(model, found, path, specs)
+    backend = next((spec.backend(one) for spec, one in zip(specs, found, strict=True) if spec.attention), "sdpa")
+    return Inspection(path, type(found[0]).__name__, len(found), backend, support)
+
+
+def refusals(model: nn.Module, layers: nn.ModuleList, path: str, specs: Sequence[LayerSpec]) -> dict[str, str]:
+    """What of `Inspection.support` a model cannot have -> why.
+
+    Args:
+        model: any module with one decoder.
+        layers: of it.
+        path: dotted path of these.
+        specs: how each is made.
+    """
+    refused = {}
+    for name, method in _CASES.items():
         try:
-            check_support(model, found, spec, {None: method})
-            support[name] = "yes"
+            check_shared(layers, path)
+            check_support(model, layers, specs, {None: method})
         except TokenDropError as error:
-            support[name] = str(error)
-    return Inspection(path, type(found[0]).__name__, len(found), spec.backend(found[0]), support)
+            refused[name] = str(error)
+    return refused

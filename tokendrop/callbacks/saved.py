@@ -5,7 +5,7 @@ Shape letters: none.
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,7 +13,7 @@ from torch import nn
 
 from tokendrop.callbacks.standing import evaluated, saved_progress
 from tokendrop.config import Config, described, from_config, schedule_of, state_config
-from tokendrop.engine.inject import Methods, check_methods
+from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import MethodChangedWarning, TokenDropError, UnsupportedError
 from tokendrop.schedule import Schedule
 
@@ -86,23 +86,27 @@ def _shown(methods: Config) -> str:
     return ", ".join(f"{task!r}: {'dense' if one is None else _shown(one)}" for task, one in methods.items())
 
 
-def tell_of_added(added: Sequence[str]) -> None:
-    """Say how a checkpoint with the parameters `added` is loaded without the callback."""
-    rank_zero_info(
-        f"The checkpoint holds {len(added)} parameters that TokenDrop added, such as {added[0]}. A module that "
-        "is not dropped has no place for them: load_from_checkpoint refuses them, or leaves them out with "
-        "strict=False. Make the module, call tokendrop.apply(module, tokendrop.methods_of(path)[0]), and then "
-        "module.load_state_dict(torch.load(path)['state_dict'])."
-    )
+def tell_of_added(checkpoint: Mapping[str, Any]) -> bool:
+    """Say how a checkpoint with added parameters is loaded; whether it has any."""
+    added = [name for name in checkpoint.get("state_dict", {}) if "tokendrop.layers." in name]
+    if added:
+        rank_zero_info(
+            f"The checkpoint holds {len(added)} parameters that TokenDrop added, such as {added[0]}. A module that "
+            "is not dropped has no place for them: load_from_checkpoint refuses them, or leaves them out with "
+            "strict=False. Make the module, call tokendrop.apply(module, tokendrop.methods_of(path)[0]), and then "
+            "module.load_state_dict(torch.load(path)['state_dict'])."
+        )
+    return bool(added)
 
 
-def check_added(module: nn.Module, methods: object, saved: Mapping[str, Any]) -> None:
-    """Refuse to go on training from the state dict `saved` where optimiser states cannot fit.
+def check_added(pl_module: nn.Module, checkpoint: Mapping[str, Any], methods: Methods) -> None:
+    """Refuse to go on with training from a checkpoint that lacks all parameters that the methods add.
 
     Raises:
-        UnsupportedError: it lacks what the methods add.
+        UnsupportedError: its optimiser states do not fit.
     """
-    added = [name for name, _ in module.named_parameters() if "tokendrop." in name]
+    added = [name for name, _ in pl_module.named_parameters() if "tokendrop." in name]
+    saved = checkpoint.get("state_dict", {})
     # Weights are filled in from the text's; what an optimiser remembers of weights that were not there is not.
     if added and saved and not any("tokendrop." in name for name in saved):
         raise UnsupportedError(

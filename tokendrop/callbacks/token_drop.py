@@ -10,20 +10,23 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
-from tokendrop.analysis.flops import task_costs
 from tokendrop.callbacks.averages import renew_averages
 from tokendrop.callbacks.batch import batch_layout, sub_batches
+from tokendrop.callbacks.costs import FlopsPerBatch, log_costs
 from tokendrop.callbacks.late import followed
 from tokendrop.callbacks.launched import BeforeLaunch, check_home
 from tokendrop.callbacks.optimizers import check_optimizers
 from tokendrop.callbacks.saved import check_added, tell_of_added, warn_of_difference
 from tokendrop.callbacks.standing import begin, count, end, evaluated_strength, progress_state, saved_progress
 from tokendrop.callbacks.strategies import check_strategy
+from tokendrop.callbacks.summary import log_methods, show_summary
 from tokendrop.callbacks.tuners import kept_in_tuners
 from tokendrop.config import STATE_KEY, described, saved_state
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import Methods, apply, check_methods
-from tokendrop.engine.model.decoder import decoders, find_layers
+from tokendrop.engine.inject import apply
+from tokendrop.engine.model.decoder import find_layers, has_decoder
+from tokendrop.engine.summary import task_lines, text
+from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import (
     AppliedError,
     DecoderError,
@@ -102,6 +105,7 @@ class TokenDrop(BeforeLaunch):
         self._told = False  # how a checkpoint with added parameters is loaded
         self._alone = self._removed = self._restored = False
         self._said: set[str] = set()
+        self._flops = FlopsPerBatch()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -126,7 +130,7 @@ class TokenDrop(BeforeLaunch):
         handle = self._existing(pl_module)
         if handle is not None:
             check_strategy(trainer.strategy, handle.methods.values(), len(handle.layers))
-        elif self._has_decoder(pl_module):
+        elif has_decoder(pl_module, self.layers):
             num_layers = len(find_layers(pl_module, self.layers)[1])
             check_strategy(trainer.strategy, check_methods(self.methods).values(), num_layers)
             handle = apply(pl_module, self.methods, self.layers, self.multiple, self.labelled_logits)
@@ -153,14 +157,11 @@ class TokenDrop(BeforeLaunch):
             )
         return found
 
-    def _has_decoder(self, pl_module: L.LightningModule) -> bool:
-        if self.layers is None:
-            return bool(decoders(pl_module))
-        try:
-            find_layers(pl_module, self.layers)
-        except DecoderError:
-            return False
-        return True
+    @override
+    def __repr__(self) -> str:
+        heads = ["not applied yet"] if self.handle is None else self.handle.heads()
+        lines = task_lines(check_methods(self.methods), None if self.handle is None else len(self.handle.layers))
+        return text("TokenDrop", heads if self.schedule is None else [*heads, str(self.schedule)], lines)
 
     def remove(self) -> None:
         """Make the model exactly what it was.
@@ -190,6 +191,8 @@ class TokenDrop(BeforeLaunch):
         self._start(trainer, pl_module)
         if self.handle is not None:
             check_optimizers(trainer, pl_module, self.handle)
+            show_summary(trainer, self.handle, self.schedule)
+            log_methods(trainer, pl_module, self.methods, self.schedule)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -207,6 +210,7 @@ class TokenDrop(BeforeLaunch):
         if self.layout is None and (hint := sub_batches(batch)):
             self.current = None
             self._entered.enter_context(self.handle.expecting(hint))
+            self._flops.enter(pl_module, self.handle, None)
             return
         layout = self.layout(batch) if self.layout else batch_layout(batch, pl_module, self.image_ids)
         if not isinstance(layout, TokenLayout):
@@ -219,15 +223,10 @@ class TokenDrop(BeforeLaunch):
         if self.consume and isinstance(batch, MutableMapping):
             for key in OURS:
                 batch.pop(key, None)
-        if trainer.state.fn == "predict":
-            return
-        for task, cost in task_costs(self.handle, plan, layout.tasks).items():
-            name = task or next((key for key in self.handle.methods if key is not None), "all")
-            for kind, value in (("kept_ratio", cost.kept_ratio), ("flops_ratio", cost.flops_ratio)):
-                training = bool(trainer.training)
-                pl_module.log(
-                    f"tokendrop/{kind}/{name}", value, on_step=training, on_epoch=not training, batch_size=plan.shape[0]
-                )
+        training = bool(trainer.training)
+        costs = self._flops.enter(pl_module, self.handle, plan, layout.tasks, training)
+        if trainer.state.fn != "predict":
+            log_costs(pl_module, self.handle, costs, plan.shape[0], training)
 
     @property
     @override
@@ -245,10 +244,7 @@ class TokenDrop(BeforeLaunch):
         state = checkpoint["callbacks"].get(self.state_key)
         if state and self.handle is not None:
             state |= progress_state(self.handle, trainer)
-        added = [name for name in checkpoint.get("state_dict", {}) if "tokendrop.layers." in name]
-        if added and not self._told:
-            self._told = True
-            tell_of_added(added)
+        self._told = self._told or tell_of_added(checkpoint)
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -258,12 +254,13 @@ class TokenDrop(BeforeLaunch):
         if state is not None and trainer.is_global_zero:
             self._said |= warn_of_difference(state, self.methods, self.schedule, trainer.state.fn == "fit", self._said)
         if trainer.state.fn == "fit":
-            check_added(pl_module, self.methods, checkpoint.get("state_dict", {}))
+            check_added(pl_module, checkpoint, self.methods)
 
     def _leave(self, *_: Any, **__: Any) -> None:
         self._entered.close()
 
-    def _stop(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
+        self._flops.remove(pl_module)
         self._entered.close()
         self._wrapped.close()
         self._tuned.close()

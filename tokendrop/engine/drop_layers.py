@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from tokendrop.engine.inject import Methods, apply
+from tokendrop.engine.inject import apply
+from tokendrop.engine.support import Methods
 from tokendrop.errors import DecoderError
 
 

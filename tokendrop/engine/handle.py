@@ -5,7 +5,7 @@ Shape letters: B batch, T tokens, L layers.
 
 import uuid
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward import head
-from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.ids import SeenIds
-from tokendrop.engine.forward.state import Frame, frames, this_thread
+from tokendrop.engine.forward.state import Frame, frames, pair_of, this_thread
 from tokendrop.engine.model import projections, sets
-from tokendrop.engine.model.decoder import LayerSpec, check_module, find_layers, is_sharded
-from tokendrop.engine.model.swap import restore
+from tokendrop.engine.model.decoder import LayerSpec, find_layers
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.plan.labelled import LabelledRows, unknown_without_labels
 from tokendrop.engine.plan.plan import Plan, Planner
+from tokendrop.engine.summary import Described
+from tokendrop.engine.support import sharded_together
+from tokendrop.engine.undo import check_swapped, undo
 from tokendrop.errors import (
     AppliedError,
     LayoutError,
@@ -30,20 +31,19 @@ from tokendrop.errors import (
     LayoutWarning,
     MissingLayoutError,
     NoEffectWarning,
-    UnsupportedError,
     check_integer,
 )
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import LayerRoute, Method, Role, Route
+from tokendrop.roles import LayerRoute, Method, Route
 
 
-class Handle(nn.Module):
+class Handle(Described, nn.Module):
     """A dropped model's methods, its image-only projections, and the way to run it; made by `apply`.
 
     Args:
         model: the module that `apply` was given; the handle is its child `tokendrop`.
         path: dotted path of the decoder's layer list.
-        spec: how its layers are made.
+        specs: how its layers are made.
         methods: by task name; the key None serves every task.
         multiple: row counts are rounded up to it.
         added: image-only projections and router of each layer.
@@ -55,7 +55,7 @@ class Handle(nn.Module):
         self,
         model: nn.Module,
         path: str,
-        spec: LayerSpec,
+        specs: Sequence[LayerSpec],
         methods: dict[str | None, Method | None],
         multiple: int,
         added: nn.ModuleList,
@@ -63,19 +63,29 @@ class Handle(nn.Module):
         encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
-        self.key, self.path, self.spec, self.methods, self.multiple = uuid.uuid4().hex, path, spec, methods, multiple
+        self.key, self.path, self.specs, self.methods, self.multiple = uuid.uuid4().hex, path, specs, methods, multiple
         self.names = sets.set_names({task: m for task, m in methods.items() if m is not None})
         self.strength, self.entered, self._sharded, self.hint = 1.0, 0, False, ""
+        self.source: object = None  # of layouts where none is entered: "auto", or a function
         self.in_training = False  # whether layers in eval mode are trained all the same, as pretrained ones may be
         self.progress: object | None = None  # of the training that set the strength, for the callback
         self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
         self.layers, self.labelled_logits, self.encoder = added, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
-        routes = [method.route(len(added)) for method in methods.values() if method is not None]
-        # Whether rows of the linears take ways of their own, so that their classes are swapped.
-        self.splits = bool(self.names) or any(one.image is Role.CONTEXT for route in routes for one in route)
+        self.splits = projections.splits([one for one in methods.values() if one is not None], len(added))
         self._said: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in added.parameters()) else None
+
+    @property
+    def spec(self) -> LayerSpec:
+        """How the first layer is made."""
+        return self.specs[0]
+
+    @property
+    def backend(self) -> str:
+        """The attention implementation of the first layer that has attention."""
+        pairs = zip(self.specs, self.decoder_layers, strict=True)
+        return next((spec.backend(layer) for spec, layer in pairs if spec.attention is not None), "sdpa")
 
     @property
     def owner(self) -> nn.Module:
@@ -94,7 +104,7 @@ class Handle(nn.Module):
         Args:
             layout: of (B, T) tokens.
             step: the optimiser step and the micro-batch, which random selections depend on; by default the number of
-                layouts entered before this one, and 0.
+                layouts entered before this one with gradients, `handle.entered`, and 0.
             first: the index of the first sample in the global batch, likewise.
 
         Raises:
@@ -106,7 +116,7 @@ class Handle(nn.Module):
         self.check_sharding()
         self.settle()
         check_integer("first", first, 0, LayoutTypeError)
-        for part in (0, 0) if step is None else _pair(step):
+        for part in (0, 0) if step is None else pair_of(step):
             check_integer("step", part, 0, LayoutTypeError)
         plan = self.plan(layout)
         trains = torch.is_grad_enabled() and self.owner.training and not plan.dense
@@ -119,9 +129,9 @@ class Handle(nn.Module):
         frame = Frame(layout, plan, at, first, trained=trained, seen=seen, encode=encode)
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
-        self.entered += 1
+        self.entered += torch.is_grad_enabled()  # evaluations change no draw of the training
         with ExitStack() as stack:
-            if layout.image_ids is not None and layout.labels is None:
+            if layout.labels is None:
                 frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
                 stack.enter_context(frame.given.watching(self.owner, self.path))
             stack.enter_context(self._entered(frame))
@@ -174,7 +184,7 @@ class Handle(nn.Module):
             UnsupportedError: something that is no linear stands in such a place now.
         """
         if self.splits:
-            projections.settle(self.decoder_layers, self.spec)
+            projections.settle(self.decoder_layers, self.specs)
         if self.labelled_logits:
             head.settle(self.owner)
 
@@ -184,17 +194,8 @@ class Handle(nn.Module):
         Raises:
             UnsupportedError: the decoder is sharded, and they are not.
         """
-        added = any(True for _ in self.layers.parameters())
-        if self._sharded or not added or not is_sharded(self.decoder_layers):
-            return
-        if not is_sharded(self.layers):
-            raise UnsupportedError(
-                f"fully_shard took the decoder of {type(self.owner).__name__} without the image-only projections, "
-                "whose gradients would then differ between ranks; call tokendrop.apply on the module that is the root "
-                "of fully_shard, before it"
-            )
         # Once is enough, and all there is: after a forward the root's parameters look as if they were not sharded.
-        self._sharded = True
+        self._sharded = self._sharded or sharded_together(self.owner, self.decoder_layers, self.layers)
 
     @contextmanager
     def _entered(self, frame: Frame | None) -> Generator[None]:
@@ -207,6 +208,7 @@ class Handle(nn.Module):
             if frame is not None:
                 frame.forward = None
                 frame.seen.clear()
+                frame.ran.clear()
 
     def sets(self, index: int) -> nn.ModuleDict:
         """The image-only projections of layer `index`."""
@@ -223,7 +225,9 @@ class Handle(nn.Module):
         if task is None:
             if len(self.methods) == 1:
                 return next(iter(self.methods))
-            raise LayoutError(f"task: found none, and the methods are for {_named(self.methods)}; name the task")
+            raise LayoutError(
+                f"task: found none, and the methods are for {_named(self.methods)}; name the task, in layout or batch"
+            )
         if task not in self.methods:
             message = (
                 f"no method for task {task!r}, which runs dense; methods are for {_named(self.methods)}. Give it None "
@@ -273,52 +277,23 @@ class Handle(nn.Module):
         model, layers = self.owner, self.decoder_layers
         if model._modules.get("tokendrop") is not self:
             raise AppliedError(f"this handle is not on {type(model).__name__} any more; it was removed before")
-        swapped = [*layers, *(self.encoder.watched.values() if self.encoder else ())]
-        if any("_tokendrop_base" not in vars(type(module)) for module in swapped):
-            raise AppliedError(
-                f"{type(layers[0]).__name__} was wrapped after apply (fully_shard does that); remove before sharding"
-            )
-        for module in swapped:
-            restore(module)
-        projections.restore(layers)
-        head.restore(model)
-        if self._hook is not None:
-            self._hook.remove()
-        del model._modules["tokendrop"]
+        check_swapped(model, layers, self.encoder)
+        self.undo()
         this_thread.__dict__.get("frames", {}).pop(self.key, None)
 
-
-def _pair(step: object) -> tuple[object, ...]:
-    if not isinstance(step, tuple) or len(step) != 2:
-        raise LayoutTypeError(f"step: expected the optimiser step and the micro-batch, two numbers; found {step!r}")
-    return step
+    def undo(self) -> None:
+        """Take back what `apply` did, or began to do."""
+        undo(self.owner, self.decoder_layers, self.encoder)
+        if self._hook is not None:
+            self._hook.remove()
+        self.owner._modules.pop("tokendrop", None)
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     added = cast(Handle, model.tokendrop)
     path, layers = f"{prefix}{added.path}", added.decoder_layers
-    sets.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.spec, state)
+    sets.fill_missing(added.layers, f"{prefix}tokendrop.layers.", path, layers, added.specs, state)
 
 
 def _named(methods: Mapping[Any, object]) -> str:
     return ", ".join(repr(name) for name in methods)
-
-
-def handle(model: nn.Module) -> Handle:
-    """The handle of a dropped model, also after `copy.deepcopy` or unpickling.
-
-    Args:
-        model: the module that was given to `apply`, one around it, or a part of it that holds its decoder.
-
-    Raises:
-        AppliedError: the model is not dropped.
-    """
-    check_module(model)
-    for module in model.modules():
-        if isinstance(module, Handle):
-            return module
-        # A part of a dropped model, also loaded by itself, holds layers that know their handle.
-        binding = vars(module).get("_tokendrop")
-        if isinstance(binding, Binding) and isinstance(binding.handle, Handle):
-            return binding.handle
-    raise AppliedError(f"{type(model).__name__} is not dropped; call tokendrop.apply on it first")

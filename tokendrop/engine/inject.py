@@ -3,14 +3,13 @@
 Shape letters: T tokens, L layers.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from tokendrop.engine.forward import head
+from tokendrop.engine.auto import Layouts, check_layouts, enter_own
+from tokendrop.engine.forward import head, routers
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.groups import run
 from tokendrop.engine.forward.span import WORK, call
@@ -18,22 +17,18 @@ from tokendrop.engine.forward.state import frames
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.model import projections, sets
 from tokendrop.engine.model.decoder import (
-    LayerSpec,
     check_module,
-    deepstack_layers,
     find_layers,
-    is_sharded,
-    layer_spec,
+    layer_specs,
     uncompiled,
 )
 from tokendrop.engine.model.saved import notice_saving, take_saved
-from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached, swap
+from tokendrop.engine.model.swap import Swapped, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.model.weights import check_one_device
-from tokendrop.errors import AppliedError, MethodError, UnsupportedError, check_flag, check_integer
-from tokendrop.roles import Method, Role, selections
-
-Methods = Method | Mapping[str, Method | None]
+from tokendrop.engine.support import Methods, check_methods, check_shared, check_support
+from tokendrop.errors import AppliedError, UnsupportedError, check_flag, check_integer
+from tokendrop.roles import selections
 
 
 class _RoutedLayer(Swapped):
@@ -69,7 +64,12 @@ class _RoutedLayer(Swapped):
 
 
 def apply(
-    model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64, labelled_logits: bool = False
+    model: nn.Module,
+    methods: Methods,
+    layers: str | None = None,
+    multiple: int = 64,
+    labelled_logits: bool = False,
+    layout: Layouts | None = None,
 ) -> Handle:
     """Make the image tokens of a model skip work; call it before `fully_shard`, `torch.compile` or DDP.
 
@@ -83,6 +83,9 @@ def apply(
         multiple: row counts are rounded up to it (or to T / 16 where that is less), so that shapes stay few.
         labelled_logits: run the output head and the loss of a Hugging Face model on the N rows with a label only; the
             logits of a forward with labels are then (1, N, V).
+        layout: where no layout is entered, "auto" makes one from the arguments of each outermost forward or `generate`
+            of the model, as `tokendrop.callbacks.batch.batch_layout` does of a batch; a function makes it from
+            (args, kwargs), None runs dense. The model takes `task`, `image_mask` and `segments` beside its own then.
 
     Returns:
         The handle, which is also `model.tokendrop`.
@@ -91,7 +94,7 @@ def apply(
         AppliedError: the model, or a part of it, is dropped already.
         DecoderError: no decoder, or several.
         LayerRangeError: a method's range does not fit the decoder, or the vision encoder that it looks at.
-        MethodError: no methods, or something that is no method.
+        MethodError: no methods, or something that is no method; a layout that is none of these.
         UnsupportedError: a role or projections that such layers cannot have; no vision encoder, and a method needs one.
 
     Example:
@@ -109,15 +112,40 @@ def apply(
     check_module(model)
     model = uncompiled(model)
     check_flag("labelled_logits", labelled_logits)
+    check_integer("multiple", multiple, 1)
+    check_layouts(layout)
+    path, found = _undropped_layers(model, layers)
+    specs = layer_specs(found)
+    given = {task: method for task, method in checked.items() if method is not None}
+    check_support(model, found, specs, given)
+    check_one_device(found, path)
+    projections.check(found, specs, projections.splits(given.values(), len(found)))
+    headed = head.find_head(model) if labelled_logits else None
+    selects = selections(method.route(len(found)) for method in given.values())
+    looked = {index for select in selects for index in select.encoder}
+    encoder = Encoder(model, looked) if looked else None
+    added = sets.make_sets(found, specs, given, sets.set_names(given))
+    take_saved(model, added)
+    handle = Handle(model, path, specs, checked, multiple, added, labelled_logits, encoder)
+    try:
+        _swap(handle, found, headed)
+        if layout is not None:
+            enter_own(model, handle, layout)
+    except BaseException:
+        handle.undo()  # somebody else's class may refuse to be derived from, or its instances to change
+        raise
+    return handle
+
+
+def _undropped_layers(model: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]:
     if any(isinstance(module, Handle) for module in model.modules()):
         raise AppliedError(f"{type(model).__name__} is dropped already; call remove() on its handle first")
-    check_integer("multiple", multiple, 1)
     if isinstance(model, nn.ModuleList | nn.Sequential):
         raise UnsupportedError(
             f"{type(model).__name__} is a container whose every child counts as a part of it; apply to the module that "
             "holds it, or run its layers with DropLayers"
         )
-    path, found = find_layers(model, layers)
+    path, found = find_layers(model, path)
     if any(uncompiled(layer) is not layer for layer in found):
         raise UnsupportedError(
             f"the layers of {path!r} are compiled one by one; call apply before torch.compile(layer), or compile them "
@@ -128,33 +156,24 @@ def apply(
             f"the layers of {path!r} are dropped already, through another module; remove that first, by "
             "tokendrop.handle(model).remove()"
         )
+    check_shared(found, path)
     if hasattr(model, "tokendrop"):
         raise AppliedError(f"{type(model).__name__} has an attribute 'tokendrop' of its own; rename it")
-    spec = layer_spec(found[0], type(found[0]))
-    given = {task: method for task, method in checked.items() if method is not None}
-    check_support(model, found, spec, given)
-    check_one_device(found, path)
-    for index, layer in enumerate(found):
-        check_forward(layer, f"layer {index} of {path!r}")
-    projections.check(found, spec)
-    headed = head.find_head(model) if labelled_logits else None
-    selects = selections(method.route(len(found)) for method in given.values())
-    looked = {index for select in selects for index in select.encoder}
-    encoder = Encoder(model, looked) if looked else None
-    added = sets.make_sets(found, spec, given, sets.set_names(given))
-    take_saved(model, added)
-    handle = Handle(model, path, spec, checked, multiple, added, labelled_logits, encoder)
-    if encoder is not None:
-        encoder.watch(partial(_seen, handle.key))
-    for index, layer in enumerate(found):
-        layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
+    return path, found
+
+
+def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Module] | None) -> None:
+    if handle.encoder is not None:
+        handle.encoder.watch(partial(_seen, handle.key))
+    for index, (layer, spec) in enumerate(zip(layers, handle.specs, strict=True)):
         swap(layer, _RoutedLayer)
+        layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
     if handle.splits:
-        projections.settle(found, spec)
+        projections.settle(layers, handle.specs)
     if headed is not None:
         head.inject(*headed, handle.key)
-    model.tokendrop = handle
-    return handle
+    routers.inject(handle.owner, handle.path, handle.key)
+    handle.owner.tokendrop = handle
 
 
 def _seen(key: str) -> Seen | None:
@@ -162,62 +181,21 @@ def _seen(key: str) -> Seen | None:
     return None if frame is None else frame.seen
 
 
-def check_methods(methods: Methods) -> dict[str | None, Method | None]:
-    """Methods by task name; the key None serves whatever task.
+def handle(model: nn.Module) -> Handle:
+    """The handle of a dropped model, also after `copy.deepcopy` or unpickling.
+
+    Args:
+        model: the module that was given to `apply`, one around it, or a part of it that holds its decoder.
 
     Raises:
-        MethodError: no methods, or something that is none.
+        AppliedError: the model is not dropped.
     """
-    if isinstance(methods, Method) and not isinstance(methods, type):
-        if methods.separate == "per-task":
-            raise MethodError(f"{methods} has separate='per-task' and no task; give a mapping of task name to method")
-        return {None: methods}
-    if not isinstance(methods, Mapping) or not methods:
-        raise MethodError(f"methods: expected a method, or a mapping of task name to method; found {methods!r}")
-    for task, method in methods.items():
-        if not isinstance(task, str) or not task or "." in task:
-            raise MethodError(f"methods: expected task names without dots; found {task!r}")
-        if method is not None and (not isinstance(method, Method) or isinstance(method, type)):
-            raise MethodError(f"methods[{task!r}]: expected a method such as HiMix(), or None; found {method!r}")
-    return dict(methods)
-
-
-def check_support(
-    model: nn.Module, layers: nn.ModuleList, spec: LayerSpec, methods: Mapping[str | None, Method]
-) -> None:
-    """Refuse roles and projections that such layers cannot have.
-
-    Raises:
-        UnsupportedError: with the reason, and what to use instead.
-    """
-    deepstack = deepstack_layers(model)
-    for method in methods.values():
-        route = method.route(len(layers))
-        context = any(layer.image is Role.CONTEXT for layer in route)
-        if context and (refusal := spec.context_refusal(layers[0])):
-            raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
-        looks = any(layer.select is not None and layer.select.queries is not None for layer in route)
-        if looks and (refusal := spec.context_refusal(layers[0])):
-            raise UnsupportedError(
-                f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
-            )
-        if method.separate != "none" and (refusal := spec.separate_refusal()):
-            raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
-        learned = any(layer.select is not None and layer.select.learned for layer in route)
-        adds = learned or method.separate != "none"
-        if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-            raise UnsupportedError(
-                f"{method} adds parameters, whose gradients DistributedDataParallel would not average, since it is "
-                "there already; apply it to the module inside, before DistributedDataParallel is made"
-            )
-        if adds and is_sharded(model):
-            raise UnsupportedError(
-                f"{method} adds parameters, and {type(model).__name__} is sharded already; apply it before fully_shard"
-            )
-        for index in range(min(deepstack, len(layers) - 1)):
-            if route[index].image is not Role.ACTIVE and route[index + 1].image is not Role.ACTIVE:
-                raise UnsupportedError(
-                    f"{method} would be compact across layers {index} and {index + 1}, between which "
-                    f"{type(model).__name__} adds visual features at full length (deepstack); start at layer "
-                    f"{deepstack}: layers='{deepstack}:'"
-                )
+    check_module(model)
+    for module in model.modules():
+        if isinstance(module, Handle):
+            return module
+        # A part of a dropped model, also loaded by itself, holds layers that know their handle.
+        binding = vars(module).get("_tokendrop")
+        if isinstance(binding, Binding) and isinstance(binding.handle, Handle):
+            return binding.handle
+    raise AppliedError(f"{type(model).__name__} is not dropped; call tokendrop.apply on it first")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.forward.attention_rows import caught_logits, probabilities
+from tokendrop.engine.forward.attention_rows import caught_attention, probabilities
 from tokendrop.engine.model.context import keys_values
-from tokendrop.engine.model.decoder import LayerSpec, find_layers, head_width, layer_spec
+from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs, sees_both_sides
 from tokendrop.engine.model.sets import make_sets
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
@@ -62,19 +62,19 @@ def reference(
     Source: ours.
     """
     found = find_layers(model, layers)[1]
-    spec = layer_spec(found[0], type(found[0]))
+    specs = layer_specs(found)
     names = names or {}
     dense = (LayerRoute(),) * len(found)
     by_task = {task: method.route(len(found)) for task, method in methods.items()}
     routes = [by_task.get(task, dense) for task in layout.tasks]
-    sets = sets or list(make_sets(found, spec, methods, {}))
+    sets = sets or list(make_sets(found, specs, methods, {}))
     roles = _Roles(routes, layout, step, sets)
     with ExitStack() as stack:
         if looked := {index for select in selections(routes) for index in select.encoder}:
             roles.encoder = Encoder(model, looked)
             roles.encoder.watch(lambda: roles.seen)
             stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched.values())
-        for index, layer in enumerate(found):
+        for index, (layer, spec) in enumerate(zip(found, specs, strict=True)):
             for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec), roles):
                 stack.callback(hook.remove)
             rows = [
@@ -171,12 +171,15 @@ class _Roles:
         live = ~self.layout.image
         for row, alive in zip(live, self.alive, strict=True):
             row[alive] = True
-        mask = _mask(named.get("attention_mask"), live, ~live, states, spec.backend(layer))
+        both = sees_both_sides(layer)
+        mask = _mask(named.get("attention_mask"), live, ~live, states, spec.backend(layer), not both)
         named = named | {"attention_mask": mask, spec.cache or "": None}
         rows = torch.tensor(self._rows(sample, queries.rows, tokens), dtype=torch.int64)
         live = live & torch.isin(torch.arange(live.shape[1]), torch.tensor(tokens))
-        seen = probabilities(caught_logits(lambda: type(layer).forward(layer, states, **named)), live)
-        values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
+        caught = caught_attention(lambda: type(layer).forward(layer, states, **named))
+        seen, values = probabilities(caught.logits, live), caught.values
+        if values is None:
+            values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
         valid = torch.ones(1, len(rows), dtype=torch.bool)
         seen, values = seen[sample : sample + 1, :, rows][..., tokens], values[sample : sample + 1, :, tokens]
         return Attention(seen, valid, values)
@@ -210,7 +213,8 @@ def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], stat
         roles, states = roles_of(states, named)
         active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
         entered[:] = [states, active]
-        named["attention_mask"] = _mask(named.get("attention_mask"), active, hidden, states, spec.backend(module))
+        mask, causal = named.get("attention_mask"), not sees_both_sides(module)
+        named["attention_mask"] = _mask(mask, active, hidden, states, spec.backend(module), causal)
         return (states,), named
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
@@ -224,10 +228,11 @@ def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], stat
     yield layer.register_forward_hook(after)
 
 
-def _mask(mask: Tensor | None, active: Tensor, hidden: Tensor, states: Tensor, backend: str) -> Tensor:
+def _mask(mask: Tensor | None, active: Tensor, hidden: Tensor, states: Tensor, backend: str, causal: bool) -> Tensor:
     tokens = states.shape[1]
     if mask is None:
-        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(len(states), 1, -1, -1)
+        every = torch.ones(tokens, tokens, dtype=torch.bool)
+        mask = (every.tril() if causal else every).expand(len(states), 1, -1, -1)
         if backend == "eager":
             mask = torch.zeros(mask.shape, dtype=states.dtype).masked_fill(~mask, torch.finfo(states.dtype).min)
     # A row whose output is thrown away sees itself, so that its softmax stays finite.
@@ -240,16 +245,16 @@ def _replace(
     layer: nn.Module, spec: LayerSpec, letters: str, layout: TokenLayout, own: list[tuple[int, Any]]
 ) -> Callable[..., Tensor]:
     widths = [spec.widths(layer)[letter] for letter in letters]
-    heads = widths[0] // head_width(layer, spec) if spec.interleaved else 1
+    groups = spec.groups(layer)
 
     def hook(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
         (x,) = args
         for sample, by_letter in own:
-            # With heads interleaved, each letter is a slice within each head; else within the whole.
-            pieces = list(out[sample].unflatten(-1, (heads, -1)).split([width // heads for width in widths], -1))
+            # In a grouped linear each letter is a slice within each group; else within the whole.
+            pieces = list(out[sample].unflatten(-1, (groups, -1)).split([width // groups for width in widths], -1))
             for at, letter in enumerate(letters):
                 if letter in by_letter:
-                    pieces[at] = by_letter[letter](x[sample]).unflatten(-1, (heads, -1))
+                    pieces[at] = by_letter[letter](x[sample]).unflatten(-1, (groups, -1))
             replaced = torch.where(layout.image[sample][:, None], torch.cat(pieces, -1).flatten(-2), out[sample])
             out = torch.cat([out[:sample], replaced[None], out[sample + 1 :]])
         return out

@@ -17,7 +17,7 @@ from tokendrop.analysis.bench import named
 from tokendrop.analysis.flops import counter
 from tokendrop.callbacks import TokenDrop
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.inject import Methods, check_methods
+from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import MethodError, UnsupportedError
 from tokendrop.roles import Method
 from tokendrop.synergy.history import append_history, read_history

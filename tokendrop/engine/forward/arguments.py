@@ -14,6 +14,8 @@ from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.kernels import gather_rotary
 
+_BIASES = ("alibi", "position_bias")
+
 
 @dataclass(frozen=True)
 class Form:
@@ -45,14 +47,44 @@ def compact(named: dict[str, Any], group: Group, form: Form) -> dict[str, Any]:
     """
     if group.whole and group.active is None:
         return named
-    return {
-        name: compact_mask(value, group, form)
-        if name == form.mask
-        else _square(name, value, group, form)
-        if _is_square(value, form)
-        else select(value, group, group.active, form.shape, name)
-        for name, value in named.items()
-    }
+    return {name: _compact(name, value, group, form) for name, value in named.items()}
+
+
+def _compact(name: str, value: Any, group: Group, form: Form) -> Any:
+    if name == form.mask:
+        return compact_mask(value, group, form)
+    if _is_square(value, form):
+        return _square(name, value, group, form)
+    if is_bias(value, form.shape[1]) or (name in _BIASES and isinstance(value, Tensor)):
+        return _bias(name, value, group, form)
+    return select(value, group, group.active, form.shape, name)
+
+
+def is_bias(value: Any, tokens: int) -> bool:
+    """Whether an argument (..., 1, T) has one column for each token, as linear biases of attention have."""
+    return isinstance(value, Tensor) and value.dim() in (3, 4) and value.shape[-2:] == (1, tokens) and tokens > 1
+
+
+def _bias(name: str, value: Tensor, group: Group, form: Form) -> Tensor:
+    if len(value) not in (1, form.shape[0]) or not is_bias(value, form.shape[1]):
+        if group.active is None and group.whole:
+            return value
+        raise UnsupportedError(
+            f"the argument {name!r} of shape {tuple(value.shape)} biases attention by column, of which samples keep "
+            f"different ones; expected ({form.shape[0]} or 1, ..., 1, {form.shape[1]}). Use a decoder with rotary or "
+            "learned positions"
+        )
+    value = value if len(value) == 1 else value[group.samples]
+    if group.active is None or form.merged:
+        return value
+    columns = _columns(group.active, group.context)[1]
+    return columns_of(value, columns)
+
+
+def columns_of(value: Tensor, columns: Tensor) -> Tensor:
+    """The columns (B, K) of a bias (B or 1, ..., 1, T)."""
+    index = columns.view(len(columns), *[1] * (value.dim() - 2), -1).expand(-1, *value.shape[1:-1], -1)
+    return value.expand(len(columns), *value.shape[1:]).gather(-1, index)
 
 
 def check_packing(named: dict[str, Any], backend: str) -> None:

@@ -1,12 +1,12 @@
 """What the scoring rows of a layer look at, by the layer's own code up to its attention.
 
-Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and values, D hidden.
+Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and values, W width, S sinks.
 """
 
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,32 +15,49 @@ from torch.overrides import TorchFunctionMode
 
 from tokendrop.engine.forward.arguments import Form, compact, select
 from tokendrop.engine.model.context import keys_values
-from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.decoder import LayerSpec, sees_both_sides
 from tokendrop.engine.model.logits import SOFTMAX, products
 from tokendrop.engine.plan.plan import Group
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Attention
 
+_PRODUCTS: tuple[Any, ...] = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+
 
 class _CaughtError(Exception):
-    """Raised where a layer has made its attention logits, to end it there."""
+    """Raised where a layer has made its attention, to end it there."""
 
 
-class _Logits(TorchFunctionMode):
-    """Ends a layer where its attention begins, and keeps the logits (B, H, R, T)."""
+class Caught(NamedTuple):
+    """What a layer's attention is made of.
+
+    Args:
+        logits: (B, H, R, T + S); sinks are columns at the end.
+        values: (B, H or G, T, W); None where nothing is multiplied with them in a way that is known.
+    """
+
+    logits: Tensor
+    values: Tensor | None
+
+
+class _Catch(TorchFunctionMode):
+    """Ends a layer where its attention ends, and keeps what it is made of."""
 
     logits: Tensor | None = None
+    values: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.logits = products(*args, **(kwargs or {}))
+            self.logits, self.values = products(*args, **(kwargs or {})), args[2]
             raise _CaughtError
-        if func in SOFTMAX:  # of eager attention
+        if self.logits is not None and func in _PRODUCTS:
+            self.values = args[1]
+            raise _CaughtError
+        if self.logits is None and func in SOFTMAX:  # of eager attention
             self.logits = args[0]
-            raise _CaughtError
         return func(*args, **(kwargs or {}))
 
 
@@ -82,6 +99,8 @@ def attention_rows(
 
     Source: ours.
     """
+    if refusal := spec.context_refusal(layer):
+        raise UnsupportedError(f"image tokens are scored by the attention of {type(layer).__name__}, but {refusal}")
     unshard: Any = getattr(layer, "unshard", None)
     if unshard is not None:
         # FSDP2 gathers parameters in a hook of the layer's call, which these runs go without. They stay gathered for
@@ -91,13 +110,16 @@ def attention_rows(
     shape = (states.shape[0], states.shape[1])
     named = {spec.mask or "": None} | named
     _check_mask(named[spec.mask or ""], shape[1])
+    if named[spec.mask or ""] is None and sees_both_sides(layer):
+        seen = torch.ones(1, 1, shape[1], shape[1], dtype=torch.bool, device=states.device)
+        named[spec.mask or ""] = states.new_zeros(seen.shape) if spec.backend(layer) == "eager" else seen
     float_mask = states.dtype if spec.backend(layer) == "eager" else None
     if group.active is not None:  # packed samples, each as a row of its own
         named = compact(named, group, Form(shape, spec.mask, float_mask, False))
         states = states[group.samples[:, None], group.active.index]
         shape = (states.shape[0], states.shape[1])
         group = replace(group, samples=torch.arange(shape[0], device=states.device), whole=True, active=None)
-    maskless = {name: value for name, value in named.items() if name != spec.mask}
+    maskless = {name: None if name == spec.mask else value for name, value in named.items()}
     if not group.whole:
         states = states[group.samples]
         maskless = {name: select(value, group, None, shape, name) for name, value in maskless.items()}
@@ -109,9 +131,11 @@ def attention_rows(
     with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
         keys, values = keys_values(layer, forward, states, maskless, cache)
         everyone = {cache: _AllKeys(keys, values)}
-        logits = caught_logits(lambda: forward(layer, chosen, **(arguments | everyone)))
+        logits, attended = caught_attention(lambda: forward(layer, chosen, **(arguments | everyone)))
     # A single row of grouped queries comes as (B, G, H / G, T), where transformers packs it for decoding.
-    logits = logits.reshape(len(states), -1, rows.index.shape[1], shape[1])
+    logits = logits.reshape(len(states), -1, rows.index.shape[1], logits.shape[-1])
+    # What a cache is given for values may be something they are made of, as in latent attention.
+    values = values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:])
     return Attention(probabilities(logits, live), rows.valid, values)
 
 
@@ -123,13 +147,13 @@ def _check_mask(mask: Any, tokens: int) -> None:
         )
 
 
-def caught_logits(run: Callable[[], Any]) -> Tensor:
-    """The attention logits (B, H, R, T) that a layer makes when it is run; nothing behind them runs.
+def caught_attention(run: Callable[[], Any]) -> Caught:
+    """What the attention of a layer is made of when it is run; nothing behind it runs.
 
     Raises:
         UnsupportedError: it makes none that can be caught.
     """
-    catch = _Logits()
+    catch = _Catch()
     with suppress(_CaughtError), catch:
         run()
     if catch.logits is None:
@@ -137,10 +161,14 @@ def caught_logits(run: Callable[[], Any]) -> Tensor:
             "the layer ran without a call of scaled_dot_product_attention or softmax, so the attention that scores "
             "image tokens was not found; use a score that needs none, such as 'norm'"
         )
-    return catch.logits
+    return Caught(catch.logits, catch.values)
 
 
 def probabilities(logits: Tensor, live: Tensor) -> Tensor:
-    """Softmax in float32 over the live ones (B, T) of the T columns of logits (B, H, R, T)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.masked_fill(~live[:, None, None], -torch.inf).softmax(-1)
+    """Softmax in float32 over the live ones (B, T) of the T columns of logits (B, H, R, T + S), and over S sinks.
+
+    What the sinks take is left out of the result (B, H, R, T).
+    """
+    tokens, logits = live.shape[1], logits.to(torch.promote_types(logits.dtype, torch.float32))
+    seen = F.pad(live, (0, logits.shape[-1] - tokens), value=True)
+    return logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)[..., :tokens]

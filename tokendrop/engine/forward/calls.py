@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward.arguments import Form, compact, select
-from tokendrop.engine.forward.generate import growing_layer, holed_layer
 from tokendrop.engine.forward.groups import Call
-from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.cache import growing_layer, holed_layer
+from tokendrop.engine.model.decoder import LayerSpec, sees_both_sides
 from tokendrop.engine.plan.plan import Group, Span
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
@@ -49,15 +49,20 @@ def group_calls(
         hidden: the layer's hidden states.
 
     Raises:
-        UnsupportedError: a cache to fill, and groups with different roles.
+        UnsupportedError: a cache to fill, and groups with different roles, or a state carried from row to row; CONTEXT
+            under an attention that has been changed since to one that cannot have it.
     """
     if spec.cache in named:
         named[spec.cache] = cache
     if spec.mask is not None and any(group.context is not None for group in span.groups):
+        if refusal := spec.context_refusal(layer):
+            raise UnsupportedError(f"image tokens are CONTEXT in layer {index}, but {refusal}; or use HMGen")
         named.setdefault(spec.mask, None)
         named.setdefault(spec.cache or "", cache)
+    if spec.mask is not None and named.get(spec.mask) is None and sees_both_sides(layer):
+        named[spec.mask] = _everyone(made, tokens_shape[1], hidden, spec.backend(layer) == "eager")
     if cache is not None:
-        _fill(span, index, cache, tokens_shape[1])
+        _fill(spec, span, index, cache, tokens_shape[1])
     float_mask = hidden.dtype if spec.backend(layer) == "eager" else None
     calls = []
     for group, context in zip(span.groups, contexts or (None,) * len(span.groups), strict=True):
@@ -77,7 +82,7 @@ def group_calls(
             return {name: select(value, group, group.context, tokens_shape, name) for name, value in one.items()}
 
         # No mask: nothing behind the keys and values of these rows runs.
-        maskless = {name: value for name, value in named.items() if name != spec.mask}
+        maskless = {name: None if name == spec.mask else value for name, value in named.items()}
         context_arguments = _once(made, group, "context", maskless, chosen)
         order = _order(group.active, group.context, tokens_shape[1]) if merged else None
         calls.append(Call(shape, arguments, group.split, context, context_arguments, group.context_split, order, late))
@@ -98,6 +103,15 @@ def _once(
     return out
 
 
+def _everyone(made: Made, tokens: int, hidden: Tensor, additive: bool) -> Tensor:
+    # The mask that says what None means where attention sees both sides, once per forward.
+    same = made.setdefault((-1, "both sides", ""), [])
+    if not same:
+        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=hidden.device)
+        same.append((None, None, hidden.new_zeros(seen.shape) if additive else seen))
+    return same[0][2]
+
+
 def _same(one: Any, other: Any) -> bool:
     # Dynamo cannot ask whether two tuples are one.
     if isinstance(one, tuple) and isinstance(other, tuple):
@@ -105,7 +119,7 @@ def _same(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _fill(span: Span, index: int, cache: Any, tokens: int) -> None:
+def _fill(spec: LayerSpec, span: Span, index: int, cache: Any, tokens: int) -> None:
     if len(span.groups) > 1:
         names = " and ".join(sorted(group.role.name for group in span.groups))
         raise UnsupportedError(
@@ -116,6 +130,11 @@ def _fill(span: Span, index: int, cache: Any, tokens: int) -> None:
     if group.context is not None:
         growing_layer(cache, index)
     if group.role in (Role.BYPASS, Role.GONE) and group.active is not None:
+        if spec.recurrent:
+            raise UnsupportedError(
+                f"{spec.recurrent} of layer {index} carries a state from row to row, into which rows that only fill up "
+                "would enter; generate with use_cache=False"
+            )
         rows = group.active
         holed_layer(cache, index, len(rows.index), rows.index.device).expect(rows.index, rows.valid, tokens)
 

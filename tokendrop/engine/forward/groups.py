@@ -82,7 +82,7 @@ def run(
             rows = call.shape[0] * call.shape[1]
             x, at = hidden[0, at : at + rows].view(*call.shape, -1), at + rows
         if (call.split is not None or call.context is not None) and not torch.compiler.is_compiling():
-            settle((layer,), work.spec)  # an adapter may have come or gone since the layout was entered
+            settle((layer,), (work.spec,))  # an adapter may have come or gone since the layout was entered
         arguments = _arguments(layer, forward, call, work)
         with using(call.split, work.sets), split_attention(call.late):
             out, rest = split_output(forward(layer, x, **arguments))

@@ -1,10 +1,10 @@
 """The vocabulary ids that a forward is given, seen by hooks, and held against the layout.
 
-Shape letters: B batch, T tokens of the layout, n rows of a forward for each of its rows, Q tokens behind them.
+Shape letters: B batch, T tokens of the layout, R rows of a forward, Q tokens behind them.
 """
 
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,47 +54,33 @@ class SeenIds:
         return ids
 
 
-def check_rows(layout: TokenLayout, ids: Tensor | None, shape: tuple[int, int]) -> None:
-    """Refuse the rows of a forward that are not a prompt's, each as often as a search repeats it, one behind the other.
+def check_rows(layout: TokenLayout, order: Sequence[int], ids: Tensor | None, shape: tuple[int, int]) -> None:
+    """Refuse rows whose images are not those of the layout.
 
     Args:
         layout: of the (B, T) prompt.
-        ids: (n B, T + Q) vocabulary ids; None where nobody saw them.
-        shape: (n B, T + Q).
+        order: the sample of the layout that each of the R rows comes from.
+        ids: (R, T + Q) vocabulary ids; None where nobody saw them.
+        shape: (R, T + Q).
 
     Raises:
-        LayoutError: other images than the layout's, samples of several tasks in another order; or rows of which nobody
-            saw the ids, n > 1, outside of `generate`.
+        LayoutError: other images than the layout's.
     """
-    (batch, tokens), times = layout.image.shape, shape[0] // len(layout.image)
-    if shape[0] % batch or shape[1] < tokens or torch.compiler.is_compiling():
+    tokens = layout.image.shape[1]
+    if ids is None or layout.image_ids is None or tuple(ids.shape) != shape or torch.compiler.is_compiling():
         return
-    if ids is None or layout.image_ids is None or tuple(ids.shape) != shape:
-        if times > 1 and not _generating():
-            raise LayoutError(
-                f"the hidden states are of {shape[0]} rows, and the layout of {batch}; only `generate` is known to "
-                f"repeat the rows of a prompt one by one. Enter the layout of all {shape[0]} rows"
-            )
-        return
-    prompt = ids[:, :tokens]
-    found = torch.isin(prompt, layout.image_ids.to(ids.device))
-    wrong = int((found != layout.image.to(ids.device).repeat_interleave(times, 0)).sum())
+    found = torch.isin(ids[:, :tokens], layout.image_ids.to(ids.device))
+    wrong = int((found != layout.image[list(order)].to(ids.device)).sum())
     if wrong:
         raise LayoutError(
             f"the ids say of {wrong} of {found.numel()} tokens something else than the layout's image=, so this is "
             "another prompt, or its rows are in another order; enter the layout of this very batch. Leave image_ids "
             "out of a layout whose images are not those of its ids"
         )
-    each = prompt.unflatten(0, (batch, times))
-    if len(set(layout.tasks)) > 1 and not torch.equal(each, each[:, :1].expand_as(each)):
-        raise LayoutError(
-            f"{shape[0]} rows for a layout of {batch}, of the tasks {', '.join(map(repr, layout.tasks))}: those of one "
-            f"sample should follow each other, {times} times the same; enter the layout of all {shape[0]} rows"
-        )
 
 
-def _generating() -> bool:
-    # transformers says it nowhere else; its subclasses have a `generate` of their own.
+def generating() -> bool:
+    """Whether a function named `generate` runs; transformers says it nowhere else, and models have one of their own."""
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_name != "generate":
         frame = frame.f_back

@@ -6,10 +6,11 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.arguments import check_packing
@@ -17,8 +18,10 @@ from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.calls import group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
-from tokendrop.engine.forward.ids import check_rows
+from tokendrop.engine.forward.ids import check_rows, generating
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
+from tokendrop.engine.forward.step import Step, decode
+from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.sets import ROUTER
 from tokendrop.engine.plan.plan import Group, Plan, Span
@@ -54,7 +57,8 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
         )
     frame, sets = entered[-1], binding.handle.sets(binding.index)
     if frame is not None and binding.index == 0:
-        frame.check(binding.spec.bind(args, kwargs)[0])
+        hidden, named = binding.spec.bind(args, kwargs)
+        frame.check(hidden, _cache(binding, named)[1])
         if frame.trained != (trained := binding.handle.trained(layer)):  # the mode changed inside the layout
             frame.plan, frame.trained = binding.handle.plan(frame.layout), trained
     if frame is None or frame.dense:
@@ -66,7 +70,7 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
     if forward.step is None:
         out = _run(layer, binding, frame, forward, proceed, hidden, named)
     else:
-        out = _decode(binding, frame, forward.cache.layers[binding.index], forward.step, proceed, hidden, named)
+        out = _decode(layer, binding, frame, forward, proceed, hidden, named)
     if forward.next_layer == len(forward.plan.span_of):
         frame.losses, frame.forward = forward.selections.losses, None
     return out
@@ -93,32 +97,71 @@ def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, n
 
 
 def _begin(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
-    handle, (batch, tokens) = binding.handle, hidden.shape[:2]
-    cache = named.get(binding.spec.cache) if binding.spec.cache else None
-    stored = 0 if cache is None else int(cache.get_seq_length())
-    plan = frame.plan if stored else _prompt(layer, binding, frame, (batch, tokens), named)
-    layout = plan.layout
-    if not frame.generates:
-        if stored:
-            raise UnsupportedError(f"a cache with {stored} tokens reached a training forward; pass use_cache=False")
+    layout, shape = frame.layout, (hidden.shape[0], hidden.shape[1])
+    cache, stored = _cache(binding, named)
+    ids = generate.Ids(frame.ids, frame.saw_ids)
+    if frame.generates and stored:
+        return _continue(binding, frame, shape, ids, cache, stored)
+    plan = _packed(layer, binding, frame, hidden, named)
+    if not frame.generates or (cache is None and shape == plan.shape):
+        check_rows(layout, range(len(layout.image)), ids.now, shape)
+        frame.reach = shape[1]
         return frame.start(plan, prompt=plan)
-    if stored or (batch, tokens) != plan.shape:
-        _refuse_packs(plan)
-    if cache is not None or (batch, tokens) != plan.shape:
-        generate.refuse_routers(handle.served(layout)[0])
-    if not stored:
-        if cache is not None:
-            frame.caches.add(cache)
-        elif (batch, tokens) == plan.shape:
-            return frame.start(plan, prompt=plan)
-        prompt = generate.grown(layout, (batch, tokens), frame.ids, handle.served(layout)[0])
-        return frame.start(handle.plan(prompt, cache is not None), cache, prompt=plan)
+    return _grow(binding, frame, hidden, plan, ids, cache)
+
+
+def _grow(binding: Binding, frame: Frame, hidden: Tensor, prompt: Plan, ids: generate.Ids, cache: Any) -> Forward:
+    handle, shape = binding.handle, (hidden.shape[0], hidden.shape[1])
+    if shape != prompt.shape:
+        _refuse_packs(prompt)
+    routes, _ = handle.served(prompt.layout)
+    layout = generate.by_ids(prompt.layout, routes, ids, shape)
+    order = generate.row_order(layout, routes, ids, hidden)
+    check_rows(layout, order, ids.now, shape)
+    image = generate.new_images(layout, ids, shape[0], shape[1] - layout.image.shape[1], frame.one_by_one(shape[1]))
+    plan = handle.plan(generate.grown(layout, routes, order, image), cache is not None)
+    if not plan.dense:
+        generate.refuse_routers(routes)
+    if cache is not None:
+        frame.caches[cache] = order
+        if not plan.dense or generate.may_skip(routes):
+            let_grow(cache)
+    return frame.start(plan, cache, prompt=prompt)
+
+
+def _continue(
+    binding: Binding, frame: Frame, shape: tuple[int, int], ids: generate.Ids, cache: Any, stored: int
+) -> Forward:
+    _refuse_packs(frame.plan)
     if cache not in frame.caches:
         raise UnsupportedError(
-            f"a cache with {stored} tokens was not filled inside this layout; generate from the prompt on inside it"
+            f"a cache with {stored} tokens was not filled inside this layout; continue it inside the one that filled "
+            "it, or generate from the prompt on inside this one"
         )
-    image = generate.image_ids(layout, frame.ids, (batch, tokens), hidden.device)
-    return frame.start(plan, cache, generate.Step.of(image, *handle.served(layout)))
+    routes, names = binding.handle.served(frame.layout)
+    image = generate.new_images(frame.layout, ids, *shape, frame.one_by_one(stored + shape[1]))
+    step = Step.of(image, frame.caches[cache], routes, names)
+    if step.any_image:
+        generate.refuse_routers(routes)
+    return frame.start(frame.plan, cache, step)
+
+
+def _cache(binding: Binding, named: dict[str, Any]) -> tuple[Any, int]:
+    cache = named.get(binding.spec.cache) if binding.spec.cache else None
+    return cache, 0 if cache is None else int(cache.get_seq_length())
+
+
+def _cut(binding: Binding, forward: Forward, named: dict[str, Any]) -> dict[str, Any]:
+    # The model made its masks before a cache of a fixed length was made to grow: the columns behind T are of no token.
+    name, tokens = binding.spec.mask or "", forward.plan.shape[1]
+    mask = named.get(name)
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] <= tokens:
+        return named
+    if not grows(forward.cache, binding.index):
+        return named
+    if not any(given is mask for given, _ in forward.cut):
+        forward.cut.append((mask, mask[..., :tokens]))
+    return named | {name: next(left for given, left in forward.cut if given is mask)}
 
 
 def _refuse_packs(plan: Plan) -> None:
@@ -129,12 +172,11 @@ def _refuse_packs(plan: Plan) -> None:
         )
 
 
-def _prompt(layer: nn.Module, binding: Binding, frame: Frame, shape: tuple[int, int], named: dict[str, Any]) -> Plan:
+def _packed(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Plan:
     # The plan of the layout, and of the packed samples that a mask may keep apart and the layout does not know of.
-    plan, layout = frame.plan, frame.layout
-    check_rows(layout, frame.ids, shape)
+    plan, layout, shape = frame.plan, frame.layout, (hidden.shape[0], hidden.shape[1])
     mask = named.get(binding.spec.mask or "")
-    if shape != plan.shape or torch.compiler.is_compiling():
+    if shape != plan.shape or torch.compiler.is_compiling() or isinstance(hidden, FakeTensor):
         return plan
     if mask is None and plan.packs is not None and binding.spec.backend(layer) in ("sdpa", "eager"):
         message = (
@@ -144,7 +186,8 @@ def _prompt(layer: nn.Module, binding: Binding, frame: Frame, shape: tuple[int, 
         )
         binding.handle.say_once("packs", message, LayoutWarning, 1)
     selects = any(span.selects for span in plan.spans)
-    if mask is None or layout.packs is not None or not selects:
+    # Under `generate` positions begin again behind padding, and nowhere else.
+    if mask is None or layout.packs is not None or not selects or (frame.generates and generating()):
         return plan
     packs = packed_samples(named, shape, layout.padding)
     return plan if packs is None else binding.handle.plan(replace(layout, packs=packs))
@@ -160,16 +203,17 @@ def _run(
     named: dict[str, Any],
 ) -> Any:
     spec, index, cache = binding.spec, binding.index, forward.cache
+    named = named if cache is None else _cut(binding, forward, named)
     look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
     span = forward.span
     if span is None or index == span.stop:
-        sets = binding.handle.sets(index)
-        router = sets[ROUTER] if ROUTER in sets else None  # noqa: SIM401
+        router = dict(binding.handle.sets(index).items()).get(ROUTER)
         span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
         forward.span = span
         hidden = _enter(forward, span, hidden)
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)
+    frame.ran.append(span)
     shape, made = forward.plan.shape, forward.made
     calls = group_calls(layer, spec, index, span, shape, forward.context, cache, made, named, hidden)
     out = proceed(hidden, **{WORK: Work(spec, calls, binding.handle.sets(index))})
@@ -183,19 +227,27 @@ def _run(
 
 
 def _decode(
+    layer: nn.Module,
     binding: Binding,
     frame: Frame,
-    store: Any,
-    step: generate.Step,
+    forward: Forward,
     proceed: Callable[..., Any],
     hidden: Tensor,
     named: dict[str, Any],
 ) -> Any:
-    index = binding.index
-    role = step.role(index)
-    skips = role is Role.BYPASS
-    holed, mask = isinstance(store, generate.HoledLayer), binding.spec.mask or ""
-    arguments = generate.decode(store, step, skips, hidden, named, mask) if holed else named
+    index, step, backend = binding.index, cast(Step, forward.step), binding.spec.backend(layer)
+    cache, role = forward.cache, step.role(index)
+    skips, mask = role is Role.BYPASS, binding.spec.mask or ""
+    if skips:
+        holed_layer(cache, index, len(hidden), hidden.device)
+    store = cache.layers[index] if index < len(cache.layers) else None  # a layer may keep its state elsewhere
+    holed = isinstance(store, HoledLayer)
+    if holed and backend not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"layer {index} generates behind tokens that its cache does not hold, and the {backend!r} attention takes "
+            "no mask that says which; load it with attn_implementation='sdpa'"
+        )
+    arguments = decode(store, step, skips, hidden, named, mask) if holed else named
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden
     work = Call((len(hidden), hidden.shape[1]), arguments, step.split(index), None, {}, None, None)

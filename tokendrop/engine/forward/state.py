@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.calls import Made
 from tokendrop.engine.forward.ids import SeenIds
+from tokendrop.engine.forward.step import Step
 from tokendrop.engine.model.vision import Seen
 from tokendrop.engine.plan.labelled import LabelledRows
 from tokendrop.engine.plan.plan import Plan, Span
 from tokendrop.engine.plan.selection import Encode, Selections
-from tokendrop.errors import LayoutError
+from tokendrop.errors import LayoutError, LayoutTypeError, UnsupportedError
 from tokendrop.layout import TokenLayout
 
 
@@ -36,17 +36,19 @@ class Forward:
         full: (B, T, D), the hidden states as they entered it.
         context: for each group, (B, M, D) states of its context rows in it.
         made: compact arguments made so far.
+        cut: masks made for a cache of a fixed length that grows now, and what is left of them.
     """
 
     plan: Plan
     selections: Selections
     cache: Any = None
-    step: generate.Step | None = None
+    step: Step | None = None
     next_layer: int = 0
     span: Span | None = None
     full: Tensor | None = None
     context: tuple[Tensor | None, ...] = ()
     made: Made = field(default_factory=dict)
+    cut: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -60,14 +62,19 @@ class Frame:
         first: the index of the first sample in the global batch.
         trained: whether the plan is that of training, for methods that hold in training only.
         forward: the forward under way.
-        caches: those that generations inside have filled.
-        given: sees the vocabulary ids that a forward is given, where the layout has image ids and no labels.
+        caches: those that generations inside have filled, and the sample that each of their rows came from.
+        given: sees the vocabulary ids that a forward is given, where the layout has no labels.
         ids: those of the forward under way; None where nobody saw them.
+        saw_ids: whether somebody saw those of any forward.
+        reach: tokens of a row up to which the last forward went.
         returns_tuple: whether the layers return one.
         labelled: the rows that the output head runs on; None for all.
         losses: of the routers in the last forward.
         seen: what was seen of the vision encoder, when it last ran.
         encode: what it says of the image tokens; None where no method looks at it.
+        ran: the span of each layer that ran in the last forward, its rows chosen.
+        mask: the padding mask (B, T) that a model is given while its loss for experts is to see none.
+        routed: router logits of all rows that ran, by layer, for its output.
     """
 
     layout: TokenLayout
@@ -76,21 +83,30 @@ class Frame:
     first: int
     trained: bool = True
     forward: Forward | None = None
-    caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
+    caches: "weakref.WeakKeyDictionary[Any, list[int]]" = field(default_factory=weakref.WeakKeyDictionary)
     given: SeenIds = field(default_factory=SeenIds)
     ids: Tensor | None = None
+    saw_ids: bool = False
+    reach: int = 0
     returns_tuple: bool = False
     labelled: LabelledRows | None = None
     losses: list[Tensor] = field(default_factory=list)
     seen: Seen = field(default_factory=dict)
     encode: Encode | None = None
+    ran: list[Span] = field(default_factory=list)
+    mask: Tensor | None = None
+    routed: tuple[Tensor, ...] | None = None
 
-    def start(
-        self, plan: Plan, cache: Any = None, step: generate.Step | None = None, prompt: Plan | None = None
-    ) -> Forward:
+    def start(self, plan: Plan, cache: Any = None, step: Step | None = None, prompt: Plan | None = None) -> Forward:
         """Begin a forward on rows of `prompt`, by default of the layout's own plan, and on what follows them."""
+        self.ran = []
         times, scoring = plan.shape[0] // len(self.layout.image), (prompt or self.plan).scoring
         return Forward(plan, Selections(plan, scoring, self.step, self.first, times, self.encode), cache, step)
+
+    def one_by_one(self, reach: int) -> bool:
+        """Whether a forward up to token `reach` of each row goes one token further than the last did, at most."""
+        before, self.reach = max(self.reach, self.plan.shape[1]), reach
+        return reach - before <= 1
 
     @property
     def generates(self) -> bool:
@@ -102,18 +118,37 @@ class Frame:
         """Whether layers run as they are called."""
         return not self.plan.routed if self.generates else self.plan.dense
 
-    def check(self, hidden: Tensor) -> None:
-        """Begin with the ids of this forward, and refuse hidden states of another batch.
+    def check(self, hidden: Tensor, stored: int) -> None:
+        """Begin with this forward's ids; refuse hidden states of another batch, and a filled cache in training.
 
         Raises:
             LayoutError: they are not (B, T, D).
+            UnsupportedError: the cache is not empty.
         """
         self.ids = self.given.taken()
-        if not self.generates and tuple(hidden.shape[:2]) != self.plan.shape:
+        self.saw_ids |= self.ids is not None
+        if self.generates:
+            return
+        same, gradients = tuple(hidden.shape[:2]) == self.plan.shape, self.layout.labels is None
+        if stored and not (same and self.dense):
+            way = "gradients are on; continue under torch.no_grad(), or pass" if gradients else "the layout has labels;"
+            raise UnsupportedError(
+                f"a cache with {stored} tokens reached a training forward: {way}{'' if gradients else ' pass'} "
+                f"use_cache=False to train{self._hint()}"
+            )
+        if not same:
             raise LayoutError(
                 f"the hidden states are {tuple(hidden.shape)}, but the layout is for (B, T) = {self.plan.shape}; enter "
-                "the layout of this very batch"
+                f"the layout of this very batch{', and generate under torch.no_grad()' if gradients else self._hint()}"
             )
+
+    def _hint(self) -> str:
+        if self.layout.labels is None or torch.is_grad_enabled():
+            return ""
+        return (
+            ". To generate under a batch's layout with labels, enter that of the prompt inside: "
+            "with tokendrop.handle(model).layout(tokendrop.TokenLayout.from_ids(prompt, image_ids)):"
+        )
 
 
 this_thread = threading.local()
@@ -134,3 +169,14 @@ def in_thread() -> str:
         f". This is thread {thread.name!r}, and a layout holds in the thread that enters it: enter it inside the "
         "function that the thread runs, around model.generate(..., streamer=streamer) for one that streams"
     )
+
+
+def pair_of(step: object) -> tuple[object, ...]:
+    """The optimiser step and the micro-batch.
+
+    Raises:
+        LayoutTypeError: no pair.
+    """
+    if not isinstance(step, tuple) or len(step) != 2:
+        raise LayoutTypeError(f"step: expected the optimiser step and the micro-batch, two numbers; found {step!r}")
+    return step

@@ -7,17 +7,18 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
+from tokendrop.engine.model.linears import is_linear, linear_shape
 from tokendrop.errors import DecoderError, UnsupportedError
 
 # Names that the field's decoders share; whatever else differs is found by inspection.
 _ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
 _MASKS = ("attention_mask", "attn_mask", "mask", "src_mask")
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
-_FUSED = {"qkv_proj": False, "c_attn": False, "query_key_value": True}  # True: interleaved by head
+_FUSED = ("qkv_proj", "c_attn", "query_key_value")
 _OUTPUTS = ("o_proj", "dense", "c_proj", "out_proj")
 
 
@@ -32,7 +33,9 @@ class LayerSpec:
         cache: name of the argument that takes the key and value cache, if any.
         attention: name of the attention child, if any.
         linears: attention children that make queries, keys and values, with the letters each makes.
-        interleaved: whether a fused linear orders its outputs by head, then by letter.
+        grouped: whether a fused linear orders its outputs by group of heads, then by letter; each group has one head of
+            keys and one of values.
+        recurrent: what carries a state from row to row in such layers, if anything.
     """
 
     layer_class: type[nn.Module]
@@ -41,7 +44,8 @@ class LayerSpec:
     cache: str | None
     attention: str | None
     linears: tuple[tuple[str, str], ...]
-    interleaved: bool
+    grouped: bool
+    recurrent: str | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The hidden states of a layer call, and its other arguments by name."""
@@ -54,7 +58,9 @@ class LayerSpec:
         return getattr(config, "_attn_implementation", None) or "sdpa"
 
     def context_refusal(self, layer: nn.Module) -> str | None:
-        """Why image tokens cannot be CONTEXT in such layers, or None."""
+        """Why image tokens cannot be CONTEXT in a layer, or None."""
+        if self.recurrent:
+            return f"{self.recurrent} carries a state from row to row there, which keys and values alone do not enter"
         backend = self.backend(layer)
         if backend not in ("sdpa", "eager"):
             return f"the {backend!r} attention takes no rectangular mask; load it with attn_implementation='sdpa'"
@@ -89,46 +95,9 @@ class LayerSpec:
         queries = next(linear_shape(getattr(attention, name))[1] for name in _OUTPUTS if hasattr(attention, name))
         return {"q": queries, "k": (fused - queries) // 2, "v": (fused - queries) // 2}
 
-
-def base_linear(linear: nn.Module) -> nn.Module:
-    """The linear beneath its adapters, such as PEFT's."""
-    while isinstance(beneath := getattr(linear, "base_layer", None), nn.Module):
-        linear = beneath
-    return linear
-
-
-def is_transposed(linear: nn.Module) -> bool:
-    """Whether a linear stores its weight as (in, out), such as GPT-2's Conv1D."""
-    return any(base.__name__ == "Conv1D" for base in type(linear).__mro__)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear, with an adapter or without, also of a library that packs its weight."""
-    module = base_linear(module)
-    leaf = next(module.children(), None) is None and None not in _features(module)
-    return isinstance(module, nn.Linear) or is_transposed(module) or leaf
-
-
-def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """Output and input features of a linear, also beneath an adapter."""
-    linear = base_linear(linear)
-    # A packed weight has another shape, so only a linear that does not say its features is asked for its weight.
-    if None not in (features := _features(linear)):
-        return features
-    rows, columns = cast(Tensor, linear.weight).shape
-    return (columns, rows) if is_transposed(linear) else (rows, columns)
-
-
-def linear_sizes(module: nn.Module) -> list[tuple[int, int]]:
-    """Output and input features of each linear in a module, those of adapters among them."""
-    linears = (one for one in module.modules() if base_linear(one) is one and is_linear(one))
-    return [linear_shape(one) for one in linears]
-
-
-def _features(linear: nn.Module) -> tuple[Any, Any]:
-    found = (getattr(linear, name, None) for name in ("out_features", "in_features"))
-    rows, columns = (one if isinstance(one, int) else None for one in found)
-    return rows, columns
+    def groups(self, layer: nn.Module) -> int:
+        """In how many groups a fused linear orders its outputs, each with all letters."""
+        return self.widths(layer)["k"] // head_width(layer, self) if self.grouped else 1
 
 
 def head_width(layer: nn.Module, spec: LayerSpec) -> int:
@@ -137,8 +106,18 @@ def head_width(layer: nn.Module, spec: LayerSpec) -> int:
     return getattr(attention, "head_dim", None) or attention.head_size
 
 
-def layer_spec(layer: nn.Module, layer_class: type[nn.Module]) -> LayerSpec:
-    """Learn a layer's argument names and parts.
+def layer_specs(layers: nn.ModuleList) -> list[LayerSpec]:
+    """Learn each layer's argument names and parts; layers of one class may hold different attentions.
+
+    Raises:
+        UnsupportedError: their forward takes no hidden states by position.
+    """
+    causal = any(_is_causal(layer) for layer in layers)
+    return [layer_spec(layer, type(layer), causal and not _is_causal(layer)) for layer in layers]
+
+
+def layer_spec(layer: nn.Module, layer_class: type[nn.Module], recurrent: bool = False) -> LayerSpec:
+    """Learn a layer's argument names and parts; `recurrent` for one without attention, among others that have it.
 
     Raises:
         UnsupportedError: its forward takes no hidden states by position.
@@ -153,12 +132,39 @@ def layer_spec(layer: nn.Module, layer_class: type[nn.Module]) -> LayerSpec:
     attention = next((name for name in _ATTENTIONS if isinstance(getattr(layer, name, None), nn.Module)), None)
     children = dict(getattr(layer, attention).named_children()) if attention else {}
     linears = tuple((f"{x}_proj", x) for x in "qkv" if is_linear(children.get(f"{x}_proj", nn.Identity())))
-    fused = next((name for name in _FUSED if name in children and any(o in children for o in _OUTPUTS)), None)
-    if fused is not None:
-        linears = ((fused, "qkv"),)
+    fused = next((name for name in _FUSED if is_linear(children.get(name, nn.Identity()))), None)
+    if fused is not None and any(name in children for name in _OUTPUTS):
+        # The order of a "qkv_proj" is known in attention of transformers' present form; CodeGen's is another.
+        linears = ((fused, "qkv"),) if fused != "qkv_proj" or _is_causal(layer) else ()
+    # Also GPTBigCode's "c_attn", where each head has keys of its own.
+    by_head = fused == "c_attn" and getattr(attention_of(layer), "multi_query", True) is False
+    if recurrent or len({id(children[name]) for name, _ in linears}) < len(linears):
+        linears = ()
     cache = next((name for name in _CACHES if name in names), None)
     mask = next((name for name in _MASKS if name in names), None)
-    return LayerSpec(layer_class, names, mask, cache, attention, linears, _FUSED.get(fused or "", False))
+    mixer = type(attention_of(layer) or layer).__name__ if recurrent else _convolution(layer)
+    return LayerSpec(layer_class, names, mask, cache, attention, linears, by_head or fused == "query_key_value", mixer)
+
+
+def _convolution(layer: nn.Module) -> str | None:
+    # What holds a short convolution over rows, as state space models do.
+    holders = (one for one in layer.modules() for child in one.children() if _mixes(child))
+    return next((type(one).__name__ for one in holders), None)
+
+
+def _mixes(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and module.kernel_size != (1,)
+
+
+def has_decoder(model: nn.Module, layers: str | None) -> bool:
+    """Whether there is a decoder, or the layer list `layers` where one is named."""
+    if layers is None:
+        return bool(decoders(model))
+    try:
+        find_layers(model, layers)
+    except DecoderError:
+        return False
+    return True
 
 
 def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -186,7 +192,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
             names = sorted({type(layer).__name__ for layer in layers})
             raise DecoderError(f"layers={path!r}: expected layers of one class; found {', '.join(names)}")
         return path, layers
-    found = decoders(model)
+    found = decoders(model) or _prefixed(model)
     if not found:
         raise DecoderError(
             f"{type(model).__name__} has no list of layers with causal self-attention that inspection can find; give "
@@ -223,23 +229,32 @@ def decoders(model: nn.Module, causal: bool = True) -> list[tuple[str, nn.Module
 def _attends(layers: nn.ModuleList, causal: bool) -> bool:
     if len(layers) == 0 or len({type(layer) for layer in layers}) > 1:
         return False
-    return getattr(attention_of(layers[0]), "is_causal", None) is causal
+    return any(getattr(attention_of(layer), "is_causal", None) is causal for layer in layers)
+
+
+def _is_causal(layer: nn.Module) -> bool:
+    return getattr(attention_of(layer), "is_causal", None) is True
+
+
+def _prefixed(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    # Decoders whose masks let a prefix be seen from both sides, such as PaliGemma's.
+    found = decoders(model, causal=False)
+    return [(name, one) for name, one in found if getattr(_config(one[0]), "use_bidirectional_attention", False)]
+
+
+def _config(layer: nn.Module) -> Any:
+    return getattr(attention_of(layer), "config", None)
+
+
+def sees_both_sides(layer: nn.Module) -> bool:
+    """Whether the attention of a layer sees every row where it is given no mask."""
+    return getattr(attention_of(layer), "is_causal", None) is False
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
     """The attention of a layer, if it has one."""
     found = next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None)
     return found if isinstance(found, nn.Module) else None
-
-
-def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The input embeddings of the first Hugging Face model in `model`, if it says."""
-    for module in model.modules():
-        find = getattr(module, "get_input_embeddings", None)
-        if callable(find):
-            found = find()
-            return found if isinstance(found, nn.Module) else None
-    return None
 
 
 def deepstack_layers(model: nn.Module) -> int:

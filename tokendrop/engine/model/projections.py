@@ -4,7 +4,7 @@ Shape letters: B batch, K rows, D hidden.
 """
 
 import threading
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.model import swap
-from tokendrop.engine.model.decoder import LayerSpec, base_linear, head_width, is_linear, is_transposed
+from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.linears import base_linear, is_linear, is_transposed
 from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached
 from tokendrop.engine.model.weights import is_plain
 from tokendrop.engine.plan.rows import Split
 from tokendrop.errors import UnsupportedError
+from tokendrop.roles import Method, Role
 
 
 class _Using(threading.local):
@@ -50,13 +52,13 @@ class Parts:
     Args:
         letters: what it makes, of "qkv".
         widths: output features of each letter.
-        heads: number of heads the letters alternate in, 0 where they follow one another.
+        groups: number of groups the letters alternate in, 1 where they follow one another.
         transposed: whether the weight is stored (in, out).
     """
 
     letters: str
     widths: tuple[int, ...]
-    heads: int
+    groups: int
     transposed: bool
 
     def cut(self, linear: nn.Module, letter: str) -> tuple[Tensor, Tensor | None]:
@@ -67,18 +69,18 @@ class Parts:
 
     def piece(self, value: Tensor, letter: str, dim: int = -1) -> Tensor:
         """The part of one letter of a tensor with all output features in `dim`."""
-        at = self.letters.index(letter)
-        if self.heads:
-            dim %= value.dim()
-            by_head = value.unflatten(dim, (self.heads, len(self.letters), -1))
-            return by_head.select(dim + 1, at).flatten(dim, dim + 1)
-        return value.split(self.widths, dim)[at]
+        dim %= value.dim()
+        groups = value.unflatten(dim, (self.groups, -1))
+        parts = groups.split([width // self.groups for width in self.widths], dim + 1)
+        return parts[self.letters.index(letter)].flatten(dim, dim + 1)
 
     def join(self, outputs: list[Tensor]) -> Tensor:
         """The linear's output from that of each letter."""
-        if self.heads:
-            return torch.stack([out.unflatten(-1, (self.heads, -1)) for out in outputs], -2).flatten(-3)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        if len(outputs) == 1:
+            return outputs[0]
+        if self.groups == 1:
+            return torch.cat(outputs, -1)
+        return torch.cat([out.unflatten(-1, (self.groups, -1)) for out in outputs], -1).flatten(-2)
 
 
 class _SplitLinear(Swapped):
@@ -150,23 +152,34 @@ class _SplitLinear(Swapped):
 def parts_of(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
     """How the linear that makes `letters` divides."""
     widths = spec.widths(layer)
-    heads = widths["q"] // head_width(layer, spec) if spec.interleaved else 0
     transposed = is_transposed(base_linear(spec.linear(layer, letters[0])))
-    return Parts(letters, tuple(widths[letter] for letter in letters), heads, transposed)
+    return Parts(letters, tuple(widths[letter] for letter in letters), spec.groups(layer), transposed)
 
 
-def check(layers: nn.ModuleList, spec: LayerSpec) -> None:
-    """Refuse linears that a `forward` in their instance would lead past the split.
+def splits(methods: Collection[Method], count: int) -> bool:
+    """Whether rows of the linears go ways of their own under some method, in a decoder of `count` layers."""
+    context = (one.image is Role.CONTEXT for method in methods for one in method.route(count))
+    return any(method.separate != "none" for method in methods) or any(context)
+
+
+def check(layers: nn.ModuleList, specs: Sequence[LayerSpec], linears: bool) -> None:
+    """Refuse layers, and linears in them, that a `forward` in their instance would lead past the swapped class.
+
+    Args:
+        layers: the decoder's.
+        specs: how each is made.
+        linears: whether those are swapped too.
 
     Raises:
         UnsupportedError: with its name.
     """
-    for index, layer in enumerate(layers):
-        for name, letters in spec.linears:
-            check_forward(spec.linear(layer, letters[0]), f"{spec.attention}.{name} of layer {index}")
+    for index, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
+        check_forward(layer, f"decoder layer {index}")
+        for name, letters in spec.linears if linears else ():
+            check_forward(spec.linear(layer, letters[0]), f"{spec.attention}.{name} of decoder layer {index}")
 
 
-def settle(layers: Iterable[nn.Module], spec: LayerSpec) -> None:
+def settle(layers: Iterable[nn.Module], specs: Iterable[LayerSpec]) -> None:
     """Swap the class of the linears that make queries, keys and values, adapters included, where it is not.
 
     An adapter belongs to the text's projection: image rows go past both, so that merging it changes none of them.
@@ -174,7 +187,7 @@ def settle(layers: Iterable[nn.Module], spec: LayerSpec) -> None:
     Raises:
         UnsupportedError: something that is no linear stands in such a place now.
     """
-    for layer in layers:
+    for layer, spec in zip(layers, specs, strict=True):
         for _, letters in spec.linears:
             linear = spec.linear(layer, letters[0])
             if isinstance(linear, _SplitLinear):

@@ -3,12 +3,13 @@
 Shape letters: T tokens, D hidden, L layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.model.decoder import LayerSpec, is_linear, linear_shape
+from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.linears import is_linear, linear_shape
 from tokendrop.engine.model.projections import parts_of
 from tokendrop.engine.model.weights import home, weights_of
 from tokendrop.roles import Method
@@ -23,18 +24,21 @@ def set_names(methods: Mapping[str | None, Method]) -> dict[str | None, str]:
 
 
 def make_sets(
-    layers: nn.ModuleList, spec: LayerSpec, methods: Mapping[str | None, Method], names: Mapping[str | None, str]
+    layers: nn.ModuleList,
+    specs: Sequence[LayerSpec],
+    methods: Mapping[str | None, Method],
+    names: Mapping[str | None, str],
 ) -> nn.ModuleList:
     """The image-only projections of each layer, by set and letter, as copies of the text's, and its router.
 
     Args:
         layers: the decoder's L layers.
-        spec: how they are made.
+        specs: how they are made.
         methods: by task.
         names: the set of each task, from `set_names`.
     """
     sets = nn.ModuleList()
-    for index, layer in enumerate(layers):
+    for index, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
         wanted: dict[str, set[str]] = {}
         for task, name in names.items():
             wanted.setdefault(name, set()).update(methods[task].route(len(layers))[index].separate)
@@ -86,7 +90,12 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def fill_missing(
-    sets: nn.ModuleList, prefix: str, path: str, layers: nn.ModuleList, spec: LayerSpec, state: dict[str, Tensor]
+    sets: nn.ModuleList,
+    prefix: str,
+    path: str,
+    layers: nn.ModuleList,
+    specs: Sequence[LayerSpec],
+    state: dict[str, Tensor],
 ) -> None:
     """Give a dense checkpoint what it lacks: image-only weights as copies of its text weights, and present routers.
 
@@ -95,7 +104,7 @@ def fill_missing(
         prefix: key prefix of `sets` in `state`.
         path: key prefix of the decoder's layer list.
         layers: that list.
-        spec: how the layers are made.
+        specs: how the layers are made.
         state: the checkpoint; changed only if it holds no key under `prefix`.
     """
     if any(key.startswith(prefix) for key in state):
@@ -105,6 +114,7 @@ def fill_missing(
             state[prefix + key] = present
             continue
         index, _, letter, kind = key.split(".")
+        spec = specs[int(index)]
         name, letters = next((name, letters) for name, letters in spec.linears if letter in letters)
         source = f"{path}.{index}.{spec.attention}.{name}.{kind}"
         if source in state and state[source].is_floating_point():  # not packed

@@ -98,6 +98,11 @@ class Encoder:
                     f"the whole image, of {whole}"
                 )
         attentions = {at: cast(nn.Module, attention_of(layers[at])) for at in self.layers.values()}
+        if len(set(attentions.values())) < len(attentions):
+            raise UnsupportedError(
+                f"layers {sorted(attentions)} of the vision encoder share an attention, so they cannot be told apart; "
+                "look at one layer"
+            )
         self.watched: dict[int | None, nn.Module] = {None: self.tower, **attentions}
 
     def watch(self, find: Callable[[], Seen | None]) -> None:

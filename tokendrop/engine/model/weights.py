@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tokendrop.engine.model.decoder import base_linear, is_transposed, linear_shape
+from tokendrop.engine.model.linears import base_linear, is_transposed, linear_shape
 from tokendrop.errors import UnsupportedError
 
 _ROWS = 1024  # unit vectors at once
@@ -99,6 +99,8 @@ def _probed(linear: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor | None]
     (out, width), (device, dtype) = linear_shape(linear), home(linear, layer)
     dropouts = [module for module in linear.modules() if isinstance(module, nn.Dropout) and module.training]
     weight, has_bias = torch.empty(out, width, device=device, dtype=dtype), _biased(linear)
+    if weight.is_meta:
+        return weight, weight.new_empty(out) if has_bias else None
     try:
         for dropout in dropouts:
             dropout.training = False

@@ -151,7 +151,7 @@ class Planner:
         routes: the route of each sample's task.
         names: the projection set of each sample, or None.
         multiple: see `round_up`.
-        caching: whether a cache is filled, so that the samples of a task stay together, images or not.
+        caching: whether a cache is filled, so that the samples of a task stay together where one has images.
     """
 
     def __init__(
@@ -183,7 +183,8 @@ class Planner:
         self.needed_rows = sum(needed)
         dense: Route = (LayerRoute(),) * len(routes[0])
         self.routed = any(route != dense for route in routes)
-        kept = [caching or count > 0 for count in self.images]
+        together = caching and any(self.images)
+        kept = [together or count > 0 for count in self.images]
         self.routes = [route if keep else dense for route, keep in zip(routes, kept, strict=True)]
         self._groups: dict[tuple[object, ...], Group] = {}
 

@@ -1,0 +1,172 @@
+"""FLOPs that a planned batch spends, by formula, for each task.
+
+Shape letters: B batch, T tokens, D hidden, L layers.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from tokendrop.analysis.flops import LayerCost, head_flops, is_trained, output_head, refusal, scoring_flops
+from tokendrop.engine.handle import Handle
+from tokendrop.engine.model.linears import base_linear, linear_shape
+from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.plan.labelled import labelled_rows
+from tokendrop.engine.plan.plan import Plan, Span
+from tokendrop.roles import Select
+
+
+@dataclass(frozen=True)
+class TaskCost:
+    """What the samples of one task cost in a batch, dropped and dense.
+
+    Args:
+        token_layers: computed rows, summed over layers and samples.
+        dense_token_layers: T * L for each sample.
+        flops: forward and backward of the decoder and its head.
+        dense_flops: the same without dropping.
+        forward: of `flops`, those of the forward.
+    """
+
+    token_layers: int = 0
+    dense_token_layers: int = 0
+    flops: int = 0
+    dense_flops: int = 0
+    forward: int = 0
+
+    @property
+    def kept_ratio(self) -> float:
+        """Computed token-layers over dense token-layers."""
+        return self.token_layers / self.dense_token_layers
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs over dense FLOPs."""
+        return self.flops / self.dense_flops
+
+    def __add__(self, other: "TaskCost") -> "TaskCost":
+        return TaskCost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """The costs of a dropped model.
+
+    Args:
+        layers: of each of the L layers.
+        reached: whether its gradient is made: whether something in it, or before it, is trained.
+        head: of a row in the forward of the output head.
+        head_backward: in its backward.
+        refusal: why these are not what the layers cost, or None.
+    """
+
+    layers: list[LayerCost]
+    reached: list[bool]
+    head: int
+    head_backward: int
+    refusal: str | None
+
+    def run(self, start: int, stop: int, rows: int, context: int = 0, pairs: int | None = None) -> tuple[int, int]:
+        """Forward and backward of layers `start` to `stop`."""
+        layers, reached = self.layers[start:stop], self.reached[start:stop]
+        forward = sum(layer.forward(rows, context, pairs) for layer in layers)
+        made = (layer.backward(rows, context, pairs) for layer, one in zip(layers, reached, strict=True) if one)
+        return forward, sum(made)
+
+
+def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dict[str | None, TaskCost]:
+    """What a planned step costs, by formula, for each task.
+
+    The backward is that of the weights that are trained now. What activation checkpointing runs again, the vision
+    encoder and the optimizer are no part of it.
+
+    Args:
+        handle: of the dropped model.
+        plan: of its layout.
+        tasks: of the B samples.
+
+    Returns:
+        Task -> cost of its samples.
+    """
+    tokens, depth = plan.shape[1], len(plan.span_of)
+    made = _costs(handle)
+    eager = handle.backend == "eager" or None  # its attention is never split
+    dense = tokens * (made.head + made.head_backward) + sum(made.run(0, depth, tokens))
+    # Labelled rows of all samples run together, rounded up once.
+    headed = tokens if not handle.labelled_logits else labelled_rows(plan, handle.multiple) / plan.shape[0]
+    ahead, back = round(made.head * headed), round(made.head_backward * headed)
+    costs = dict.fromkeys(tasks, TaskCost())
+    for task in tasks:
+        costs[task] += TaskCost(0, tokens * depth, ahead + back, dense, ahead)
+    looked = set()
+    for span in plan.spans:
+        routed, learning = _routing(handle, plan, span)
+        for group in span.groups:
+            pairs = group.pairs if eager is None else None
+            forward, backward = made.run(span.start, span.stop, group.size, group.context_size, pairs)
+            # A span cut by another task's goes on with the same tokens.
+            choice, forward = None if group.choice is None else (group.choice.select, group.members), forward + routed
+            if choice is not None and choice not in looked:
+                looked.add(choice)
+                forward += _looking(made, plan, choice[0], span.start)
+            rows = group.size * (span.stop - span.start)
+            for member in group.members:
+                costs[tasks[member]] += TaskCost(rows, 0, forward + backward + learning, 0, forward)
+    return costs
+
+
+def unknown_flops(handle: Handle) -> str | None:
+    """Why nothing is known of the FLOPs of a dropped model, or None."""
+    return _costs(handle).refusal
+
+
+def _routing(handle: Handle, plan: Plan, span: Span) -> tuple[int, int]:
+    """Forward and backward of the router at the entry of a span, which runs on all samples of the batch."""
+    added = handle.sets(span.start)
+    if not span.selects or ROUTER not in added:
+        return 0, 0
+    once = 2 * plan.shape[1] * linear_shape(added[ROUTER])[1]
+    learns = any(group.choice is not None and group.choice.select.learned for group in span.groups)
+    return once, 2 * once if learns and is_trained(added[ROUTER]) else 0
+
+
+def _looking(costs: _Costs, plan: Plan, select: Select, layer: int) -> int:
+    """What scores the tokens of a sample that a selection at the entry of a layer keeps."""
+    before = select.queries is not None and select.queries.layer < layer
+    return scoring_flops(select, plan, costs.layers[layer - before])
+
+
+_known: WeakKeyDictionary[Handle, tuple[tuple[bool, ...], _Costs]] = WeakKeyDictionary()
+
+
+def _costs(handle: Handle) -> _Costs:
+    # Weights are frozen and unfrozen as training goes on.
+    trained = tuple(p.requires_grad for p in handle.owner.parameters())
+    if handle not in _known or _known[handle][0] != trained:
+        _known[handle] = trained, _found(handle)
+    return _known[handle][1]
+
+
+def _found(handle: Handle) -> _Costs:
+    owner, layers, reached = handle.owner, handle.decoder_layers, []
+    flows = _trained_before(handle)
+    for layer, added in zip(layers, handle.layers, strict=True):
+        flows = flows or any(p.requires_grad for part in (layer, added) for p in part.parameters())
+        reached.append(flows)
+    head, once = output_head(owner), head_flops(owner)
+    own = head is not None and is_trained(base_linear(head))
+    costs = [LayerCost.of(layer, spec) for layer, spec in zip(layers, handle.specs, strict=True)]
+    return _Costs(costs, reached, once, once * (flows + own), refusal(layers, handle.specs))
+
+
+def _trained_before(handle: Handle) -> bool:
+    """Whether something before the decoder's layers is trained, so that a gradient passes through all of them."""
+    owner, layers = handle.owner, handle.decoder_layers
+    stack = list(owner.get_submodule(handle.path.rpartition(".")[0]).children())
+    behind: list[nn.Module] = [handle, *stack[stack.index(layers) :]]
+    head = output_head(owner)
+    tied = {id(p) for module in owner.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    rest = {id(p) for module in behind for p in module.parameters()}
+    rest |= set() if head is None else {id(p) for p in head.parameters()} - tied
+    return any(p.requires_grad and id(p) not in rest for p in owner.parameters())

@@ -1,0 +1,160 @@
+"""Layers of somebody else's cache: made to grow, and to hold only some of the tokens they count.
+
+Shape letters: B batch, K new stored tokens, S stored tokens, D hidden, H heads.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tokendrop.errors import UnsupportedError
+
+_GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_FIXED = ("StaticLayer", "StaticSlidingWindowLayer")
+
+
+class HoledLayer:
+    """Mixin of a cache layer that counts tokens whose keys it does not hold.
+
+    Args:
+        length: tokens counted.
+        positions: (B, S) int64, the position of each stored token.
+        valid: (B, S) bool, False for a stored token that nobody may see.
+        layers: those of its cache.
+        index: its place in them.
+    """
+
+    length: int
+    positions: Tensor
+    valid: Tensor
+    layers: list[Any]
+    index: int
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+    is_croppable = False
+    lazy_initialization: Callable[[Tensor, Tensor], None]
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, H, K, D / H) of the tokens that `expect` named.
+
+        Raises:
+            UnsupportedError: it named none; a dense model would take later tokens for earlier ones.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        held, named = self.keys.shape[-2] if self.keys.dim() == 4 else 0, self.positions.shape[1]
+        if held + keys.shape[-2] != named:
+            raise UnsupportedError(
+                f"a cache layer that holds {held} of {self.length} tokens is continued by a model that runs dense; "
+                "continue inside the `with drop.layout(...)` that filled it, or start from the whole prompt"
+            )
+        self.keys, self.values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+        return self.keys, self.values
+
+    def expect(self, positions: Tensor, valid: Tensor, counted: int) -> None:
+        """Count `counted` more tokens, of which those at `positions` are stored next."""
+        self.positions = torch.cat([self.positions, positions], 1)
+        self.valid = torch.cat([self.valid, valid], 1)
+        self.length += counted
+        self.cumulative_length = self.length  # what a sliding layer counts with
+
+    def get_seq_length(self) -> int:
+        """Tokens counted, stored or not."""
+        return self.length
+
+    def reset(self) -> None:
+        """Make room for an empty, ordinary layer."""
+        plain: Any = object.__new__(type(self).__mro__[2])
+        plain.__dict__.update(self.__dict__ | {"keys": None, "values": None, "is_initialized": False})
+        for name in ("length", "positions", "valid", "layers", "index"):
+            del plain.__dict__[name]
+        plain.reset()
+        self.layers[self.index] = plain
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some samples."""
+        self._each(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sample."""
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def crop(self, *_: Any) -> None:
+        """Refused.
+
+        Raises:
+            UnsupportedError: always; a token that was not stored cannot be counted back.
+        """
+        raise UnsupportedError("a cache that skips image tokens cannot be cropped; use no assisted decoding")
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in ("keys", "values", "positions", "valid"):
+            setattr(self, name, change(getattr(self, name)))
+
+
+@lru_cache
+def _holed_class(base: type) -> type:
+    return type(base.__name__, (HoledLayer, base), {"__module__": base.__module__})
+
+
+def growing_layer(cache: Any, index: int) -> Any:
+    """Layer `index` of a cache.
+
+    Raises:
+        UnsupportedError: a kind of cache that does not grow token by token.
+    """
+    growing = getattr(cache, "layer_class_to_replicate", None)
+    while growing is not None and len(cache.layers) <= index:
+        cache.layers.append(growing())
+    layer = cache.layers[index] if index < len(getattr(cache, "layers", ())) else cache
+    if type(layer).__name__ not in _GROWING:
+        raise UnsupportedError(
+            f"a cache with {type(layer).__name__} does not grow with the tokens it is given, so none can skip a layer; "
+            "generate with the default DynamicCache, or a StaticCache"
+        )
+    return layer
+
+
+def grows(cache: Any, index: int) -> bool:
+    """Whether layer `index` of a cache gives the keys of the tokens it was given, and no others."""
+    layers = getattr(cache, "layers", ())
+    return index < len(layers) and type(layers[index]).__name__ in _GROWING
+
+
+def let_grow(cache: Any) -> None:
+    """Make layers of a fixed length in an empty cache grow instead: same answers, and a token can skip one."""
+    layers = getattr(cache, "layers", ())
+    for index, layer in enumerate(layers):
+        if type(layer).__name__ in _FIXED:
+            from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+            sliding = type(layer).__name__ == _FIXED[1]
+            layers[index] = DynamicSlidingWindowLayer(layer.max_cache_len) if sliding else DynamicLayer()
+
+
+def holed_layer(cache: Any, index: int, batch: int, device: torch.device) -> HoledLayer:
+    """Make layer `index` of a cache one that may skip tokens; it holds all those given before.
+
+    Raises:
+        UnsupportedError: a kind of cache that does not grow token by token.
+    """
+    layer = growing_layer(cache, index)
+    if isinstance(layer, HoledLayer):
+        return layer
+    length = int(layer.get_seq_length())
+    held = layer.keys.shape[-2] if length else 0  # a sliding layer holds the last ones
+    holed = cast(HoledLayer, object.__new__(_holed_class(type(layer))))
+    holed.__dict__.update(layer.__dict__)
+    holed.length, holed.layers, holed.index = length, cache.layers, index
+    holed.positions = torch.arange(length - held, length, device=device).expand(batch, -1)
+    holed.valid = torch.ones(batch, held, dtype=torch.bool, device=device)
+    cache.layers[index] = holed
+    return holed

@@ -1,0 +1,121 @@
+"""What a model must be for methods to be applied to it: all checks, made before anything changes.
+
+Shape letters: L layers.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tokendrop.engine.model.decoder import LayerSpec, deepstack_layers, is_sharded
+from tokendrop.errors import MethodError, UnsupportedError
+from tokendrop.roles import Method, Role
+
+Methods = Method | Mapping[str, Method | None]
+
+
+def check_methods(methods: Methods) -> dict[str | None, Method | None]:
+    """Methods by task name; the key None serves whatever task.
+
+    Raises:
+        MethodError: no methods, or something that is none.
+    """
+    if isinstance(methods, Method) and not isinstance(methods, type):
+        if methods.separate == "per-task":
+            raise MethodError(f"{methods} has separate='per-task' and no task; give a mapping of task name to method")
+        return {None: methods}
+    if not isinstance(methods, Mapping) or not methods:
+        raise MethodError(f"methods: expected a method, or a mapping of task name to method; found {methods!r}")
+    for task, method in methods.items():
+        if not isinstance(task, str) or not task or "." in task:
+            raise MethodError(f"methods: expected task names without dots; found {task!r}")
+        if method is not None and (not isinstance(method, Method) or isinstance(method, type)):
+            raise MethodError(f"methods[{task!r}]: expected a method such as HiMix(), or None; found {method!r}")
+    return dict(methods)
+
+
+def check_shared(layers: nn.ModuleList, path: str) -> None:
+    """Refuse a layer that stands in the list twice: it would not know which of its calls comes when.
+
+    Raises:
+        UnsupportedError: with the first two places.
+    """
+    places: dict[nn.Module, int] = {}
+    for index, layer in enumerate(layers):
+        first = places.setdefault(layer, index)
+        if first != index:
+            raise UnsupportedError(
+                f"layers {first} and {index} of {path!r} are one {type(layer).__name__}, and a layer has one place in "
+                "a route; put a module of its own at each place, which may share its parameters with another's"
+            )
+
+
+def check_support(
+    model: nn.Module, layers: nn.ModuleList, specs: Sequence[LayerSpec], methods: Mapping[str | None, Method]
+) -> None:
+    """Refuse roles and projections that such layers cannot have.
+
+    Raises:
+        UnsupportedError: with the reason, and what to use instead.
+    """
+    deepstack = deepstack_layers(model)
+    for method in methods.values():
+        route = method.route(len(layers))
+        context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
+        if refusal := _refusal(layers, specs, context):
+            raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
+        looked = {one.select.queries.layer for one in route if one.select is not None and one.select.queries}
+        if refusal := _refusal(layers, specs, sorted(looked)):
+            raise UnsupportedError(
+                f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
+            )
+        own = [specs[index].separate_refusal() for index, layer in enumerate(route) if layer.separate]
+        if refusal := next(filter(None, own), None):
+            raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
+        learned = any(layer.select is not None and layer.select.learned for layer in route)
+        adds = learned or method.separate != "none"
+        if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise UnsupportedError(
+                f"{method} adds parameters, whose gradients DistributedDataParallel would not average, since it is "
+                "there already; apply it to the module inside, before DistributedDataParallel is made"
+            )
+        if adds and is_sharded(model):
+            raise UnsupportedError(
+                f"{method} adds parameters, and {type(model).__name__} is sharded already; apply it before fully_shard"
+            )
+        for index in range(min(deepstack, len(layers) - 1)):
+            if route[index].image is not Role.ACTIVE and route[index + 1].image is not Role.ACTIVE:
+                raise UnsupportedError(
+                    f"{method} would be compact across layers {index} and {index + 1}, between which "
+                    f"{type(model).__name__} adds visual features at full length (deepstack); start at layer "
+                    f"{deepstack}: layers='{deepstack}:'"
+                )
+
+
+def _refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec], wanted: Sequence[int]) -> str | None:
+    # Why rows of some layer cannot be keys and values only, and in which layers they can.
+    for index in wanted:
+        refusal = specs[index].context_refusal(layers[index])
+        if refusal is not None:
+            able = [at for at, spec in enumerate(specs) if spec.context_refusal(layers[at]) is None]
+            where = f"; layers {able} can" if able else ""
+            return refusal if all(one == specs[0] for one in specs) else f"in layer {index} {refusal}{where}"
+    return None
+
+
+def sharded_together(owner: nn.Module, layers: nn.ModuleList, added: nn.ModuleList) -> bool:
+    """Whether a decoder is sharded, and what `apply` added to it too.
+
+    Raises:
+        UnsupportedError: the decoder is, and what was added is not.
+    """
+    if not any(True for _ in added.parameters()) or not is_sharded(layers):
+        return False
+    if not is_sharded(added):
+        raise UnsupportedError(
+            f"fully_shard took the decoder of {type(owner).__name__} without the image-only projections, "
+            "whose gradients would then differ between ranks; call tokendrop.apply on the module that is the root "
+            "of fully_shard, before it"
+        )
+    return True
