@@ -26,7 +26,7 @@ oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e . pytest pytest-xdist hypothesis
 	.venv-oldest/bin/python -m pytest -W default -n 2 --dist loadfile tests/engine/test_equivalence.py \
-	  tests/engine/test_families.py tests/engine/test_inject.py tests/engine/test_plan.py tests/kernels tests/methods
+	  tests/engine/model/test_families.py tests/engine/test_inject.py tests/engine/plan/test_plan.py tests/kernels tests/methods
 
 # torch first: later requirements are then met by it, and no other build of it is looked for.
 $(STAMP): pyproject.toml constraints.txt
