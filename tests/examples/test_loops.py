@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 
 import tokendrop as td
 
@@ -26,6 +27,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_process_several_trainers():
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 def batches(size, count, samples=None):
