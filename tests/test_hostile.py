@@ -203,6 +203,9 @@ CATALOGUE = {
     "apply.layers": (PATH,),
     "apply.multiple": (COUNT,),
     "apply.labelled_logits": (FLAG,),
+    "apply.layout": (
+        (td.MethodError, ["Auto", "", 3, True, td.TokenLayout, td.TokenLayout(IMAGE), lambda: None, lambda one: None]),
+    ),
     "gather_tokens.x": (
         (td.LayoutTypeError, [None, [[1]]]),
         (td.LayoutError, [ROWS[0], ROWS[:, :, 0], ROWS.to("meta")]),

@@ -1,9 +1,9 @@
-"""What the callback costs where nothing is dropped: fits of one LightningModule with and without it, in turns.
+"""What the callback, and a model's own layouts, cost where nothing is dropped: steps with and without, in turns.
 
     python benchmarks/train/idle.py --out benchmarks/results/idle.jsonl
 
-Each batch's time runs from before the callback's first hook to behind its last. The last steps of a schedule's dense
-tail, and batches without images, are such steps.
+Each batch's time runs from before the callback's first hook to behind its last; of a model with `layout="auto"`, over
+forward, backward and step of a loop. The last steps of a schedule's dense tail, and batches without images, are such.
 Shape letters: B batch, T tokens, D hidden, L layers.
 """
 
@@ -84,6 +84,27 @@ def fit(module: Timed, *callbacks: L.Callback) -> list[float]:
     return last.seconds[1:]
 
 
+def loop(module: Timed, own: bool) -> list[float]:
+    """Seconds of each step of a written-out loop but the first; the model is given the mask only where it takes it."""
+    batch, optimizer, seconds = dict(module.batch), torch.optim.SGD(module.model.parameters(), lr=1e-4), []
+    image = batch.pop("image_mask")
+    given = batch | {"use_cache": False} | ({"image_mask": torch.zeros_like(image)} if own else {})
+    for _ in range(5):
+        start = time.process_time()
+        module.model(**given).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.process_time() - start)
+    return seconds[1:]
+
+
+def report(case: str, ratios: list[float], sizes: Sizes, shared: dict[str, Any]) -> dict[str, Any]:
+    """A row of the results, printed."""
+    made = row(case, "tokendrop", "time ratio", "1", ratios, sizes.config, **shared)
+    print(f"{case}, {sizes}: {made['median']:.4f} [{made['p20']:.4f} {made['p80']:.4f}] n={made['n']}")
+    return made
+
+
 def main() -> None:
     """Measure, print, and append to the results where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,12 +117,14 @@ def main() -> None:
     for sizes in (Sizes(layers=4, width=256, tokens=256), Sizes(layers=12, width=512, tokens=256)):
         with_it, without, schedule = Timed(sizes), Timed(sizes), td.Schedule(start=10**9)
         drop = td.TokenDrop(td.HiMix(), schedule=schedule)
-        ratios = []
+        own, ratios, own_ratios = Timed(sizes), [], []
+        td.apply(own.model, td.HiMix(), layout="auto")
         for _ in range(given.rounds):
             pairs = zip(fit(with_it, drop), fit(without), strict=True)
             ratios += [one / other for one, other in pairs]
-        rows.append(row("idle callback", "tokendrop", "time ratio", "1", ratios, sizes.config, **shared))
-        print(f"{sizes}: {rows[-1]['median']:.4f} [{rows[-1]['p20']:.4f} {rows[-1]['p80']:.4f}] n={rows[-1]['n']}")
+            own_ratios += [one / other for one, other in zip(loop(own, True), loop(without, False), strict=True)]
+        rows.append(report("idle callback", ratios, sizes, shared))
+        rows.append(report("idle layout=auto", own_ratios, sizes, shared))
     if given.out:
         append(given.out, rows)
 

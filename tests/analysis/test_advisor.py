@@ -38,7 +38,7 @@ def loss_of(model):
 
 @pytest.fixture(scope="module")
 def found():
-    model = copy.deepcopy(BASE)
+    model = copy.deepcopy(BASE).train()  # plans are for training
     before, state = snapshot(model), torch.get_rng_state()
     advice = advise(model, BATCHES, layout, 0.6, loss_of(model))
     assert snapshot(model) == before
@@ -82,7 +82,7 @@ def test_loss_gap_and_fidelity_by_hand(found, task):
         for given in held:
             results = []
             for method in (plan.method, None):
-                model = copy.deepcopy(BASE)
+                model = copy.deepcopy(BASE).train()  # plans are for training
                 drop = td.apply(model, {task: method})
                 with drop.layout(layout(given), step=(0, 0)):
                     value = loss_of(model)(given)
@@ -100,7 +100,7 @@ def test_redundancy_is_the_cosine_of_states_before_and_behind_a_layer(found):
     for made, task, _ in BATCHES:
         if task != "u":
             continue
-        model = copy.deepcopy(BASE)
+        model = copy.deepcopy(BASE).train()  # plans are for training
         seen = []
         for layer in model.model.layers:
             layer.register_forward_hook(lambda _, args, out, seen=seen: seen.append((args[0], out)))
@@ -148,7 +148,7 @@ def test_memory_of_every_plan_is_what_its_forward_keeps(found):
     kept = {}
     for plan in found.plans["u"]:
         for method in (None, plan.method):
-            model = copy.deepcopy(BASE)
+            model = copy.deepcopy(BASE).train()  # plans are for training
             drop = td.apply(model, {"u": method})
             with drop.layout(layout(given), step=(0, 0)):
                 kept[method] = saved_bytes(lambda model=model: loss_of(model)(given), model.parameters())
@@ -156,7 +156,7 @@ def test_memory_of_every_plan_is_what_its_forward_keeps(found):
 
 
 def test_a_plan_slower_than_dense_is_named(monkeypatch):
-    model = copy.deepcopy(BASE)
+    model = copy.deepcopy(BASE).train()  # plans are for training
 
     def fake(step, given):
         step(given)
@@ -183,7 +183,7 @@ def test_a_plan_slower_than_dense_is_named(monkeypatch):
     ],
 )
 def test_a_loss_of_which_nothing_can_be_said_is_refused(change, error, message):
-    model = copy.deepcopy(BASE)
+    model = copy.deepcopy(BASE).train()  # plans are for training
     before = snapshot(model)
     with pytest.raises(error, match=message):
         advise(model, BATCHES[2:], layout, 0.7, lambda given: change(loss_of(model)(given)))
@@ -191,7 +191,7 @@ def test_a_loss_of_which_nothing_can_be_said_is_refused(change, error, message):
 
 
 def test_a_plan_without_a_finite_loss_is_left_out_and_a_gradient_of_zeros_has_no_fidelity():
-    model = copy.deepcopy(BASE)
+    model = copy.deepcopy(BASE).train()  # plans are for training
 
     def loss(given):
         methods = [one.methods["g"] for one in model.modules() if isinstance(one, td.Handle)]
@@ -207,7 +207,7 @@ def test_a_plan_without_a_finite_loss_is_left_out_and_a_gradient_of_zeros_has_no
 
 
 def test_a_model_that_is_dropped_or_frozen_is_refused():
-    model = copy.deepcopy(BASE)
+    model = copy.deepcopy(BASE).train()  # plans are for training
     drop = td.apply(model, td.HMGen("1:3"))
     with pytest.raises(td.AppliedError, match="remove"):
         advise(model, BATCHES, layout, 0.6, loss_of(model))
@@ -235,7 +235,7 @@ def test_batches_that_say_nothing_are_refused(batches, message):
 
 
 def test_a_budget_that_nothing_meets_is_refused():
-    model = copy.deepcopy(BASE)
+    model = copy.deepcopy(BASE).train()  # plans are for training
     before = snapshot(model)
     with pytest.raises(td.MethodError, match="no plan for task 'u' costs so little"):
         advise(model, BATCHES, layout, 0.01, loss_of(model))

@@ -257,6 +257,23 @@ def test_packed_samples_are_not_continued() -> None:
         model.generate(input_ids=together["ids"], max_new_tokens=3, do_sample=False)
 
 
+@torch.no_grad()
+def test_positions_that_begin_behind_padding_pack_nothing() -> None:
+    """In a prompt whose layout does not say what is padding, also without a cache."""
+    model, drop = dropped(BASE, td.Drop("1:", 0.5, "random", "gone"))
+    ids, image = torch.randint(1, 50, (2, 10)), torch.zeros(2, 10, dtype=torch.bool)
+    image[:, 4:8] = True
+    mask = torch.ones(2, 10, dtype=torch.int64)
+    mask[1, :2] = 0
+    found = []
+    for cached in (True, False):
+        with drop.layout(td.TokenLayout(image), step=(0, 0)):
+            options = {"max_new_tokens": 4, "do_sample": False, "use_cache": cached, "output_logits": True}
+            made = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+        found.append(torch.stack(made.logits))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_what_the_encoder_says_is_cut_into_samples() -> None:
     _, together, _ = packed()
     _, drop = dropped(BASE, METHODS["gone"])

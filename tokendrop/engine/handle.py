@@ -66,6 +66,7 @@ class Handle(Described, nn.Module):
         self.key, self.path, self.specs, self.methods, self.multiple = uuid.uuid4().hex, path, specs, methods, multiple
         self.names = sets.set_names({task: m for task, m in methods.items() if m is not None})
         self.strength, self.entered, self._sharded, self.hint = 1.0, 0, False, ""
+        self.source: object = None  # of layouts where none is entered: "auto", or a function
         self.in_training = False  # whether layers in eval mode are trained all the same, as pretrained ones may be
         self.progress: object | None = None  # of the training that set the strength, for the callback
         self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
@@ -103,7 +104,7 @@ class Handle(Described, nn.Module):
         Args:
             layout: of (B, T) tokens.
             step: the optimiser step and the micro-batch, which random selections depend on; by default the number of
-                layouts entered before this one, and 0.
+                layouts entered before this one with gradients, `handle.entered`, and 0.
             first: the index of the first sample in the global batch, likewise.
 
         Raises:
@@ -128,7 +129,7 @@ class Handle(Described, nn.Module):
         frame = Frame(layout, plan, at, first, trained=trained, seen=seen, encode=encode)
         if self.labelled_logits:
             frame.labelled = LabelledRows.of(layout, plan, self.multiple)
-        self.entered += 1
+        self.entered += torch.is_grad_enabled()  # evaluations change no draw of the training
         with ExitStack() as stack:
             if layout.labels is None:
                 frame.given = SeenIds(lambda: (frames(self.key) or [None])[-1] is frame)
@@ -224,7 +225,9 @@ class Handle(Described, nn.Module):
         if task is None:
             if len(self.methods) == 1:
                 return next(iter(self.methods))
-            raise LayoutError(f"task: found none, and the methods are for {_named(self.methods)}; name the task")
+            raise LayoutError(
+                f"task: found none, and the methods are for {_named(self.methods)}; name the task, in layout or batch"
+            )
         if task not in self.methods:
             message = (
                 f"no method for task {task!r}, which runs dense; methods are for {_named(self.methods)}. Give it None "

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tokendrop.engine.auto import Layouts, check_layouts, enter_own
 from tokendrop.engine.forward import head, routers
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.groups import run
@@ -63,7 +64,12 @@ class _RoutedLayer(Swapped):
 
 
 def apply(
-    model: nn.Module, methods: Methods, layers: str | None = None, multiple: int = 64, labelled_logits: bool = False
+    model: nn.Module,
+    methods: Methods,
+    layers: str | None = None,
+    multiple: int = 64,
+    labelled_logits: bool = False,
+    layout: Layouts | None = None,
 ) -> Handle:
     """Make the image tokens of a model skip work; call it before `fully_shard`, `torch.compile` or DDP.
 
@@ -77,6 +83,9 @@ def apply(
         multiple: row counts are rounded up to it (or to T / 16 where that is less), so that shapes stay few.
         labelled_logits: run the output head and the loss of a Hugging Face model on the N rows with a label only; the
             logits of a forward with labels are then (1, N, V).
+        layout: where no layout is entered, "auto" makes one from the arguments of each outermost forward or `generate`
+            of the model, as `tokendrop.callbacks.batch.batch_layout` does of a batch; a function makes it from
+            (args, kwargs), None runs dense. The model takes `task`, `image_mask` and `segments` beside its own then.
 
     Returns:
         The handle, which is also `model.tokendrop`.
@@ -85,7 +94,7 @@ def apply(
         AppliedError: the model, or a part of it, is dropped already.
         DecoderError: no decoder, or several.
         LayerRangeError: a method's range does not fit the decoder, or the vision encoder that it looks at.
-        MethodError: no methods, or something that is no method.
+        MethodError: no methods, or something that is no method; a layout that is none of these.
         UnsupportedError: a role or projections that such layers cannot have; no vision encoder, and a method needs one.
 
     Example:
@@ -104,6 +113,7 @@ def apply(
     model = uncompiled(model)
     check_flag("labelled_logits", labelled_logits)
     check_integer("multiple", multiple, 1)
+    check_layouts(layout)
     path, found = _undropped_layers(model, layers)
     specs = layer_specs(found)
     given = {task: method for task, method in checked.items() if method is not None}
@@ -119,6 +129,8 @@ def apply(
     handle = Handle(model, path, specs, checked, multiple, added, labelled_logits, encoder)
     try:
         _swap(handle, found, headed)
+        if layout is not None:
+            enter_own(model, handle, layout)
     except BaseException:
         handle.undo()  # somebody else's class may refuse to be derived from, or its instances to change
         raise

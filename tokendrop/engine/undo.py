@@ -4,7 +4,7 @@ from torch import nn
 
 from tokendrop.engine.forward import head, routers
 from tokendrop.engine.model import projections
-from tokendrop.engine.model.swap import restore
+from tokendrop.engine.model.swap import Swapped, restore
 from tokendrop.engine.model.vision import Encoder
 from tokendrop.errors import AppliedError
 
@@ -24,7 +24,7 @@ def check_swapped(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | No
 def undo(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> None:
     """Give every module of a model that was swapped its own class back."""
     for module in _swapped(model, layers, encoder):
-        if "_tokendrop_base" in vars(type(module)):
+        while "_tokendrop_base" in vars(type(module)):  # one may be swapped for several reasons
             restore(module)
     projections.restore(layers)
     head.restore(model)
@@ -32,4 +32,5 @@ def undo(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> No
 
 def _swapped(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> list[nn.Module]:
     watched = encoder.watched.values() if encoder is not None else ()
-    return [*layers, *watched, *routers.injected(model)]
+    owner = [model] if isinstance(model, Swapped) else []
+    return [*layers, *watched, *routers.injected(model), *owner]

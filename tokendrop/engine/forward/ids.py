@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens of the layout, R rows of a forward, Q tokens behind them.
 """
 
+import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -76,3 +77,11 @@ def check_rows(layout: TokenLayout, order: Sequence[int], ids: Tensor | None, sh
             "another prompt, or its rows are in another order; enter the layout of this very batch. Leave image_ids "
             "out of a layout whose images are not those of its ids"
         )
+
+
+def generating() -> bool:
+    """Whether a function named `generate` runs; transformers says it nowhere else, and models have one of their own."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "generate":
+        frame = frame.f_back
+    return frame is not None

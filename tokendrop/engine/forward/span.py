@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.arguments import check_packing
@@ -17,7 +18,7 @@ from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.calls import group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
-from tokendrop.engine.forward.ids import check_rows
+from tokendrop.engine.forward.ids import check_rows, generating
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.forward.step import Step, decode
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
@@ -101,7 +102,7 @@ def _begin(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, nam
     ids = generate.Ids(frame.ids, frame.saw_ids)
     if frame.generates and stored:
         return _continue(binding, frame, shape, ids, cache, stored)
-    plan = _packed(layer, binding, frame, shape, named)
+    plan = _packed(layer, binding, frame, hidden, named)
     if not frame.generates or (cache is None and shape == plan.shape):
         check_rows(layout, range(len(layout.image)), ids.now, shape)
         frame.reach = shape[1]
@@ -171,11 +172,11 @@ def _refuse_packs(plan: Plan) -> None:
         )
 
 
-def _packed(layer: nn.Module, binding: Binding, frame: Frame, shape: tuple[int, int], named: dict[str, Any]) -> Plan:
+def _packed(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Plan:
     # The plan of the layout, and of the packed samples that a mask may keep apart and the layout does not know of.
-    plan, layout = frame.plan, frame.layout
+    plan, layout, shape = frame.plan, frame.layout, (hidden.shape[0], hidden.shape[1])
     mask = named.get(binding.spec.mask or "")
-    if shape != plan.shape or torch.compiler.is_compiling():
+    if shape != plan.shape or torch.compiler.is_compiling() or isinstance(hidden, FakeTensor):
         return plan
     if mask is None and plan.packs is not None and binding.spec.backend(layer) in ("sdpa", "eager"):
         message = (
@@ -185,7 +186,8 @@ def _packed(layer: nn.Module, binding: Binding, frame: Frame, shape: tuple[int, 
         )
         binding.handle.say_once("packs", message, LayoutWarning, 1)
     selects = any(span.selects for span in plan.spans)
-    if mask is None or layout.packs is not None or not selects:
+    # Under `generate` positions begin again behind padding, and nowhere else.
+    if mask is None or layout.packs is not None or not selects or (frame.generates and generating()):
         return plan
     packs = packed_samples(named, shape, layout.padding)
     return plan if packs is None else binding.handle.plan(replace(layout, packs=packs))

@@ -30,6 +30,8 @@ class _Capture:
         raise _CapturedError
 
     def __getattr__(self, name: str) -> Any:
+        if name == "to":  # accelerate's hooks ask everything whether it can be moved
+            raise AttributeError(name)
         # What a layer asks of a cache beside keys and values, before it has made them.
         raise UnsupportedError(
             f"a layer asks its cache for {name!r}, as where a state is carried from row to row, which keys and values "

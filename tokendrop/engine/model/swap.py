@@ -18,7 +18,10 @@ class Swapped(nn.Module):
     _tokendrop_base: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple[Any, ...]:
-        return _rebuild, (self._tokendrop_mixin, self._tokendrop_base), self.__dict__
+        mixins, base = [self._tokendrop_mixin], self._tokendrop_base
+        while "_tokendrop_base" in vars(base):  # swapped for several reasons
+            mixins, base = [vars(base)["_tokendrop_mixin"], *mixins], vars(base)["_tokendrop_base"]
+        return _rebuild, (base, *mixins), self.__getstate__()
 
 
 @lru_cache
@@ -111,6 +114,7 @@ def _past(module: nn.Module, name: str) -> str:
     )
 
 
-def _rebuild(mixin: type[nn.Module], base: type[nn.Module]) -> nn.Module:
-    swapped = swapped_class(mixin, base)
+def _rebuild(swapped: type[nn.Module], *mixins: type[nn.Module]) -> nn.Module:
+    for mixin in mixins:
+        swapped = swapped_class(mixin, swapped)
     return swapped.__new__(swapped)

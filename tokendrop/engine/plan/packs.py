@@ -49,7 +49,8 @@ class Packs:
 
     def within(self, members: Sequence[int]) -> "Packs":
         """Those of some rows."""
-        chosen = [at for at, row in enumerate(self.rows) if row in set(members)]
+        inside = set(members)
+        chosen = [at for at, row in enumerate(self.rows) if row in inside]
         some = torch.tensor(chosen, device=self.row.device)
         return Packs(self.row[some], tuple(self.rows[at] for at in chosen), self.number[some], self.tokens.of(some))
 
