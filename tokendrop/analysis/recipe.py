@@ -142,7 +142,7 @@ def _kinds(task: str, depth: int) -> list[Kind]:
     if task == "generation":
         return [Kind(_shallow(depth), "arXiv 2606.01503 (HMGen: alternating shallow layers in the middle)")]
     late: list[Method] = [HiMix(f"{start}:") for start in reversed(range(depth))]
-    # Of 576 image tokens; without these the schedules for 48 and 80 tokens would not be those of other resolutions.
+    # As shares of the 576 image tokens that its counts are for, 80, 64 and 48 of them on average.
     stages = [_stages(depth, (10, 13, 16, 19), 453), _stages(depth, (10, 14, 16, 18), 215)]
     stages.append(_stages(depth, (10, 14, 16, 18), 87))
     few: list[Method] = [SVDPrune(round(kept / 576, 4)) for kept in (32, 16)]
