@@ -3,7 +3,6 @@
 import datetime
 import json
 import platform
-import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 import tokendrop
+from tokendrop.analysis.timing import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = {
@@ -49,10 +49,8 @@ def row(
         config: sizes and settings.
         shared: what `environment` returned.
     """
-    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
-    figures = {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3], "n": len(values)}
     return {
-        "case": case, "provider": provider, "metric": metric, "unit": unit, **figures, "config": config, **shared
+        "case": case, "provider": provider, "metric": metric, "unit": unit, **spread(values), "config": config, **shared
     }  # fmt: skip
 
 

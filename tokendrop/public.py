@@ -1,6 +1,7 @@
 """Every public name; `tokendrop` hands them on when the first one is asked for."""
 
 from tokendrop.analysis.allocation import Allocation, attention_allocation
+from tokendrop.analysis.bench import Benchmark, benchmark
 from tokendrop.analysis.flop_report import FlopReport, flops
 from tokendrop.analysis.inspection import Inspection, inspect
 from tokendrop.analysis.recipe import recipe
@@ -50,6 +51,7 @@ __all__ = [
     "AppliedError",
     "AttentionAllocation",
     "BatchError",
+    "Benchmark",
     "DecoderError",
     "Drop",
     "DropLayers",
@@ -88,6 +90,7 @@ __all__ = [
     "VScan",
     "apply",
     "attention_allocation",
+    "benchmark",
     "flops",
     "from_config",
     "gather_tokens",

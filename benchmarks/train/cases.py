@@ -4,7 +4,6 @@ Shape letters: B batch, T tokens, D hidden, L layers.
 """
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -103,7 +102,6 @@ class Step:
         ids: (B, T).
         layout: what the tokens are.
         method: on the model; None leaves it untouched.
-        change: of the handle, before the first step.
         options: of `apply`.
     """
 
@@ -113,13 +111,10 @@ class Step:
         ids: Tensor,
         layout: td.TokenLayout,
         method: Any = None,
-        change: Callable[[td.Handle], None] = lambda _: None,
         **options: Any,
     ) -> None:
         self.model, self.ids, self.layout = copy.deepcopy(base), ids, layout
         self.handle = None if method is None else td.apply(self.model, method, **options)
-        if self.handle is not None:
-            change(self.handle)
 
     def forward(self) -> Tensor:
         """The loss."""

@@ -1,14 +1,13 @@
-"""Time and memory of steps, side by side in one run.
+"""Time of steps, side by side in one run.
 
 Shape letters: none.
 """
 
 import random
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+from tokendrop.analysis.timing import now
 
 
 def seconds(steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -28,22 +27,6 @@ def seconds(steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1
 
 
 def _timed(step: Callable[[], Any]) -> float:
-    if not torch.cuda.is_available():
-        start = time.process_time()
-        step()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now()
     step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """Most bytes of a step on the accelerator, above those before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return now() - start

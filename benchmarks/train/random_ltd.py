@@ -23,8 +23,8 @@ import tokendrop as td
 from benchmarks.results import append, environment, row
 from benchmarks.train.cases import Sizes, Step, decoder, inputs
 from benchmarks.train.measure import seconds
-from benchmarks.train.step import costs
 from tokendrop.analysis.memory import saved_bytes
+from tokendrop.analysis.spent import task_costs
 
 
 class _Gather(torch.autograd.Function):
@@ -94,11 +94,12 @@ def main() -> None:
     ours = Step(base, ids, layout, method)
     with ours.handle.layout(layout) as plan:
         kept = plan.spans[1].groups[0].size
+        (cost,) = task_costs(ours.handle, plan, layout.tasks).values()
     steps = {"dense": Step(base, ids, layout), "tokendrop": ours}
     steps["DeepSpeed's formulas"] = theirs(Step(base, ids, layout), kept)
     times = seconds(steps, given.rounds)
     bytes_of = {name: saved_bytes(step.forward, list(step.model.parameters())) for name, step in steps.items()}
-    flops, config = costs(ours)[0], sizes.config | {"kept": kept, "threads": 1}
+    flops, config = cost.flops_ratio, sizes.config | {"kept": kept, "threads": 1}
     rows, shared = [], environment()
     for name in steps:
         ratios = [one / dense for one, dense in zip(times[name], times["dense"], strict=True)]

@@ -11,7 +11,6 @@ Shape letters: B batch, T tokens, D hidden, L layers.
 
 import argparse
 import sys
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,66 +19,65 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.results import append, environment, row
-from benchmarks.train.cases import Sizes, Step, decoder, inputs, methods
-from benchmarks.train.measure import peak_bytes, seconds
-from tokendrop.analysis.memory import saved_bytes
-from tokendrop.analysis.spent import task_costs
+import tokendrop as td
+from benchmarks.results import append, environment
+from benchmarks.train.cases import Sizes, decoder, inputs, methods
 
 IDLE = "nothing dropped"
+CASE = "train step"
+Figure = dict[str, float]
 
 
-def idle(handle: Any) -> None:
-    """Switch every layer's dropping off."""
-    handle.strength = 0.0
-
-
-def make_steps(sizes: Sizes, only: list[str] | None, device: str) -> dict[str, Step]:
-    """The steps by name, each on a copy of one model; "dense" is untouched."""
-    base = decoder(sizes).to(device)
-    ids, layout = inputs(sizes, device)
-    chosen = {name: one for name, one in methods(sizes).items() if not only or name in only}
-    steps = {"dense": Step(base, ids, layout)}
-    if not only or IDLE in only:
-        steps[IDLE] = Step(base, ids, layout, methods(sizes)["HiMix"][0], idle)
-    return steps | {name: Step(base, ids, layout, method, **options) for name, (method, options) in chosen.items()}
-
-
-def costs(step: Step) -> tuple[float, float]:
-    """FLOPs ratio and kept ratio, by formula."""
-    if step.handle is None:
-        return 1.0, 1.0
-    with step.handle.layout(step.layout) as plan:
-        (cost,) = task_costs(step.handle, plan, step.layout.tasks[:1] * len(step.layout.image)).values()
-    return cost.flops_ratio, cost.kept_ratio
-
-
-def memory(step: Step) -> int:
-    """Bytes kept for the backward, or on an accelerator the most bytes of the step."""
-    return peak_bytes(step) if torch.cuda.is_available() else saved_bytes(step.forward, list(step.model.parameters()))
-
-
-def measure(steps: Mapping[str, Step], sizes: Sizes, rounds: int) -> list[dict[str, Any]]:
-    """Result rows of every step."""
+def measure(sizes: Sizes, only: list[str] | None, device: str, rounds: int) -> list[dict[str, Any]]:
+    """Result rows of forward and backward under each method, and of the dense model beside the first."""
+    base, (ids, layout) = decoder(sizes).to(device), inputs(sizes, device)
+    chosen = {IDLE: ({"any": None}, {})} | methods(sizes)
+    found: dict[str, dict[str, Any]] = {}
+    for options in ({}, {"labelled_logits": True}):
+        asked = {name: one for name, (one, own) in chosen.items() if own == options and (not only or name in only)}
+        if asked:
+            batch = {"input_ids": ids, "labels": layout.labels, "use_cache": False}
+            one_task = list(asked.values())
+            said = td.benchmark(base, [batch], lambda _: layout, one_task, rounds=rounds, optimizer=None, **options)
+            steps = [row for row in said.rows if row["part"] == "step"]
+            found |= dict(zip(asked, steps, strict=True))
+    order = [name for name in chosen if name in found]
+    first = found[order[0]]
+    dense = {name: first[f"dense_{name}"] for name in ("seconds", "memory", "flops")}
+    one = {"median": 1.0, "p20": 1.0, "p80": 1.0, "n": first["seconds"]["n"]}
+    same = {"flops_ratio": 1.0, "kept_ratio": 1.0, "memory_ratio": 1.0, "time_ratio": one, "capture": one}
     shared, config = environment(), sizes.config | {"threads": torch.get_num_threads()}
-    times, bytes_of = seconds(steps, rounds), {name: memory(step) for name, step in steps.items()}
-    rows = []
-    for name, step in steps.items():
-        flops, kept = costs(step)
-        ratios = [one / dense for one, dense in zip(times[name], times["dense"], strict=True)]
-        figures = {
-            ("seconds", "s"): times[name],
-            ("time ratio", "1"): ratios,
-            ("FLOPs ratio", "1"): [flops],
-            ("kept ratio", "1"): [kept],
-            ("memory", "B"): [bytes_of[name]],
-            ("memory ratio", "1"): [bytes_of[name] / bytes_of["dense"]],
-            ("capture", "1"): [flops / ratio for ratio in ratios],
-        }
-        if flops < 1:
-            figures["saved-time share", "1"] = [(1 - ratio) / (1 - flops) for ratio in ratios]
-        rows += [row("train step", name, *metric, values, config, **shared) for metric, values in figures.items()]
-    return rows
+    rows = _rows("dense", dense | same, config, shared)
+    return rows + [each for name in order for each in _rows(name, found[name], config, shared)]
+
+
+def _rows(name: str, found: dict[str, Any], config: dict[str, Any], shared: dict[str, Any]) -> list[dict[str, Any]]:
+    flops = found["flops_ratio"]
+    figures: dict[tuple[str, str], Figure] = {
+        ("seconds", "s"): found["seconds"],
+        ("time ratio", "1"): found["time_ratio"],
+        ("FLOPs ratio", "1"): _once(flops),
+        ("kept ratio", "1"): _once(found["kept_ratio"]),
+        ("memory", "B"): _once(found["memory"]),
+        ("memory ratio", "1"): _once(found["memory_ratio"]),
+        ("capture", "1"): found["capture"],
+    }
+    if flops < 1:
+        figures["saved-time share", "1"] = _saved(found["time_ratio"], flops)
+    return [
+        {"case": CASE, "provider": name, "metric": metric, "unit": unit, **figure, "config": config, **shared}
+        for (metric, unit), figure in figures.items()
+    ]
+
+
+def _once(value: float) -> Figure:
+    return {"median": value, "p20": value, "p80": value, "n": 1}
+
+
+def _saved(ratio: Figure, flops: float) -> Figure:
+    # It falls as the time ratio rises, in a straight line, so that percentiles change places.
+    share = {key: (1 - value) / (1 - flops) for key, value in ratio.items()}
+    return {"median": share["median"], "p20": share["p80"], "p80": share["p20"], "n": ratio["n"]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -109,7 +107,7 @@ def main() -> None:
     if device == "cpu":
         torch.set_num_threads(1)
     sizes = Sizes(**given)
-    rows = measure(make_steps(sizes, only, device), sizes, rounds)
+    rows = measure(sizes, only, device, rounds)
     print(table(rows))
     if out:
         append(out, rows)

@@ -8,7 +8,7 @@ import pytest
 import tokendrop
 
 HEAVY = ("torch", "lightning", "transformers", "numpy", "matplotlib")
-COMMANDS = ("demo", "inspect", "flops", "analyze", "synergy")
+COMMANDS = ("demo", "inspect", "flops", "bench", "analyze", "synergy")
 
 
 def alone(code):

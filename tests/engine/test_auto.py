@@ -276,7 +276,7 @@ def test_a_model_whose_class_is_swapped_for_its_experts_too():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = MixtralConfig(**sizes, num_hidden_layers=2, num_local_experts=2, vocab_size=50, image_token_id=IMAGE)
     own = MixtralForCausalLM(config)
-    before, plain = snapshot(own), copy.deepcopy(own)
+    before, plain = list(map(type, own.modules())), copy.deepcopy(own)
     mine, drop = td.apply(own, td.HMGen("1:"), layout="auto"), td.apply(plain, td.HMGen("1:"))
     with drop.layout(MADE.layout(task=None)):
         expected = plain(**arguments(output_router_logits=True)).loss
@@ -285,7 +285,7 @@ def test_a_model_whose_class_is_swapped_for_its_experts_too():
         assert torch.equal(model(**arguments(output_router_logits=True)).loss, expected)
         assert "input_ids" in inspect.signature(model.forward).parameters
     mine.remove()
-    assert snapshot(own) == before
+    assert list(map(type, own.modules())) == before
 
 
 def test_columns_that_a_trainer_keeps():

@@ -216,6 +216,6 @@ class Stateful(nn.Module):
     ("asks", "message"), [(True, "asks its cache for 'get_state'"), (False, "without handing keys")]
 )
 def test_layers_that_keep_no_keys_in_their_cache_are_refused_where_they_run(asks, message):
-    layers = td.DropLayers([Stateful(asks) for _ in range(3)], td.HiMix("1:"))
+    layers = td.DropLayers([Stateful(asks) for _ in range(3)], td.HiMix("1:")).eval()
     with layers.tokendrop.layout(td.TokenLayout(MADE.image)), pytest.raises(td.UnsupportedError, match=message):
         layers(torch.ones(2, 10, 8))

@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 from tokendrop import __version__
-from tokendrop.cli import analyze, demo, flops, inspect, synergy
+from tokendrop.cli import analyze, bench, demo, flops, inspect, synergy
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-for command in (demo.demo, inspect.inspect, flops.flops, analyze.analyze, synergy.synergy):
+for command in (demo.demo, inspect.inspect, flops.flops, bench.bench, analyze.analyze, synergy.synergy):
     app.command()(command)
 
 

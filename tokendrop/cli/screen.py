@@ -53,7 +53,8 @@ def print_table(console: Console, table: "Table", notes: Sequence[str]) -> None:
         widths = [max(map(len, " ".join(cells).split())) for cells in columns]
     shown = RichTable(box=None, padding=(0, 1, 0, 0))
     for index, (name, width) in enumerate(zip(table.header, widths, strict=True)):
-        shown.add_column(name, justify="right" if index else "left", width=width)
+        # Where there is no room for that either, a cell goes on in the next line; none is cut off.
+        shown.add_column(name, justify="right" if index else "left", width=width, overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
     console.print(shown)

@@ -99,6 +99,31 @@ def read_source(name: str) -> tuple["nn.Module", Any, Any, Any]:
     return model, [batches] if isinstance(batches, Mapping | Tensor) else batches, layout, *(loss or [None])
 
 
+def read_run(name: str, tasks: tuple[str, ...], methods: dict[str, Any], seed: int) -> tuple[Any, Any, Any]:
+    """Module, datamodule or None, and a Trainer's arguments, as a function of the user's makes them for a run.
+
+    Args:
+        name: see `call`.
+        tasks: that the run trains.
+        methods: each of these tasks' method, or None for dense.
+        seed: of the run.
+
+    Raises:
+        SourceError: as `call`, or a function that returns other things.
+    """
+    import lightning as L
+
+    made = call(name, tasks, methods, seed)
+    kinds: tuple[Any, ...] = (L.LightningModule, L.LightningDataModule | None, Mapping)
+    if not isinstance(made, tuple) or len(made) != 3 or not all(map(isinstance, made, kinds)):
+        found = f"({', '.join(type(one).__name__ for one in made)})" if isinstance(made, tuple) else type(made).__name__
+        raise SourceError(
+            f"{name!r} returned {found}; expected (a LightningModule, a LightningDataModule or None, a mapping of "
+            "Trainer arguments)"
+        )
+    return made
+
+
 def read_model(name: str) -> "nn.Module":
     """The model of a config, or of a function of the user's.
 

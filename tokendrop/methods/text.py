@@ -29,11 +29,42 @@ def methods_from_text(texts: Sequence[str], layers: str | None = None) -> Method
         >>> methods_from_text(["understanding=HiMix(layers='2:')"])
         {'understanding': HiMix(layers='2:', separate='none')}
     """
-    pairs = [one.partition("=") if "=" in one.partition("(")[0] else ("", "", one) for one in texts]
-    found = {task.strip(): method_from_text(text, layers) for task, _, text in pairs}
+    found = {task: method_from_text(text, layers) for task, text in map(_with_task, texts)}
     if len(found) < len(texts) or ("" in found and len(found) > 1):
         raise MethodError(f"found the methods {list(texts)}; give one, or one for each task as in 'task=HiMix'")
     return found.get("", found)
+
+
+def each_from_text(texts: Sequence[str], layers: str | None = None) -> list[Method | dict[str, Method]]:
+    """What is compared: each method without a task by itself; those with tasks together, until a task comes again.
+
+    Args:
+        texts: see `method_from_text`.
+        layers: likewise, for all of them.
+
+    Raises:
+        MethodError: as `method_from_text`.
+
+    Example:
+        >>> [len(one) for one in each_from_text(["u=HiMix", "g=HMGen('1:3')", "u=FastV"])]
+        [2, 1]
+    """
+    found: list[Method | dict[str, Method]] = []
+    for task, text in map(_with_task, texts):
+        method = method_from_text(text, layers)
+        last = found[-1] if found else None
+        if not task:
+            found.append(method)
+        elif isinstance(last, dict) and task not in last:
+            last[task] = method
+        else:
+            found.append({task: method})
+    return found
+
+
+def _with_task(text: str) -> tuple[str, str]:
+    task, _, method = text.partition("=") if "=" in text.partition("(")[0] else ("", "", text)
+    return task.strip(), method
 
 
 def method_from_text(text: str, layers: str | None = None) -> Method:

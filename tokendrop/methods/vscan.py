@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from tokendrop import scores
-from tokendrop.errors import check_flag, check_integer
+from tokendrop.errors import MethodError, check_flag, check_integer
 from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_count, check_stages, staged
 from tokendrop.roles import Encoded, Merge, Method, Route, Scoring, Select
@@ -30,6 +30,9 @@ class VScan(Method):
         global_layer: the deep layer, likewise.
         window: rows and columns of a window, in image tokens.
         merge: whether the others are merged.
+        scan: how the local ones are found: "rounds", from each window its best, then its second best, and so on, as its
+            code for LLaVA; "capped", the best anywhere, but no window with more than its share, and a share of image
+            tokens is rounded down, as its code for Qwen2.5-VL.
 
     Raises:
         LayerRangeError: layers that do not ascend.
@@ -40,7 +43,7 @@ class VScan(Method):
         [96, 32, 32]
 
     Source: VScan, github.com/Tencent/SelfEvolvingAgent, for 32 layers and 24 x 24 tokens of CLIP; for Qwen2.5-VL its
-    code has VScan(0.167, (14,), (0.333,), local_layer=7, global_layer=-1, window=4).
+    code has VScan(0.167, (14,), (0.333,), local_layer=7, global_layer=-1, window=4, scan="capped").
     """
 
     keep: int | float = 96
@@ -50,6 +53,7 @@ class VScan(Method):
     global_layer: int = -2
     window: int = 6
     merge: bool = True
+    scan: Literal["rounds", "capped"] = "rounds"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -58,20 +62,26 @@ class VScan(Method):
         check_integer("local_layer", self.local_layer)
         check_integer("global_layer", self.global_layer)
         check_flag("merge", self.merge)
+        if self.scan not in _SCANS:
+            raise MethodError(f"scan={self.scan!r} is unknown; use 'rounds' or 'capped'")
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept counts."""
         layers, merge = (self.local_layer, self.global_layer), average if self.merge else None
-        first = Select(self.keep, _scans(self.window), 0, 0, strength, encoder=layers, merge=merge)
+        score, floor = _scans(self.window, self.scan), self.scan == "capped"
+        first = Select(self.keep, score, 0, 0, strength, floor=floor, encoder=layers, merge=merge)
         stages = [Stage(*one) for one in zip(self.text_layers, self.text_keep, strict=True)]
         return staged(stages, num_layers, strength, "answer", first=first)
 
 
+_SCANS = {"rounds": scores.scan, "capped": scores.capped_scan}
+
+
 @lru_cache
-def _scans(window: int) -> Any:
+def _scans(window: int, kind: str) -> Any:
     def score(scoring: Scoring) -> Tensor:
         (local, whole), _, place = cast(Encoded, scoring.encoded)
-        return scores.scan(local, whole, scoring.image, place, scoring.counts, window)
+        return _SCANS[kind](local, whole, scoring.image, place, scoring.counts, window)
 
     return score
 

@@ -27,17 +27,56 @@ def scan(local: Tensor, whole: Tensor, image: Tensor, place: Tensor, counts: Ten
 
     Source: VScan, github.com/Tencent/SelfEvolvingAgent, which takes as many of each window and so may keep fewer.
     """
-    cells = place // place.new_tensor([1, window, window])
+    best, rounds = _rounds(local, image, place // place.new_tensor([1, window, window]))
+    taken = best.gather(1, rounds.gather(1, best).argsort(dim=1, stable=True))
+    at = torch.arange(image.shape[1], device=image.device)
+    first = torch.zeros_like(image).scatter(1, taken, at < counts[:, None] // 2)
+    return whole.masked_fill(first & image, torch.inf)
+
+
+def capped_scan(local: Tensor, whole: Tensor, image: Tensor, place: Tensor, counts: Tensor, window: int) -> Tensor:
+    """The best by `local`, no window with more than its share, then the best of the whole.
+
+    Of n tokens the first floor(n / 2) are the best by `local` whose window holds fewer than ceil(floor(n / 2) / W)
+    better ones, of W whole windows; rows and columns behind the last whole window belong to it.
+
+    Args:
+        local: (B, T) float, attention in a shallow layer.
+        whole: (B, T) float, attention in a deep layer.
+        image: (B, T) bool, the tokens to score.
+        place: (B, T, 3) int64, image, row and column of each.
+        counts: (B,) int64, n.
+        window: rows and columns of a window, in tokens.
+
+    Returns:
+        (B, T) float; infinite for the first ones.
+
+    Source: VScan, github.com/Tencent/SelfEvolvingAgent, its code for Qwen2.5-VL.
+    """
+    number = place[..., 0].masked_fill(~image, 0)
+    extent = place.new_zeros(len(image), int(number.max()) + 1, 2)
+    inside = (place[..., 1:] + 1).masked_fill(~image[..., None], 0)
+    at = number[..., None].expand(-1, -1, 2)
+    extent = extent.scatter_reduce(1, at, inside, "amax")  # rows and columns of each image
+    windows = (extent // window).clamp(min=1) * (extent > 0)
+    cells = torch.minimum(place[..., 1:] // window, (windows.gather(1, at) - 1).clamp(min=0))
+    best, rounds = _rounds(local, image, torch.cat([place[..., :1], cells], -1))
+    half = counts // 2
+    limit = -(-half // windows.prod(-1).sum(1).clamp(min=1))
+    fits = (rounds < limit[:, None]).gather(1, best)  # from the best on
+    first = fits & (fits.cumsum(1) <= half[:, None])
+    return whole.masked_fill(torch.zeros_like(image).scatter(1, best, first) & image, torch.inf)
+
+
+def _rounds(local: Tensor, image: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    # The order of tokens from the best on, and how many of its window are better than each.
     cell = ((cells[..., 0] << 40) + (cells[..., 1] << 20) + cells[..., 2]).masked_fill(~image, -1)
     best = _order(local, image)
     by_cell = best.gather(1, cell.gather(1, best).argsort(dim=1, stable=True))
     at, sorted_cells = torch.arange(image.shape[1], device=image.device), cell.gather(1, by_cell)
     begins = F.pad(sorted_cells[:, 1:] != sorted_cells[:, :-1], (1, 0), value=True)
     rounds = at - torch.where(begins, at, 0).cummax(1).values
-    rounds = torch.empty_like(best).scatter(1, by_cell, rounds).masked_fill(~image, len(at))
-    taken = best.gather(1, rounds.gather(1, best).argsort(dim=1, stable=True))
-    first = torch.zeros_like(image).scatter(1, taken, at < counts[:, None] // 2)
-    return whole.masked_fill(first & image, torch.inf)
+    return best, torch.empty_like(best).scatter(1, by_cell, rounds).masked_fill(~image, len(at))
 
 
 def dominant(

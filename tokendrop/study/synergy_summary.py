@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tokendrop.analysis.noise import to_noise
 from tokendrop.analysis.report import Image, Section, Table, lines_png
 from tokendrop.study.costs import Steps
+from tokendrop.study.intervals import interval
 from tokendrop.study.summary import BASELINE, MISSING, QUALITY
 from tokendrop.study.synergy import TABLE_3, TWICE, SynergyStudy
 from tokendrop.synergy.history import heat_map, read_history
@@ -59,10 +59,10 @@ def _line(rows: Sequence[Row], name: str, flops: float) -> tuple[str, ...]:
     cells = [name, *PAPER.get(name, (MISSING,) * 3), f"{flops:.2f}x"]
     for task in TASKS:
         metric, _ = QUALITY[task]
-        cells.append(_interval([row[task][metric] for row in own]) if own[0][task] else MISSING)
+        cells.append(interval([row[task][metric] for row in own]) if own[0][task] else MISSING)
         gains = synergies(rows, name, task)
-        cells.append(_interval(gains, signed=True) if gains and name != BASELINE[task] else MISSING)
-    return (*cells, _interval(seconds))
+        cells.append(interval(gains, signed=True) if gains and name != BASELINE[task] else MISSING)
+    return (*cells, interval(seconds))
 
 
 def synergies(rows: Sequence[Row], name: str, task: str) -> list[float]:
@@ -133,8 +133,8 @@ def configurations(rows: Sequence[Row], study: SynergyStudy) -> Table:
     for name in study.joint:
         own = _of(rows, name)
         if own:
-            said = [_interval([early(row, predictor) for row in own], signed=True) for predictor in PREDICTORS]
-            came = [_interval(synergies(rows, name, task), signed=True) for task in TASKS]
+            said = [interval([early(row, predictor) for row in own], signed=True) for predictor in PREDICTORS]
+            came = [interval(synergies(rows, name, task), signed=True) for task in TASKS]
             lines.append((name, str(len(own)), *said, *came))
     return Table(("run", "seeds", *PREDICTORS, "U synergy", "G synergy"), lines)
 
@@ -192,15 +192,3 @@ def _maps(names: Sequence[str], folder: Path) -> list[Image]:
 
 def _of(rows: Sequence[Row], name: str) -> list[Row]:
     return sorted((row for row in rows if row["name"] == name), key=lambda row: row["seed"])
-
-
-def _interval(values: Sequence[float], signed: bool = False) -> str:
-    from scipy.stats import t
-
-    known = [value for value in values if math.isfinite(value)]
-    if len(known) < len(values) or not known:
-        return MISSING
-    spread = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
-    if spread == 0:
-        return f"{statistics.fmean(known):{'+' if signed else ''}.3f}"
-    return to_noise(statistics.fmean(known), spread * float(t.ppf(0.975, len(known) - 1)), signed)

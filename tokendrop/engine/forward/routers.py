@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward.state import Frame, frames
-from tokendrop.engine.model.swap import Swapped, swapped_class
+from tokendrop.engine.model.swap import Swapped, swap
 from tokendrop.engine.plan.plan import Group, Span
 from tokendrop.errors import UnsupportedError
 
@@ -125,7 +125,7 @@ def inject(model: nn.Module, path: str, key: str) -> None:
 
 
 def _swap(module: Any, mixin: type[Swapped], key: str, more: list[Any]) -> None:
-    module.__class__ = swapped_class(mixin, type(module))
+    swap(module, mixin)
     module.__dict__["_tokendrop"] = key, more
 
 

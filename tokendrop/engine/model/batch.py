@@ -60,7 +60,8 @@ def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ())
     )
     raise BatchError(
         f"the batch has the keys {sorted(map(str, batch))}{unknown}; it needs 'image_mask' (B, T) bool, or "
-        "'mm_token_type_ids', or 'input_ids' with known image ids. Add one, or give layout= a function of your own"
+        "'mm_token_type_ids', or 'input_ids' with known image ids. Add one, or give a function of your own: "
+        "TokenDrop(..., layout=fn(batch)), apply(..., layout=fn(args, kwargs))"
     )
 
 

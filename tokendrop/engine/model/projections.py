@@ -196,8 +196,9 @@ def settle(layers: Iterable[nn.Module], specs: Iterable[LayerSpec]) -> None:
             if is_linear(linear):
                 for module in inside:
                     swap.restore(module)
-                linear.__dict__["_tokendrop_parts"] = parts_of(layer, spec, letters)
-                swap.swap(linear, _SplitLinear)
+                parts = parts_of(layer, spec, letters)
+                swap.swap(linear, _SplitLinear)  # which its class may refuse
+                linear.__dict__["_tokendrop_parts"] = parts
             elif not inside:
                 raise UnsupportedError(
                     f"{type(linear).__name__} took the place of the linear that makes {', '.join(letters)} since "
