@@ -7,7 +7,7 @@ Shape letters: T tokens.
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,9 +63,9 @@ class Model(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), self.hparams["lr"])
 
 
-def main(args: ArgsType = None) -> LightningCLI:
-    """What the command line says, or `args`."""
-    return LightningCLI(Model, Data, args=args)
+def main() -> LightningCLI:
+    """What the command line says."""
+    return LightningCLI(Model, Data)
 
 
 if __name__ == "__main__":

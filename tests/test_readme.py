@@ -43,7 +43,7 @@ def test_rows_follow_the_schema():
 
 def test_examples_are_python():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         ast.parse(block)
 

@@ -86,9 +86,9 @@ def test_the_example_trains(tmp_path, monkeypatch, capsys):
 
     config = yaml.safe_load(EXAMPLE.read_text())
     given = config["trainer"]["callbacks"][0]["init_args"]
-    cli = lightning_cli.main(
-        ["fit", "--config", str(EXAMPLE), "--trainer.logger.init_args.save_dir", str(tmp_path), "--data.size", "8"]
-    )
+    folder = f"--trainer.logger.init_args.save_dir={tmp_path}"
+    monkeypatch.setattr("sys.argv", ["lightning_cli.py", "fit", "--config", str(EXAMPLE), folder])
+    cli = lightning_cli.main()
     drop = next(one for one in cli.trainer.callbacks if isinstance(one, td.TokenDrop))
     methods, schedule = drop.methods, drop.schedule
     assert methods == {"understanding": td.HiMix("2:"), "generation": td.HMGen("1:3", separate="shared")}

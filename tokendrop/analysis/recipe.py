@@ -4,9 +4,9 @@ Shape letters: L layers.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -84,32 +84,21 @@ def recipe(
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
         raise MethodError(f"budget={budget!r}: expected a share of the dense FLOPs, above 0 and at most 1")
     model = config_or_model if isinstance(config_or_model, nn.Module) else model_from_config(config_or_model)
-    depth, refused = len(find_layers(model, layers)[1]), list[Exception]()
-    ratios: dict[str, float | None] = {}
-
-    def ratio(method: Method) -> float | None:
-        if str(method) not in ratios:
-            ratios[str(method)] = None
-            try:
-                ratios[str(method)] = flops(model, method, text, image, layers=layers).ratio
-            except (UnsupportedError, LayerRangeError) as error:
-                refused.append(error)
-        return ratios[str(method)]
-
+    depth, costs = len(find_layers(model, layers)[1]), _Costs(model, text, image, layers)
     least: list[tuple[float, str]] = []
     for kind in _kinds(task, depth):
-        found, severest = _mildest(kind.methods, budget, ratio)
+        found, severest = _mildest(kind.methods, budget, costs)
         if found is not None:
             rank_zero_info(
-                f"tokendrop.recipe: {found} costs {ratio(found):.2f} of the dense FLOPs of {type(model).__name__} with "
+                f"tokendrop.recipe: {found} costs {costs(found):.2f} of the dense FLOPs of {type(model).__name__} with "
                 f"{text} text and {image} image tokens. Its settings are those of {kind.source}, fitted to {depth} "
                 "layers; it was not measured on this model"
             )
             return found
         if severest is not None:
-            least.append((ratio(severest) or 0.0, str(severest)))
+            least.append((costs(severest), str(severest)))
     if not least:
-        reason = refused[0] if refused else f"its decoder has {depth} layers, and some must stay full"
+        reason = next(iter(costs.refused), f"its decoder has {depth} layers, and some must stay full")
         raise UnsupportedError(f"no recipe for {task} in {type(model).__name__}: {reason}")
     cost, method = min(least)
     raise MethodError(
@@ -118,26 +107,45 @@ def recipe(
     )
 
 
-def _mildest(
-    methods: Sequence[Method], budget: float, ratio: Callable[[Method], float | None]
-) -> tuple[Method | None, Method | None]:
+class _Costs:
+    """FLOPs ratios of methods in a model, each worked out once; infinite where it cannot have one."""
+
+    def __init__(self, model: nn.Module, text: int, image: int, layers: str | None) -> None:
+        self.model, self.tokens, self.layers = model, (text, image), layers
+        self.known: dict[str, float] = {}
+        self.refused: list[Exception] = []
+
+    def __call__(self, method: Method) -> float:
+        if str(method) not in self.known:
+            self.known[str(method)] = self._ratio(method)
+        return self.known[str(method)]
+
+    def _ratio(self, method: Method) -> float:
+        try:
+            return flops(self.model, method, *self.tokens, layers=self.layers).ratio
+        except (UnsupportedError, LayerRangeError) as error:
+            self.refused.append(error)
+            return inf
+
+
+def _mildest(methods: Sequence[Method], budget: float, costs: _Costs) -> tuple[Method | None, Method | None]:
     """The first that meets the budget, and the last that the model can have."""
     # A model that cannot have a method cannot have one that is more severe: it reaches more layers.
-    can = bisect_left(methods, True, key=lambda one: ratio(one) is None)
+    can = bisect_left(methods, True, key=lambda one: costs(one) == inf)
     if can == 0:
         return None, None
-    at = bisect_left(methods[:can], True, key=lambda one: (ratio(one) or 0.0) <= budget)
+    at = bisect_left(methods[:can], True, key=lambda one: costs(one) <= budget)
     return (methods[at] if at < can else None), methods[can - 1]
 
 
 def _kinds(task: str, depth: int) -> list[Kind]:
     if task == "generation":
         return [Kind(_shallow(depth), "arXiv 2606.01503 (HMGen: alternating shallow layers in the middle)")]
-    late = [HiMix(f"{start}:") for start in reversed(range(depth))]
-    # Of 576 image tokens; without these the schedules for 48 and 80 tokens would not be those of other resolutions.
+    late: list[Method] = [HiMix(f"{start}:") for start in reversed(range(depth))]
+    # As shares of the 576 image tokens that its counts are for, 80, 64 and 48 of them on average.
     stages = [_stages(depth, (10, 13, 16, 19), 453), _stages(depth, (10, 14, 16, 18), 215)]
     stages.append(_stages(depth, (10, 14, 16, 18), 87))
-    few = [SVDPrune(round(kept / 576, 4)) for kept in (32, 16)]
+    few: list[Method] = [SVDPrune(round(kept / 576, 4)) for kept in (32, 16)]
     return [
         Kind(late, "arXiv 2606.01503 (HiMix) from a later layer on" if depth > 1 else "arXiv 2606.01503 (HiMix)"),
         Kind([one for one in stages if one is not None], "HiDrop's code for 32 layers"),
