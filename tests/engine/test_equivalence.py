@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 import tokendrop as td
 from tokendrop.engine.reference import reference
 
+# Labels are optional, and left out on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:the layout has no labels:tokendrop.LayoutWarning")
 BASES = {
     ("sdpa", torch.float32): llama(spread=0.2),
     ("eager", torch.float32): llama("eager", spread=0.2),
