@@ -61,6 +61,13 @@ def test_every_method_stays_itself(method):
     assert parsed({"methods": written}).methods == method
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_config_is_a_file_of_lightning_cli(method):
+    schedule = td.Schedule(1, 2, 3, "out", 4)
+    callback = parsed(td.to_config({"u": method, "g": None}, schedule))
+    assert (callback.methods, callback.schedule) == ({"u": method, "g": None}, schedule)
+
+
 def test_all_methods_are_in_the_test_above():
     assert {type(method).__name__ for method in METHODS} == set(methods.__all__)
 
