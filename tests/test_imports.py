@@ -19,6 +19,7 @@ BELOW = {
     "scores": {"scores", "errors"},
     "roles": {"errors"},
     "schedule": {"errors"},
+    "config": {"engine", "methods", "roles", "schedule", "errors"},
     "layout": {"errors"},
     "methods": {"methods", "roles", "scores", "layout", "errors"},
     "engine": {"engine", "roles", "layout", "kernels", "errors"},
