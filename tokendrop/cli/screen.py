@@ -14,6 +14,8 @@ from tokendrop.errors import TokenDropError
 if TYPE_CHECKING:
     from tokendrop.analysis.report import Table
 
+FIGURE = 7  # characters
+
 
 def console(stderr: bool = False) -> Console:
     """Where text is printed as it is: "tokendrop[demo]" is no style, and "a:b:c" no emoji."""
@@ -53,8 +55,9 @@ def print_table(console: Console, table: "Table", notes: Sequence[str]) -> None:
         widths = [max(map(len, " ".join(cells).split())) for cells in columns]
     shown = RichTable(box=None, padding=(0, 1, 0, 0))
     for index, (name, width) in enumerate(zip(table.header, widths, strict=True)):
-        # Where there is no room for that either, a cell goes on in the next line; none is cut off.
-        shown.add_column(name, justify="right" if index else "left", width=width, overflow="fold")
+        # Where there is no room for that either, long words go on in the next line; no figure breaks, none is cut off.
+        side = "right" if index else "left"
+        shown.add_column(name, justify=side, min_width=min(width, FIGURE), max_width=width, overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
     console.print(shown)
