@@ -2,6 +2,7 @@
 
 import logging
 
+import device
 import families_table
 import pytest
 import torch
@@ -12,6 +13,7 @@ settings.register_profile(
 )
 settings.load_profile("tokendrop")
 torch.set_num_threads(1)
+device.use()
 
 
 def pytest_addoption(parser):

@@ -314,7 +314,7 @@ FAMILIES: dict[str, Family] = {
     "minimax": Family(_minimax, hf.MiniMaxForCausalLM, alike=True),
     "falcon_h1": Family(_falcon_h1, hf.FalconH1ForCausalLM, alike=True),
 }
-# Some layers carry a state from row to row, for which the dense definition has no masks; tests/engine/model/test_hybrids.py.
+# Some layers carry a state from row to row, for which the dense definition has no masks; see test_hybrids.py.
 HYBRID = ("falcon_h1", "minimax")
 NAMES = sorted(FAMILIES.keys() - HYBRID)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from device import ACCELERATOR
 from families import FAMILIES, IMAGE, batch, model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -109,7 +110,7 @@ def fit(lit: Lit, given: Any, callback: td.TokenDrop) -> L.Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = L.Trainer(accelerator="cpu", max_steps=1, callbacks=[callback], **quiet)
+    trainer = L.Trainer(accelerator=ACCELERATOR, max_steps=1, callbacks=[callback], **quiet)
     trainer.fit(lit, Once(given))
     return trainer
 

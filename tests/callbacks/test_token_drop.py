@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from device import ACCELERATOR
 from lit_llama import LIGHTNING_WARNS, METHODS, Batches, Lit, Validated, batch, dropped_keys, llama, loader, trainer
 
 import tokendrop as td
@@ -254,5 +255,5 @@ def test_a_lightning_module_without_a_trainer_needs_a_layout():
 def test_manual_setup_without_trainer_callbacks():
     # A trainer-like object is enough: what the callback needs of it in setup is its list of callbacks.
     module, callback = Lit(), td.TokenDrop(METHODS)
-    callback.setup(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), module, "fit")
+    callback.setup(L.Trainer(logger=False, enable_checkpointing=False, accelerator=ACCELERATOR), module, "fit")
     assert td.handle(module) is callback.handle

@@ -103,7 +103,7 @@ def test_a_run_with_its_gradients_watched(tmp_path):
     made = one_run(TINY, "share-all", 0, str(tmp_path))
     assert [one["step"] for one in made["events"]] == list(range(4, 9))
     assert {"accuracy", "nll"} <= made[U].keys()
-    assert made["seconds"] > made["monitor_seconds"] > 0
+    assert min(made["seconds"], made["monitor_seconds"]) > 0  # of the CPU, and by the clock
     assert one_run(TINY, "U-only", 0, str(tmp_path))["events"] == []
 
 
