@@ -64,13 +64,14 @@ def growth() -> str:
 
 
 def idle() -> str:
-    """The callback where nothing is dropped."""
+    """The callback, and a model's own layouts, where nothing is dropped."""
 
     def line(row: Row) -> tuple[str, ...]:
         config = row["config"]
-        return f"{config['layers']} layers, D {config['width']}, T {config['tokens']}", str(row["n"])
+        model = f"{config['layers']} layers, D {config['width']}, T {config['tokens']}"
+        return row["case"].removeprefix("idle "), model, str(row["n"])
 
-    return pivot(rows_of("idle"), line, ["model", "steps"], ["time ratio"])
+    return pivot(rows_of("idle"), line, ["what", "model", "steps"], ["time ratio"])
 
 
 def random_ltd() -> str:
