@@ -39,7 +39,10 @@ def pivot(rows: list[Row], line: Callable[[Row], tuple[str, ...]], head: list[st
     """A Markdown table: a line for each value of `line`, a column for each metric."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(line(row), {})[row["metric"]] = row
+        cell = found.setdefault(line(row), {})
+        if row["metric"] in cell:  # one of them would be lost
+            raise ValueError(f"two rows for {line(row)}, {row['metric']}; let the line say what tells them apart")
+        cell[row["metric"]] = row
     cells = [[*key, *(figure(by.get(metric)) for metric in metrics)] for key, by in found.items()]
     lines = [[*head, *metrics], ["---"] * (len(head) + len(metrics)), *cells]
     return "".join(f"| {' | '.join(one)} |\n" for one in lines)
