@@ -39,7 +39,10 @@ def pivot(rows: list[Row], line: Callable[[Row], tuple[str, ...]], head: list[st
     """A Markdown table: a line for each value of `line`, a column for each metric."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(line(row), {})[row["metric"]] = row
+        cell = found.setdefault(line(row), {})
+        if row["metric"] in cell:  # one of them would be lost
+            raise ValueError(f"two rows for {line(row)}, {row['metric']}; let the line say what tells them apart")
+        cell[row["metric"]] = row
     cells = [[*key, *(figure(by.get(metric)) for metric in metrics)] for key, by in found.items()]
     lines = [[*head, *metrics], ["---"] * (len(head) + len(metrics)), *cells]
     return "".join(f"| {' | '.join(one)} |\n" for one in lines)
@@ -64,13 +67,14 @@ def growth() -> str:
 
 
 def idle() -> str:
-    """The callback where nothing is dropped."""
+    """The callback, and a model's own layouts, where nothing is dropped."""
 
     def line(row: Row) -> tuple[str, ...]:
         config = row["config"]
-        return f"{config['layers']} layers, D {config['width']}, T {config['tokens']}", str(row["n"])
+        model = f"{config['layers']} layers, D {config['width']}, T {config['tokens']}"
+        return row["case"].removeprefix("idle "), model, str(row["n"])
 
-    return pivot(rows_of("idle"), line, ["model", "steps"], ["time ratio"])
+    return pivot(rows_of("idle"), line, ["what", "model", "steps"], ["time ratio"])
 
 
 def random_ltd() -> str:

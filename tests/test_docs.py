@@ -40,3 +40,12 @@ def test_files_that_a_page_names_exist(page):
     named = re.findall(r"`([\w/]+\.(?:py|md))`", (root / page).read_text())
     assert named
     assert not [name for name in named if not any((place / name).exists() for place in places)]
+
+
+def test_the_architecture_names_every_file_of_the_engine():
+    root = Path(__file__).parents[1]
+    engine = root / "tokendrop/engine"
+    page = (root / "docs/architecture.md").read_text()
+    files = [one.relative_to(engine).as_posix() for one in engine.rglob("*.py") if one.name != "__init__.py"]
+    assert len(files) > 20
+    assert not [name for name in files if f"`engine/{name}`" not in page and ("/" in name or f"`{name}`" not in page)]

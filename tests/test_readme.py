@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tokendrop import methods
 from tokendrop.study import summary
 
@@ -31,6 +33,13 @@ def test_every_table_is_made_of_committed_results():
         text = page.read_text()
         assert table.written(text) == text, page.name
     assert "<!-- table: step -->" in README
+
+
+def test_two_rows_in_one_cell_are_refused():
+    rows = [{"metric": "time ratio", "case": case, "median": 1.0, "p20": 1.0, "p80": 1.0, "n": 1} for case in "ab"]
+    assert len(table.pivot(rows, lambda row: (row["case"],), ["case"], ["time ratio"]).splitlines()) == 4
+    with pytest.raises(ValueError, match=r"two rows for \(\), time ratio"):
+        table.pivot(rows, lambda row: (), [], ["time ratio"])
 
 
 def test_rows_follow_the_schema():

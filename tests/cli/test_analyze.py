@@ -133,7 +133,7 @@ REFUSED = {
     "no_decoder": ("DecoderError", "Linear"),
     "wrong_order": ("SourceError", "returned (function, list, LlamaForCausalLM); expected (model, batches, layout)"),
     "raises": ("SourceError", "raised ValueError: [red]boom next (users_model.py, line"),
-    "takes_one": ("SourceError", "expected a function of 0 arguments"),
+    "takes_one": ("SourceError", "expected a function of no arguments"),
     "Module": ("SourceError", "returned Module; expected (model, batches, layout)"),
     "secret": ("SourceError", "found int 3"),
 }

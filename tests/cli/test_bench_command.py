@@ -52,7 +52,7 @@ REFUSED = {
     "frozen": ("TaskLossError", "no trained parameter"),
     "wrong_order": ("SourceError", "returned (function, list, LlamaForCausalLM); expected (model, batches, layout)"),
     "raises": ("SourceError", "raised ValueError: boom (users_bench.py, line"),
-    "takes_one": ("SourceError", "expected a function of 0 arguments"),
+    "takes_one": ("SourceError", "expected a function of no arguments"),
     "other": ("SourceError", "has no attribute 'other'"),
 }
 

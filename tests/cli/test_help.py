@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
+from rich.text import Text
 
 import tokendrop
+from tokendrop import cli
 
 HEAVY = ("torch", "lightning", "transformers", "numpy", "matplotlib")
 COMMANDS = ("demo", "inspect", "flops", "bench", "analyze", "synergy")
@@ -29,6 +32,14 @@ print("heavy:", *(name for name in {HEAVY!r} if name in sys.modules))
     assert said.splitlines()[0] == tokendrop.__version__
     assert said.splitlines()[-1] == "heavy:"
     assert said.count("Usage") == len(given) - 1
+
+
+def test_help_is_shown_as_it_is_written():
+    app = typer.main.get_command(cli.app)
+    written = [one.help for one in (app, *app.commands.values())]
+    written += [one.help for command in app.commands.values() for one in command.params if getattr(one, "help", None)]
+    assert len(written) > 20
+    assert [Text.from_markup(text).plain for text in written] == written  # ":-1:" is a thumb to rich, "[demo]" a style
 
 
 def test_nothing_heavy_is_imported_until_a_name_is_asked_for_and_a_part_can_come_first():

@@ -105,7 +105,7 @@ REFUSED = {
     "no_mapping": ("SourceError", "returned (Module, Data, int); expected"),
     "argument": ("SourceError", "raised TypeError: Trainer.__init__() got an unexpected keyword argument 'epochs'"),
     "raises": ("SourceError", "raised ValueError: boom (users_tasks.py, line"),
-    "too_few": ("SourceError", "expected a function of 3 arguments"),
+    "too_few": ("SourceError", "expected a function of (tasks, methods, seed); too many positional arguments"),
     "nothing_trained": ("UnsupportedError", "the Trainer ran no training batch"),
     "other": ("SourceError", "has no attribute 'other'"),
 }

@@ -24,23 +24,24 @@ class SourceError(TokenDropError, ImportError):
     """A name that leads to nothing that can be run, or code of the user's that raised."""
 
 
-def call(name: str, *arguments: Any) -> Any:
+def call(name: str, **arguments: Any) -> Any:
     """What a function of the user's returns.
 
     Args:
         name: "package.module:function"; modules of the working directory are found.
-        arguments: that it is called with.
+        arguments: that it is called with, in order; it may name them otherwise.
 
     Raises:
         SourceError: no such function, one that takes other arguments, or one that raised.
     """
     function = _function(name)
     try:
-        inspect.signature(function).bind(*arguments)
+        inspect.signature(function).bind(*arguments.values())
     except (TypeError, ValueError) as error:
-        raise SourceError(f"{name!r}: expected a function of {len(arguments)} arguments; {error}") from error
+        expected = f"({', '.join(arguments)})" if arguments else "no arguments"
+        raise SourceError(f"{name!r}: expected a function of {expected}; {error}") from error
     with blamed(name):
-        return function(*arguments)
+        return function(*arguments.values())
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -113,7 +114,7 @@ def read_run(name: str, tasks: tuple[str, ...], methods: dict[str, Any], seed: i
     """
     import lightning as L
 
-    made = call(name, tasks, methods, seed)
+    made = call(name, tasks=tasks, methods=methods, seed=seed)
     kinds: tuple[Any, ...] = (L.LightningModule, L.LightningDataModule | None, Mapping)
     if not isinstance(made, tuple) or len(made) != 3 or not all(map(isinstance, made, kinds)):
         found = f"({', '.join(type(one).__name__ for one in made)})" if isinstance(made, tuple) else type(made).__name__

@@ -23,7 +23,7 @@ def synergy(
         list[str] | None,
         typer.Option(
             help="Of your own module, TASK=METHOD each: together one joint dropped run, until a task comes again; a "
-            'method without a task is for all. By default HiMix and HMGen("1:-1:2").'
+            "method without a task is for all. By default HiMix, and HMGen in every second layer but the last."
         ),
     ] = None,
     task: Annotated[
