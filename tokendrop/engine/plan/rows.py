@@ -1,6 +1,6 @@
 """Index tensors: which rows of each sample matter, which compute, and which projections they use.
 
-Shape letters: B batch, T tokens, K computed rows.
+Shape letters: B batch, T tokens, P rows before the image, K computed rows, M context rows.
 """
 
 from dataclasses import dataclass
@@ -90,6 +90,14 @@ def before_one_image(layout: TokenLayout, computing: Tensor) -> Tensor:
     one = layout.image.sum(1) == last - first + 1
     one &= True if layout.padding is None else layout.padding.all(1)
     return (computing & (tokens < first[:, None])).sum(1).where(one, -1)
+
+
+def behind_image(first: int, size: int, context_size: int, device: torch.device) -> Tensor:
+    """(K - P, K + M) bool, what computing rows behind one image see, where P rows `first` see none of it."""
+    seen = torch.ones(size - first, size + context_size, dtype=torch.bool, device=device)
+    # Causal among computing rows; every image row is behind them in the columns, and before them in the sequence.
+    seen[:, :size] = seen[:, :size].tril(first)
+    return seen
 
 
 def real_rows(layout: TokenLayout) -> Tensor:
