@@ -17,13 +17,13 @@ from tokendrop.engine.plan.rows import (
     Split,
     before_one_image,
     behind_image,
+    check_needed,
     choose_rows,
     needed_rows,
     real_rows,
     round_up,
     split_rows,
 )
-from tokendrop.errors import NeededRowError
 from tokendrop.layout import TokenLayout, scoring_mask
 from tokendrop.roles import LayerRoute, Role, Route, Select, selections
 
@@ -199,32 +199,26 @@ class Planner:
         Raises:
             NeededRowError: an image token that is trained ends with a stale state.
         """
-        self._check_needed()
+        check_needed(self.layout, self.routes, self.needed_images)
+        num_layers = len(self.routes[0])
         spans: list[Span] = []
-        for roles, run in groupby(range(len(self.routes[0])), key=lambda layer: tuple(route[layer] for route in self.routes)):
+        for roles, run in groupby(range(num_layers), key=lambda layer: tuple(route[layer] for route in self.routes)):
             layers = list(run)
             spans.append(self._span(layers[0], layers[-1] + 1, roles))
         span_of = tuple(span for span in spans for _ in range(span.start, span.stop))
         dense = not any(span.rows or span.selects or any(one.split for one in span.groups) for span in spans)
         has_context = any(group.context_size for span in spans for group in span.groups)
-        shape = len(self.layout.image), self.tokens
         more = dense, self.routed, has_context, self.needed_rows, self.scoring, self.packs
-        return Plan(shape, self.layout, self.computing, tuple(spans), span_of, *more)
-
-    def _check_needed(self) -> None:
-        for sample, (route, count) in enumerate(zip(self.routes, self.needed_images, strict=True)):
-            if count and route[-1].image in (Role.CONTEXT, Role.GONE):
-                raise NeededRowError(
-                    f"sample {sample} (task {self.layout.tasks[sample]!r}) trains {count} image rows, but its method "
-                    f"leaves them {route[-1].image.name} in the last layer, with a stale state; use HMGen for this "
-                    "task, or set the labels behind image tokens to -100"
-                )
+        return Plan((len(self.layout.image), self.tokens), self.layout, self.computing, tuple(spans), span_of, *more)
 
     def _span(self, start: int, stop: int, roles: tuple[LayerRoute, ...]) -> Span:
         by_role: dict[tuple[Role, Select | None], list[int]] = {}
         for sample, role in enumerate(roles):
             by_role.setdefault((role.image, role.select), []).append(sample)
-        groups = tuple(self._group(role, select, tuple(samples), roles) for (role, select), samples in by_role.items())
+        merged: dict[tuple[Role, Select | None], list[int]] = {}
+        for (role, select), samples in by_role.items():
+            merged.setdefault(self._simplest(role, select, samples), []).extend(samples)
+        groups = tuple(self._group(*key, tuple(sorted(samples)), roles) for key, samples in merged.items())
         selects = any(group.choice is not None for group in groups)
         return Span(start, stop, groups, len(groups) > 1, None if selects else span_rows(groups, self.tokens), selects)
 
@@ -245,9 +239,6 @@ class Planner:
         image, kept = self.layout.image[chosen], self._kept(select, samples)
         rows = [self.text[sample] + sum(kept[sample]) for sample in samples]
         left = [self.images[sample] - sum(kept[sample]) for sample in samples]
-        if role is Role.CONTEXT and (select is None or not (select.learned or select.merge)):
-            role = role if any(left) else Role.ACTIVE
-            select = select if any(map(sum, kept.values())) else None
         if role is Role.ACTIVE:
             split = self._split(image, samples, owns)
             return Group(role, number, samples, chosen, whole, self.tokens, None, None, split)
@@ -256,18 +247,26 @@ class Planner:
         counts = torch.tensor(rows, device=chosen.device)
         if select is not None:
             each = torch.tensor([one for own in kept.values() for one in own], device=chosen.device)
-            packs = None if self.packs is None else self.packs.within(samples)
-            choice = Choice(select, each, counts, context_size, packs)
+            choice = Choice(select, each, counts, context_size, self.packs and self.packs.within(samples))
             return Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
         active = choose_rows(self.computing[chosen], counts, size)
         if role is not Role.CONTEXT:
             return Group(role, number, samples, chosen, whole, size, active, None)
         context = choose_rows(image, image.sum(1), context_size)
-        split = self._split(torch.ones_like(context.index, dtype=torch.bool), samples, owns)
+        split = self._split(context.index >= 0, samples, owns)  # every row
         late = self._late(samples, size, context_size)
         return Group(role, number, samples, chosen, whole, size, active, context, None, split, late=late)
 
-    def _kept(self, select: Select | None, samples: tuple[int, ...]) -> dict[int, list[int]]:
+    def _simplest(self, role: Role, select: Select | None, samples: Sequence[int]) -> tuple[Role, Select | None]:
+        # All of the image tokens compute where none is left to be CONTEXT, and none is chosen where none is kept.
+        if role is not Role.CONTEXT or (select is not None and (select.learned or select.merge)):
+            return role, select
+        kept = {sample: sum(own) for sample, own in self._kept(select, samples).items()}
+        if all(count == self.images[sample] for sample, count in kept.items()):
+            return Role.ACTIVE, None
+        return role, select if any(kept.values()) else None
+
+    def _kept(self, select: Select | None, samples: Sequence[int]) -> dict[int, list[int]]:
         # How many image tokens each sample of a row keeps: the row itself, or those packed into it.
         owners = range(len(self.images)) if self.packs is None else self.packs.rows
         kept: dict[int, list[int]] = {sample: [] for sample in samples}

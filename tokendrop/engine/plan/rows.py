@@ -3,12 +3,15 @@
 Shape letters: B batch, T tokens, P rows before the image, K computed rows, M context rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tokendrop.errors import NeededRowError
 from tokendrop.layout import IGNORED, TokenLayout
+from tokendrop.roles import Role, Route
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,21 @@ def needed_rows(layout: TokenLayout) -> Tensor:
     if layout.labels is not None:
         needed[:, :-1] = layout.labels[:, 1:] != IGNORED
     return needed
+
+
+def check_needed(layout: TokenLayout, routes: Sequence[Route], counts: Sequence[int]) -> None:
+    """Refuse to train image rows, `counts` in each sample, that end with a stale state.
+
+    Raises:
+        NeededRowError: with the sample.
+    """
+    for sample, (route, count) in enumerate(zip(routes, counts, strict=True)):
+        if count and route[-1].image in (Role.CONTEXT, Role.GONE):
+            raise NeededRowError(
+                f"sample {sample} (task {layout.tasks[sample]!r}) trains {count} image rows, but its method "
+                f"leaves them {route[-1].image.name} in the last layer, with a stale state; use HMGen for this "
+                "task, or set the labels behind image tokens to -100"
+            )
 
 
 def before_one_image(layout: TokenLayout, computing: Tensor) -> Tensor:
