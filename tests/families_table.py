@@ -20,8 +20,9 @@ Every family is a tiny model of random weights, with real pixel values where it 
 all gradients equal those of the dense, masked definition of the same roles (1e-5 relative), with sdpa and eager
 attention, unpadded, left- and right-padded. The columns:
 
-- **HiMix**, **HMGen**: over all layers and over a range, alone and mixed in one batch; **projections**: image-only
-  ones, `shared` and `per-task`; **drop, rejoin** and **drop, gone**: `td.Drop`, half of the image tokens, and with the
+- **HiMix**, **HMGen**: over all layers and over a range, alone and mixed in one batch, with the first
+  `Drop(then="context")`; **projections**: image-only ones, `shared` and `per-task`; **drop, rejoin** and
+  **drop, gone**: `td.Drop`, half of the image tokens, and with the
   first RandomLTD and MixtureOfDepths. FastV, PyramidDrop, HiDrop, DuetVLM and SVDPrune run in the same test; VScan and
   DuetVLM's vision stage in LLaVA, Qwen2.5-VL and Janus, whose vision encoders can be looked into.
 - **generate**: greedy generation with a cache equals that without one, under HiMix, HMGen and `Drop(then="gone")`.

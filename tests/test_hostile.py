@@ -140,7 +140,7 @@ CATALOGUE = {
     "Drop.layers": (LAYERS,),
     "Drop.keep": (KEEP,),
     "Drop.score": ((td.MethodError, ["loudest", 3, None, ["random"]]),),
-    "Drop.then": ((td.MethodError, ["stay", 3, None, ["gone"]]),),
+    "Drop.then": ((td.MethodError, ["stay", "Context", 3, None, ["gone"], {"context": 1}]),),
     "Drop.seed": (SEED,),
     "DropLayers.layers": ((td.DecoderError, [[], None, 3, "ab", [3], [nn.Linear(2, 2), nn.ReLU()]]),),
     "DropLayers.methods": (METHOD,),

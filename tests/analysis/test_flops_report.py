@@ -36,6 +36,7 @@ METHODS = [
     td.Drop("1:3", 0.3),
     td.Drop("1:", 3, "attention", "gone"),
     td.Drop("1:3", 0.5, "similarity"),
+    td.Drop("1:3", 5, "attention", "context"),
     td.RandomLTD("1:-1", 0.4),
     td.MixtureOfDepths("1::2", 0.4),
     td.SVDPrune(keep=3, rank=1),

@@ -18,6 +18,7 @@ CHOOSING = {
     "HiDrop": td.HiDrop(1, (2,), (0.5,), 3),
     "DuetVLM": td.DuetVLM((1, 3), (0.5, 0)),
     "Drop by attention": td.Drop("1:3", 0.5, "attention"),
+    "Drop to context": td.Drop("1:3", 0.5, "attention", "context"),
     "MixtureOfDepths": td.MixtureOfDepths("1::2", 0.5),
 }
 

@@ -227,6 +227,24 @@ def test_several_batches_without_layouts_say_how(stage):
     assert "batches" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # see lit_llama
+def test_batches_in_batches_have_a_layout_each():
+    """As CombinedLoader makes of loaders in dicts of dicts and lists."""
+
+    class Nested(Several):
+        def training_step(self, given, index):
+            return sum(self._one(part) for part in (given["a"]["u"], *given["b"]))
+
+    given = {"a": {"u": batch(0, "u")}, "b": [batch(1, "g"), batch(2, "u")]}
+    module = Nested()
+    trainer(td.TokenDrop({"u": td.HiMix("1:"), "g": td.HMGen("1:3")})).fit(module, Batches(given))
+    assert len(module.seen) == 3
+    module.entering = False
+    said = r"is 3 batches, 'a' 'u', 'b' 0, 'b' 1, .*batch_layout\(batch\['a'\]\['u'\], self\)"
+    with pytest.raises(td.MissingLayoutError, match=said):
+        trainer(td.TokenDrop({"u": td.HiMix("1:"), "g": td.HMGen("1:3")})).fit(module, Batches(given))
+
+
 @pytest.mark.parametrize("kind", [dict, list, tuple])
 def test_several_batches_have_no_one_layout(kind):
     with pytest.raises(td.BatchError, match=rf"one batch, found {kind.__name__}\. The batch is 2 batches"):

@@ -43,6 +43,7 @@ METHODS = [
     td.HiMix("1:", separate="shared"),
     td.HMGen((1, 2)),
     td.Drop("1:", keep=3, score="norm", then="gone", seed=4),
+    td.Drop("1:", keep=0.25, then="context"),
     td.Drop("1:", keep=0.25),
     td.RandomLTD(keep=7),
     td.MixtureOfDepths("2:", 0.25),

@@ -68,12 +68,24 @@ def own(module):
     module.mine = sgd(module.model.parameters())
 
 
+def own_by_name(module):
+    module.automatic_optimization = False
+    module.mine = {"model": sgd(module.model.model.parameters()), "head": sgd(module.model.lm_head.parameters())}
+
+
+def own_in_a_list(module):
+    module.automatic_optimization = False
+    module.mine = [sgd(module.model.parameters())]
+
+
 MISSED = {
     "the model's": lambda module: sgd(module.model.parameters()),
     "groups by module": groups,
     "with a schedule": scheduled,
     "several, by hand": by_hand,
     "an attribute, and none returned": own,
+    "a dict of them": own_by_name,
+    "a list of them": own_in_a_list,
 }
 
 

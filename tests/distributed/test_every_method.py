@@ -18,6 +18,7 @@ METHODS = [
     td.Drop("1:", keep=0.5, score="attention", then="gone"),
     td.Drop("1:3", keep=0.5, score="value_norm"),
     td.Drop("1:3", keep=0.5, score="leverage"),
+    td.Drop("1:3", keep=0.5, score="norm", then="context"),
     td.SVDPrune(keep=3, rank=2),
     td.MixtureOfDepths("1:3", keep=0.4),
 ]

@@ -35,11 +35,12 @@ METHODS: dict[str, Any] = {
         td.HiMix(),
         td.HMGen("0:1"),
         td.Drop("0:1", keep=0.5),
+        td.Drop("0:1", keep=0.5, score="norm", then="context"),
         td.FastV(1),
         td.PyramidDrop((1,), (0.5,)),
         td.SVDPrune(0.5),
     ],
-    ids=lambda m: type(m).__name__,
+    ids=lambda m: type(m).__name__ + getattr(m, "then", ""),
 )
 def test_one_graph_for_each_rounded_count(method):
     torch._dynamo.reset()

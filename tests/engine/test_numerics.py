@@ -27,6 +27,7 @@ METHODS = {
     "hidrop": td.HiDrop(entry=1, layers=(2,), keep=(0.5,), exit=3),
     "duet": td.DuetVLM(text_layers=(1, 3), text_keep=(0.5, 0)),
     "none kept": td.Drop("1:3", keep=0),
+    "context": td.Drop("1:", keep=2, score="norm", then="context"),
     **{name: td.Drop("1:3", keep=2, score=name) for name in SCORES},
     **{f"{name} gone": td.Drop("1:", keep=0.5, score=name, then="gone") for name in SCORES},
 }

@@ -1,7 +1,8 @@
 """Whether what a method adds is trained: which parameters the optimizers hold."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning
@@ -18,8 +19,9 @@ DEEPSPEED_GROUPS = ("bit16_groups", "bf16_groups", "fp16_groups")
 def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, handle: Handle) -> None:
     """Refuse added parameters that no optimizer holds: they would stay what they are, and nobody would notice.
 
-    Optimizers are the trainer's, and those that are attributes of the module. Where they hold none of the module's
-    parameters (flattened by classic FSDP, no optimizer at all), nothing can be said, and nothing is.
+    Optimizers are the trainer's, and those that are attributes of the module, also in a list, tuple or dict. Where they
+    hold none of the module's parameters (flattened by classic FSDP, no optimizer at all), nothing can be said, and
+    nothing is.
 
     Args:
         trainer: whose optimizers are made, and no forward has run: FSDP2 shows other parameters after one.
@@ -29,8 +31,8 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, handle: H
     Raises:
         UnsupportedError: with names and the ways out. A warning where a finetuning callback may still add them.
     """
-    own = [value for value in vars(pl_module).values() if isinstance(value, Optimizer)]
-    held = {id(one) for optimizer in [*trainer.optimizers, *own] for one in _parameters(optimizer)}
+    optimizers = [*trainer.optimizers, *_optimizers(vars(pl_module).values())]
+    held = {id(one) for optimizer in optimizers for one in _parameters(optimizer)}
     if held.isdisjoint(map(id, pl_module.parameters())):
         return
     added = {id(one) for one in handle.parameters() if one.requires_grad}
@@ -50,6 +52,12 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, handle: H
         "and so has tokendrop.handle(self).parameters(). To keep them as they are on purpose, call "
         "tokendrop.handle(self).requires_grad_(False) there"
     )
+
+
+def _optimizers(values: Iterable[Any]) -> Iterator[Optimizer]:
+    for value in values:
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        yield from (one for one in held if isinstance(one, Optimizer))
 
 
 def _parameters(optimizer: Optimizer) -> Iterable[nn.Parameter]:

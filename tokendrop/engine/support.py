@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokendrop.engine.model.decoder import LayerSpec, deepstack_layers, is_sharded
 from tokendrop.errors import MethodError, UnsupportedError
-from tokendrop.roles import Method, Role
+from tokendrop.roles import Method, Role, Route
 
 Methods = Method | Mapping[str, Method | None]
 
@@ -63,6 +63,8 @@ def check_support(
     for method in methods.values():
         route = method.route(len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
+        if refusal := _chosen_refusal(route):
+            raise UnsupportedError(f"{method} {refusal}")
         if refusal := _refusal(layers, specs, context):
             raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
         looked = {one.select.queries.layer for one in route if one.select is not None and one.select.queries}
@@ -91,6 +93,18 @@ def check_support(
                     f"{type(model).__name__} adds visual features at full length (deepstack); start at layer "
                     f"{deepstack}: layers='{deepstack}:'"
                 )
+
+
+def _chosen_refusal(route: Route) -> str | None:
+    # What a selection cannot be combined with.
+    gone = False
+    for index, layer in enumerate(route):
+        if layer.select is not None and layer.separate:
+            return f"selects image tokens in layer {index} and has projections of their own there; do one of them"
+        if layer.select is not None and layer.image is Role.CONTEXT and gone:
+            return f"selects image tokens in layer {index}, the others CONTEXT, behind others that are GONE; use BYPASS"
+        gone = gone or layer.image is Role.GONE
+    return None
 
 
 def _refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec], wanted: Sequence[int]) -> str | None:

@@ -32,6 +32,7 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "value_norm": lambda s: scores.value_norm(_attention(s).values),
 }
 LOOKING = ("attention", "value_norm")
+ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT}
 
 
 def _attention(scoring: Scoring) -> Attention:
@@ -61,7 +62,8 @@ class Drop(Method):
         keep: share of the sample's image tokens, or a count.
         score: "random", "uniform", "norm", "similarity", "leverage", "attention" or "value_norm", or a function from
             `Scoring` to (B, T) float; higher is kept.
-        then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE).
+        then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
+            keys and values of the state they had at its entry (CONTEXT) until its end.
         seed: of random scores.
 
     Raises:
@@ -78,7 +80,7 @@ class Drop(Method):
     layers: Layers
     keep: int | float
     score: str | Callable[[Scoring], Tensor] = "random"
-    then: Literal["rejoin", "gone"] = "rejoin"
+    then: Literal["rejoin", "gone", "context"] = "rejoin"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,8 +91,8 @@ class Drop(Method):
             raise MethodError(
                 f"score={self.score!r} is unknown; use one of {', '.join(map(repr, SCORES))}, or a function"
             )
-        if self.then not in ("rejoin", "gone"):
-            raise MethodError(f"then={self.then!r} is unknown; use 'rejoin' or 'gone'")
+        if self.then not in tuple(ROLES):
+            raise MethodError(f"then={self.then!r} is unknown; use 'rejoin', 'gone' or 'context'")
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
@@ -104,7 +106,7 @@ class Drop(Method):
                 entry = entry if index - 1 in inside else index
                 queries = Queries("answer", entry) if self.score in LOOKING else None
                 select = Select(self.keep, score, entry, self.seed, strength, queries)
-                routes.append(LayerRoute(Role.GONE if gone else Role.BYPASS, select=select))
+                routes.append(LayerRoute(ROLES[self.then], select=select))
             else:
                 routes.append(LayerRoute())
         return tuple(routes)

@@ -25,6 +25,8 @@ METHODS: dict[str, Any] = {
     "hmgen_shared": td.HMGen("1:4:2", separate="shared"),
     "rejoin": td.Drop("0:3", 0.5),
     "gone": td.Drop("1:", 0.5, then="gone"),
+    "context": td.Drop("1:3", 0.5, then="context"),
+    "context_last": td.Drop("2:", 2, "norm", "context"),
     "fastv": td.FastV(2, 0.5),
     "pyramid_drop": td.PyramidDrop((1, 2, 4), (0.8, 0.5, 0.2)),
     "hidrop": td.HiDrop(1, (2, 3), (0.6, 2), 4),

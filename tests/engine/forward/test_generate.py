@@ -133,7 +133,7 @@ def test_the_cache_of_generated_images_shrinks() -> None:
 
 @pytest.mark.parametrize("keep", [0.5, 2])
 @pytest.mark.parametrize("score", ["random", "uniform", "norm"])
-@pytest.mark.parametrize("then", ["rejoin", "gone"])
+@pytest.mark.parametrize("then", ["rejoin", "gone", "context"])
 def test_a_selection_concerns_the_prompt_only(then: Any, score: str, keep: float) -> None:
     # New image tokens compute everywhere, with and without a cache, and take no place of the prompt's.
     model, drop = dropped(td.Drop("1:3", keep, score, then))

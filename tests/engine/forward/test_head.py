@@ -210,3 +210,19 @@ def test_a_head_that_was_exchanged_since_runs_on_labelled_rows(name, ran):
     assert count <= shape[1] < count + 4
     drop.remove()
     assert all("_tokendrop_base" not in vars(type(one)) for one in module.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("more", [{}, {"task_type": "CAUSAL_LM"}, {"modules_to_save": ["lm_head"]}])
+def test_a_model_within_peft(more):
+    """PEFT's wrapper has every attribute of the model that makes the loss."""
+    runs = []
+    for kept in (False, True):
+        module = adapted(llama(tie_word_embeddings=False), target_modules=["k_proj"], **more)
+        drop = td.apply(module, METHODS, multiple=4, labelled_logits=kept)
+        runs.append(labelled(module, drop))
+        drop.remove()
+        assert all("_loss_function" not in vars(one) or one._loss_function is None for one in module.modules())
+    (expected, _), (loss, shape) = runs
+    torch.testing.assert_close(loss, expected)
+    assert shape[0] == 1

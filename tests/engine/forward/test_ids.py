@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from families import batch, model
-from generation import EVEN, RAGGED, TEXT_ONLY, dropped, generated, prompt
+from generation import EVEN, LAYERS, RAGGED, TEXT_ONLY, apart, dropped, generated, prompt
 from helpers import llama
 
 import tokendrop as td
+from tokendrop.engine.reference import reference
 
 OTHER = prompt(["tttiiiiiittt", "ttttiiiiiitt"])
 TEXT = prompt(["tttttttttttt", "tttttttttttt"])
@@ -151,3 +152,28 @@ def test_models_with_images_see_their_own_ids(name: str) -> None:
             net(**data.inputs, use_cache=False)
     finally:
         drop.remove()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("soft", [1, 3])
+@torch.no_grad()
+def test_tokens_that_a_model_puts_before_its_ids(soft: int, cached: bool) -> None:
+    """As soft prompts: its last ids are those of the prompt, and no tokens behind it."""
+    net, drop = dropped(td.HMGen("1:4:2"))
+
+    def run() -> torch.Tensor:
+        embedded = net.get_input_embeddings()(EVEN.ids)
+        return net(inputs_embeds=torch.cat([embedded[:, :soft], embedded], 1), use_cache=cached).logits
+
+    with (
+        drop.layout(EVEN.layout),
+        pytest.raises(td.LayoutError, match=rf"\(2, 12\) and .* {12 + soft} tokens .* of 12"),
+    ):
+        run()
+    image = torch.cat([torch.zeros(2, soft, dtype=torch.bool), EVEN.layout.image], 1)
+    with drop.layout(td.TokenLayout(image)):
+        found = run()
+    plain = llama(layers=LAYERS, eos_token_id=None)
+    ids = torch.cat([EVEN.ids[:, :soft], EVEN.ids], 1)
+    with reference(plain, {None: td.HMGen("1:4:2")}, td.TokenLayout(image)):
+        assert apart(found, plain(ids, use_cache=False).logits) < 1e-5

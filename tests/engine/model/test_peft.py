@@ -226,6 +226,26 @@ def test_one_adapter_for_each_sample_is_refused_with_separate():
         model(input_ids=MADE.ids, attention_mask=MADE.mask, adapter_names=names[: len(MADE.ids)])
 
 
+@torch.no_grad()
+def test_one_adapter_for_each_sample_is_that_of_its_context_rows_too():
+    model = adapted(llama())
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["k_proj", "v_proj"]))
+    generator = torch.Generator().manual_seed(6)
+    for name, p in model.named_parameters():
+        if "lora_" in name and ".two." in name:
+            p.data.normal_(0, 0.3, generator=generator)
+    model.eval()
+    drop = td.apply(model, td.HiMix("1:"))
+    ids, image, names = MADE.ids[1:2], MADE.image[1:2], ["default", "two"]  # the sample without padding
+    with drop.layout(td.TokenLayout(image.repeat(2, 1))):
+        both = model(input_ids=ids.repeat(2, 1), use_cache=False, adapter_names=names).logits
+    for row, name in zip(both, names, strict=True):
+        model.set_adapter(name)
+        with drop.layout(td.TokenLayout(image)):
+            alone = model(input_ids=ids, use_cache=False).logits[0]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_something_else_in_the_place_of_a_linear_is_refused():
     model = llama()
     drop = td.apply(model, METHODS["separate"])

@@ -228,3 +228,38 @@ def test_a_linear_that_does_not_show_its_weight_is_refused_and_nothing_changes()
         td.apply(model, METHODS["separate"])
     assert snapshot(model) == before
     td.apply(model, METHODS["context"])  # needs none
+
+
+@pytest.mark.parametrize("name", ["bias", "shift"])
+def test_a_bias_that_is_no_parameter_is_copied_too(name):
+    """As in GPTQ and AWQ, which keep it as a buffer."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True))
+
+    class Shifted(Packed):
+        def forward(self, x):
+            return super().forward(x) + getattr(self, name).to(x.dtype)
+
+    for layer in model.model.layers:
+        for part in ("q_proj", "k_proj", "v_proj"):
+            linear = getattr(layer.self_attn, part)
+            linear.bias.data.normal_()
+            made = Shifted(linear)
+            made.register_buffer(name, linear.bias.detach().clone())
+            setattr(layer.self_attn, part, made)
+    drop = td.apply(model, td.HiMix(separate="shared"))
+    for layer, sets in zip(model.model.layers, drop.layers, strict=True):
+        for letter, own in sets["image"].items():
+            torch.testing.assert_close(own.bias, getattr(getattr(layer.self_attn, f"{letter}_proj"), name))
+            assert own.bias.requires_grad
+
+
+def test_routers_where_no_linear_says_its_features_are_refused():
+    """As where a library names them otherwise: nothing says how wide the hidden states are."""
+    model = quantised("packed")
+    for module in model.modules():
+        if isinstance(module, Packed):
+            del module.in_features
+    before = snapshot(model)
+    with pytest.raises(td.UnsupportedError, match=r"no linear in LlamaDecoderLayer says its in_features.*router"):
+        td.apply(model, METHODS["router"])
+    assert snapshot(model) == before

@@ -27,6 +27,29 @@ class Ids(NamedTuple):
     before: bool
 
 
+def check_length(layout: TokenLayout, ids: Ids, length: int, follows: bool) -> None:
+    """Refuse tokens that the model put among those of its ids, as soft prompts do: what is an image would be shifted.
+
+    Args:
+        layout: of the (B, T) prompt.
+        ids: of this forward.
+        length: T + Q, of the hidden states.
+        follows: whether this forward goes one token further than one before it; a model that makes many tokens of one
+            id of an image has fewer ids than tokens there.
+
+    Raises:
+        LayoutError: with both lengths.
+    """
+    tokens = layout.image.shape[1]
+    if ids.now is None or length <= tokens or ids.now.shape[1] >= length or follows:
+        return
+    raise LayoutError(
+        f"the model was given ids of {tuple(ids.now.shape)} and runs rows of {length} tokens under a layout of "
+        f"{tokens}, so it puts tokens of its own among them, as soft prompts do (PEFT's PromptTuning); enter a layout "
+        f"of all {length}"
+    )
+
+
 def refuse_routers(routes: Sequence[Route]) -> None:
     """Refuse to generate where a layer has a router.
 

@@ -72,7 +72,8 @@ def find_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     for module in model.modules():
         find = getattr(module, "get_output_embeddings", None)
         head = find() if callable(find) else None
-        if isinstance(head, nn.Module) and hasattr(module, "loss_function"):
+        # By its class: a wrapper such as PEFT's hands on the attributes of the model within, which makes the loss.
+        if isinstance(head, nn.Module) and hasattr(type(module), "loss_function"):
             loss: Any = module.loss_function
             if "shift_labels" not in inspect.signature(loss).parameters:
                 raise UnsupportedError(

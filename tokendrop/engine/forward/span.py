@@ -115,10 +115,12 @@ def _grow(binding: Binding, frame: Frame, hidden: Tensor, prompt: Plan, ids: gen
     if shape != prompt.shape:
         _refuse_packs(prompt)
     routes, _ = handle.served(prompt.layout)
+    first, one_by_one = not frame.reach, frame.one_by_one(shape[1])
+    generate.check_length(prompt.layout, ids, shape[1], one_by_one and not first)
     layout = generate.by_ids(prompt.layout, routes, ids, shape)
     order = generate.row_order(layout, routes, ids, hidden)
     check_rows(layout, order, ids.now, shape)
-    image = generate.new_images(layout, ids, shape[0], shape[1] - layout.image.shape[1], frame.one_by_one(shape[1]))
+    image = generate.new_images(layout, ids, shape[0], shape[1] - layout.image.shape[1], one_by_one)
     plan = handle.plan(generate.grown(layout, routes, order, image), cache is not None)
     if not plan.dense:
         generate.refuse_routers(routes)

@@ -71,15 +71,27 @@ def sub_batches(batch: Any) -> str:
     Args:
         batch: a mapping, list or tuple of mappings, if it is such a batch.
     """
-    parts = batch if isinstance(batch, Mapping) else dict(enumerate(batch)) if isinstance(batch, list | tuple) else {}
-    several = [name for name, part in parts.items() if isinstance(part, Mapping) and any(key in part for key in IMAGES)]
-    if not several or any(key in parts for key in IMAGES):
+    several = [] if _is_batch(batch) else list(_within(batch, ""))
+    if not several:
         return ""
+    names = ", ".join(path.removeprefix("[").removesuffix("]").replace("][", " ") for path in several)
     return (
-        f". The batch is {len(several)} batches, {', '.join(map(repr, several))}, which no one layout describes: in "
-        f"the step, enter one for each, `with tokendrop.handle(self).layout(batch_layout(batch[{several[0]!r}], "
+        f". The batch is {len(several)} batches, {names}, which no one layout describes: in "
+        f"the step, enter one for each, `with tokendrop.handle(self).layout(batch_layout(batch{several[0]}, "
         "self)):`, with batch_layout from tokendrop.callbacks.batch"
     )
+
+
+def _is_batch(given: Any) -> bool:
+    return isinstance(given, Mapping) and any(key in given for key in IMAGES)
+
+
+def _within(given: Any, path: str) -> Iterator[str]:
+    # How the batches in it are reached, as Python writes it.
+    parts = given if isinstance(given, Mapping) else dict(enumerate(given)) if isinstance(given, list | tuple) else {}
+    for name, part in parts.items():
+        at = f"{path}[{name!r}]"
+        yield from [at] if _is_batch(part) else _within(part, at)
 
 
 def _rows(batch: Mapping[str, Any], key: str) -> Tensor | None:

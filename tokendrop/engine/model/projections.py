@@ -97,7 +97,7 @@ class _SplitLinear(Swapped):
         reached(self)
         split, sets = _using.split, _using.sets
         if split is None or sets is None:
-            return super().forward(x, *args, **kwargs) if _using.queries else self._letters(x, {})
+            return super().forward(x, *args, **kwargs) if _using.queries else self._letters(x, {}, kwargs)
         given = [name for name in kwargs if kwargs[name] is not None]
         if given:
             raise UnsupportedError(
@@ -109,17 +109,17 @@ class _SplitLinear(Swapped):
         for name, rows in zip(split.names, split.rows, strict=True):
             part = flat if len(rows) == len(flat) else flat.index_select(0, rows)
             own = {} if name is None else dict(cast(nn.ModuleDict, sets[name]).items())
-            outputs.append(self._letters(part, own))
+            outputs.append(self._letters(part, own, {}))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs).index_select(0, split.inverse)
         return out.view(*x.shape[:-1], -1)
 
-    def _letters(self, x: Tensor, own: Mapping[str, nn.Module]) -> Tensor:
+    def _letters(self, x: Tensor, own: Mapping[str, nn.Module], more: Mapping[str, Any]) -> Tensor:
         parts = self._tokendrop_parts
         # A fused linear that is packed or adapted is right only as a whole.
         whole = _using.queries or (len(parts.letters) > 1 and not is_plain(self))
         if whole and not own.keys() & set(parts.letters):
-            return self._text(x)
-        outputs: list[Tensor | None] = [self._letter(x, own, letter) for letter in parts.letters]
+            return self._text(x, more)
+        outputs: list[Tensor | None] = [self._letter(x, own, letter, more) for letter in parts.letters]
         made = next((out for out in outputs if out is not None), x)
         # Queries that nobody reads: zeros without memory, which the layer may reshape and rotate.
         shapes = [(*x.shape[:-1], width) for width in parts.widths]
@@ -130,20 +130,20 @@ class _SplitLinear(Swapped):
             ]
         )
 
-    def _letter(self, x: Tensor, own: Mapping[str, nn.Module], letter: str) -> Tensor | None:
+    def _letter(self, x: Tensor, own: Mapping[str, nn.Module], letter: str, more: Mapping[str, Any]) -> Tensor | None:
         if letter == "q" and not _using.queries:
             return None
         if letter in own:
             return own[letter](x)
         if len(self._tokendrop_parts.letters) == 1:
-            return self._text(x)
+            return self._text(x, more)
         if is_plain(self):
             return nn.functional.linear(x, *self._tokendrop_parts.cut(self, letter))
-        return self._tokendrop_parts.piece(self._text(x), letter)
+        return self._tokendrop_parts.piece(self._text(x, more), letter)
 
-    def _text(self, x: Tensor) -> Tensor:
+    def _text(self, x: Tensor, more: Mapping[str, Any]) -> Tensor:
         if x.numel() or is_plain(self):
-            return super().forward(x)
+            return super().forward(x, **more)
         # Kernels of quantised linears divide by the number of rows: one row, of which nothing is kept.
         out = super().forward(x.new_zeros(1, x.shape[-1]))[:0]
         return out.reshape(*x.shape[:-1], out.shape[-1])

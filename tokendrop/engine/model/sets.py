@@ -12,6 +12,7 @@ from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.model.linears import is_linear, linear_shape
 from tokendrop.engine.model.projections import parts_of
 from tokendrop.engine.model.weights import home, weights_of
+from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Method
 
 ROUTER = "router"
@@ -58,8 +59,17 @@ class Router(nn.Linear):
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Router":
-        """A router of a decoder layer's input, at random."""
-        first = next(module for module in layer.modules() if is_linear(module))
+        """A router of a decoder layer's input, at random.
+
+        Raises:
+            UnsupportedError: no linear says how wide that is.
+        """
+        first = next((module for module in layer.modules() if is_linear(module)), None)
+        if first is None:
+            raise UnsupportedError(
+                f"no linear in {type(layer).__name__} says its in_features and out_features, so nothing says how wide "
+                "a router is; use a method without routers, or linears that say both"
+            )
         device, dtype = home(first, layer)
         return cls(linear_shape(first)[1], 1, bias=False, device=device, dtype=dtype)
 

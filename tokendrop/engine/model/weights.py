@@ -117,7 +117,7 @@ def _probed(linear: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor | None]
     finally:
         for dropout in dropouts:
             dropout.training = True
-    return weight, bias.to(dtype) if has_bias else None
+    return weight, bias.to(dtype) if has_bias or bool(bias.any()) else None
 
 
 def _output(linear: nn.Module, rows: Tensor) -> Tensor:
@@ -127,4 +127,5 @@ def _output(linear: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _biased(linear: nn.Module) -> bool:
-    return any(name.rpartition(".")[2] == "bias" for name, _ in linear.named_parameters())
+    held = (*linear.named_parameters(), *linear.named_buffers())  # a packed linear keeps it beside its weight
+    return any(name.rpartition(".")[2] == "bias" for name, _ in held)

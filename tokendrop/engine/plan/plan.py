@@ -16,13 +16,14 @@ from tokendrop.engine.plan.rows import (
     Rows,
     Split,
     before_one_image,
+    behind_image,
+    check_needed,
     choose_rows,
     needed_rows,
     real_rows,
     round_up,
     split_rows,
 )
-from tokendrop.errors import NeededRowError
 from tokendrop.layout import TokenLayout, scoring_mask
 from tokendrop.roles import LayerRoute, Role, Route, Select, selections
 
@@ -35,12 +36,14 @@ class Choice:
         select: which image tokens stay ACTIVE.
         kept: (P,) int64, how many of them in each sample.
         counts: (B,) int64, how many rows compute then.
+        context_size: M, the context rows of each sample then: those not chosen, where they are CONTEXT.
         packs: the P samples, where rows hold several.
     """
 
     select: Select
     kept: Tensor
     counts: Tensor
+    context_size: int
     packs: Packs | None = None
 
 
@@ -56,7 +59,7 @@ class Group:
         whole: whether that is the whole batch.
         size: K, the rows that compute in each sample.
         active: which; None for every row, or until `choice` is made.
-        context: rows that are keys and values only; None for none.
+        context: rows that are keys and values only; None for none, or until `choice` is made.
         split: how the computing rows use projections; None where all use the layer's own.
         context_split: likewise, for context rows.
         choice: which image tokens stay ACTIVE all the same.
@@ -79,8 +82,10 @@ class Group:
 
     @property
     def context_size(self) -> int:
-        """M, the context rows of each sample."""
-        return 0 if self.context is None else self.context.index.shape[1]
+        """M, the context rows of each sample, also before `choice` is made."""
+        if self.context is None:
+            return 0 if self.choice is None else self.choice.context_size
+        return self.context.index.shape[1]
 
     @property
     def pairs(self) -> int:
@@ -194,7 +199,7 @@ class Planner:
         Raises:
             NeededRowError: an image token that is trained ends with a stale state.
         """
-        self._check_needed()
+        check_needed(self.layout, self.routes, self.needed_images)
         num_layers = len(self.routes[0])
         spans: list[Span] = []
         for roles, run in groupby(range(num_layers), key=lambda layer: tuple(route[layer] for route in self.routes)):
@@ -202,25 +207,18 @@ class Planner:
             spans.append(self._span(layers[0], layers[-1] + 1, roles))
         span_of = tuple(span for span in spans for _ in range(span.start, span.stop))
         dense = not any(span.rows or span.selects or any(one.split for one in span.groups) for span in spans)
-        has_context = any(group.context is not None for span in spans for group in span.groups)
-        batch, tokens = self.layout.image.shape
+        has_context = any(group.context_size for span in spans for group in span.groups)
         more = dense, self.routed, has_context, self.needed_rows, self.scoring, self.packs
-        return Plan((batch, tokens), self.layout, self.computing, tuple(spans), span_of, *more)
-
-    def _check_needed(self) -> None:
-        for sample, (route, count) in enumerate(zip(self.routes, self.needed_images, strict=True)):
-            if count and route[-1].image in (Role.CONTEXT, Role.GONE):
-                raise NeededRowError(
-                    f"sample {sample} (task {self.layout.tasks[sample]!r}) trains {count} image rows, but its method "
-                    f"leaves them {route[-1].image.name} in the last layer, with a stale state; use HMGen for this "
-                    "task, or set the labels behind image tokens to -100"
-                )
+        return Plan((len(self.layout.image), self.tokens), self.layout, self.computing, tuple(spans), span_of, *more)
 
     def _span(self, start: int, stop: int, roles: tuple[LayerRoute, ...]) -> Span:
         by_role: dict[tuple[Role, Select | None], list[int]] = {}
         for sample, role in enumerate(roles):
             by_role.setdefault((role.image, role.select), []).append(sample)
-        groups = tuple(self._group(role, select, tuple(samples), roles) for (role, select), samples in by_role.items())
+        merged: dict[tuple[Role, Select | None], list[int]] = {}
+        for (role, select), samples in by_role.items():
+            merged.setdefault(self._simplest(role, select, samples), []).extend(samples)
+        groups = tuple(self._group(*key, tuple(sorted(samples)), roles) for key, samples in merged.items())
         selects = any(group.choice is not None for group in groups)
         return Span(start, stop, groups, len(groups) > 1, None if selects else span_rows(groups, self.tokens), selects)
 
@@ -238,47 +236,50 @@ class Planner:
     ) -> Group:
         chosen = torch.tensor(samples, device=self.layout.image.device)
         whole, number = len(samples) == len(self.layout.image), len(self._groups)
-        image = self.layout.image[chosen]
-        images, text = [self.images[sample] for sample in samples], [self.text[sample] for sample in samples]
-        if role is Role.ACTIVE or (role is Role.CONTEXT and not any(images)):
+        image, kept = self.layout.image[chosen], self._kept(select, samples)
+        rows = [self.text[sample] + sum(kept[sample]) for sample in samples]
+        left = [self.images[sample] - sum(kept[sample]) for sample in samples]
+        if role is Role.ACTIVE:
             split = self._split(image, samples, owns)
-            return Group(Role.ACTIVE, number, samples, chosen, whole, self.tokens, None, None, split)
+            return Group(role, number, samples, chosen, whole, self.tokens, None, None, split)
+        size = round_up(max(rows), self.tokens, self.multiple)
+        context_size = round_up(max(left), self.tokens, self.multiple) if role is Role.CONTEXT else 0
+        counts = torch.tensor(rows, device=chosen.device)
         if select is not None:
-            choice, most = self._choice(select, samples)
-            size = round_up(most, self.tokens, self.multiple)
+            each = torch.tensor([one for own in kept.values() for one in own], device=chosen.device)
+            choice = Choice(select, each, counts, context_size, self.packs and self.packs.within(samples))
             return Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
-        size = round_up(max(text), self.tokens, self.multiple)
-        active = choose_rows(self.computing[chosen], torch.tensor(text, device=chosen.device), size)
+        active = choose_rows(self.computing[chosen], counts, size)
         if role is not Role.CONTEXT:
             return Group(role, number, samples, chosen, whole, size, active, None)
-        context_size = round_up(max(images), self.tokens, self.multiple)
-        context = choose_rows(image, torch.tensor(images, device=chosen.device), context_size)
-        every_row = torch.ones_like(context.index, dtype=torch.bool)
-        split = self._split(every_row, samples, owns)
+        context = choose_rows(image, image.sum(1), context_size)
+        split = self._split(context.index >= 0, samples, owns)  # every row
         late = self._late(samples, size, context_size)
         return Group(role, number, samples, chosen, whole, size, active, context, None, split, late=late)
 
-    def _choice(self, select: Select, samples: tuple[int, ...]) -> tuple[Choice, int]:
-        # The samples of a row: itself, or those packed into it.
+    def _simplest(self, role: Role, select: Select | None, samples: Sequence[int]) -> tuple[Role, Select | None]:
+        # All of the image tokens compute where none is left to be CONTEXT, and none is chosen where none is kept.
+        if role is not Role.CONTEXT or (select is not None and (select.learned or select.merge)):
+            return role, select
+        kept = {sample: sum(own) for sample, own in self._kept(select, samples).items()}
+        if all(count == self.images[sample] for sample, count in kept.items()):
+            return Role.ACTIVE, None
+        return role, select if any(kept.values()) else None
+
+    def _kept(self, select: Select | None, samples: Sequence[int]) -> dict[int, list[int]]:
+        # How many image tokens each sample of a row keeps: the row itself, or those packed into it.
         owners = range(len(self.images)) if self.packs is None else self.packs.rows
         kept: dict[int, list[int]] = {sample: [] for sample in samples}
         for owner, count in zip(owners, self.candidates, strict=True):
-            if owner in kept:
+            if select is not None and owner in kept:
                 kept[owner].append(select.count(count))
-        counts = [self.text[sample] + sum(own) for sample, own in kept.items()]
-        each = torch.tensor([one for own in kept.values() for one in own], device=self.layout.image.device)
-        packs = None if self.packs is None else self.packs.within(samples)
-        return Choice(select, each, torch.tensor(counts, device=each.device), packs), max(counts)
+        return kept
 
     def _late(self, samples: tuple[int, ...], size: int, context_size: int) -> Tensor | None:
         before = {self.before[sample] for sample in samples}
         if len(before) > 1 or -1 in before or any(self.images[sample] != context_size for sample in samples):
             return None
-        (first,) = before
-        seen = torch.ones(size - first, size + context_size, dtype=torch.bool, device=self.layout.image.device)
-        # Causal among computing rows; every image row is behind them in the columns, and before them in the sequence.
-        seen[:, :size] = seen[:, :size].tril(first)
-        return seen
+        return behind_image(before.pop(), size, context_size, self.layout.image.device)
 
     def _split(self, rows: Tensor, samples: tuple[int, ...], owns: tuple[frozenset[str], ...]) -> Split | None:
         names = tuple(self.names[sample] if own else None for sample, own in zip(samples, owns, strict=True))

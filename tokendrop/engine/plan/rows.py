@@ -1,14 +1,17 @@
 """Index tensors: which rows of each sample matter, which compute, and which projections they use.
 
-Shape letters: B batch, T tokens, K computed rows.
+Shape letters: B batch, T tokens, P rows before the image, K computed rows, M context rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tokendrop.errors import NeededRowError
 from tokendrop.layout import IGNORED, TokenLayout
+from tokendrop.roles import Role, Route
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +85,21 @@ def needed_rows(layout: TokenLayout) -> Tensor:
     return needed
 
 
+def check_needed(layout: TokenLayout, routes: Sequence[Route], counts: Sequence[int]) -> None:
+    """Refuse to train image rows, `counts` in each sample, that end with a stale state.
+
+    Raises:
+        NeededRowError: with the sample.
+    """
+    for sample, (route, count) in enumerate(zip(routes, counts, strict=True)):
+        if count and route[-1].image in (Role.CONTEXT, Role.GONE):
+            raise NeededRowError(
+                f"sample {sample} (task {layout.tasks[sample]!r}) trains {count} image rows, but its method "
+                f"leaves them {route[-1].image.name} in the last layer, with a stale state; use HMGen for this "
+                "task, or set the labels behind image tokens to -100"
+            )
+
+
 def before_one_image(layout: TokenLayout, computing: Tensor) -> Tensor:
     """(B,) int64, computing rows before the image; -1 where there is not one image in one piece, or padding."""
     tokens = torch.arange(layout.image.shape[1], device=layout.image.device)
@@ -90,6 +108,14 @@ def before_one_image(layout: TokenLayout, computing: Tensor) -> Tensor:
     one = layout.image.sum(1) == last - first + 1
     one &= True if layout.padding is None else layout.padding.all(1)
     return (computing & (tokens < first[:, None])).sum(1).where(one, -1)
+
+
+def behind_image(first: int, size: int, context_size: int, device: torch.device) -> Tensor:
+    """(K - P, K + M) bool, what computing rows behind one image see, where P rows `first` see none of it."""
+    seen = torch.ones(size - first, size + context_size, dtype=torch.bool, device=device)
+    # Causal among computing rows; every image row is behind them in the columns, and before them in the sequence.
+    seen[:, :size] = seen[:, :size].tril(first)
+    return seen
 
 
 def real_rows(layout: TokenLayout) -> Tensor:

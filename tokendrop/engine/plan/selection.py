@@ -90,8 +90,12 @@ class Selections:
         key = (choice.select, group.members)
         if key not in self.made:  # a span cut by another task's goes on with the same tokens
             self.made[key] = self._select(group, choice, states, look, router)
-        chosen = self.plan.computing[group.samples] | self.made[key]
-        return replace(group, active=choose_rows(chosen, choice.counts, group.size))
+        kept = self.made[key]
+        active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.size)
+        if choice.context_size == 0:
+            return replace(group, active=active)
+        left = self.plan.layout.image[group.samples] & ~kept
+        return replace(group, active=active, context=choose_rows(left, left.sum(1), choice.context_size))
 
     def _select(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Tensor:
         select, candidates = choice.select, _samples(group, self.alive)
