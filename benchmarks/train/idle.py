@@ -119,10 +119,13 @@ def main() -> None:
         drop = td.TokenDrop(td.HiMix(), schedule=schedule)
         own, ratios, own_ratios = Timed(sizes), [], []
         td.apply(own.model, td.HiMix(), layout="auto")
-        for _ in range(given.rounds):
+        for turn in range(given.rounds):
             pairs = zip(fit(with_it, drop), fit(without), strict=True)
             ratios += [one / other for one, other in pairs]
-            own_ratios += [one / other for one, other in zip(loop(own, True), loop(without, False), strict=True)]
+            turns = [(own, True), (without, False)]  # who comes first changes, or the order is measured with it
+            first, second = (loop(*one) for one in (turns if turn % 2 else turns[::-1]))
+            one, other = (first, second) if turn % 2 else (second, first)
+            own_ratios += [mine / plain for mine, plain in zip(one, other, strict=True)]
         rows.append(report("idle callback", ratios, sizes, shared))
         rows.append(report("idle layout=auto", own_ratios, sizes, shared))
     if given.out:
