@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -151,7 +150,7 @@ def _checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         # Mapped, so that weights are not read; older files cannot be.
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as reason:
+    except Exception as reason:  # whatever a file of somebody else's makes torch raise
         raise MethodError(
             f"{file} cannot be read as plain data: {str(reason).splitlines()[0] if str(reason) else reason!r}; if you "
             "trust it and it holds classes of your own, name them with torch.serialization.safe_globals"

@@ -256,7 +256,7 @@ def test_an_allocation_that_cannot_be_measured_is_said_once_and_nan(recwarn):
     assert watched.allocation is None
     said = [str(one.message) for one in recwarn if issubclass(one.category, td.NoEffectWarning)]
     assert len(said) == 1
-    assert "found no row to count in 1 batches of the tasks ['u']" in said[0]
+    assert "found no row to count in the 1 batches of the tasks ['u']" in said[0]
 
 
 def test_the_layers_given_to_token_drop_hold_here_too():

@@ -72,7 +72,7 @@ def recipe(
         >>> config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
         ...                      num_attention_heads=4)
         >>> recipe(config, "understanding", 0.7), recipe(config, "generation", 0.7)
-        (HiMix(layers='5:', separate='none'), HMGen(shallow='2:6:2', separate='none'))
+        (HiMix(layers='5:', separate='none'), HMGen(shallow='1:6:2', separate='none'))
 
     Source: HiMix and HMGen arXiv 2606.01503 sections 3 and 4 (every layer; K alternating shallow layers in the middle).
     Leaving HiMix's first layers dense is ours, from docs/comparison.md and docs/synergy.md, at a small scale. HiDrop

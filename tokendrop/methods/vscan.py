@@ -62,7 +62,7 @@ class VScan(Method):
         check_integer("local_layer", self.local_layer)
         check_integer("global_layer", self.global_layer)
         check_flag("merge", self.merge)
-        if self.scan not in _SCANS:
+        if not isinstance(self.scan, str) or self.scan not in _SCANS:
             raise MethodError(f"scan={self.scan!r} is unknown; use 'rounds' or 'capped'")
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:

@@ -51,7 +51,7 @@ def test_encoders_whose_tokens_are_not_the_decoders(name: str) -> None:
     data, module = batch(name, None), copy.deepcopy(model(name, "sdpa"))
     drop = td.apply(module, td.VScan(0.5, (), (), -1, -1))
     message = r"seen for \d+ tokens, expected one for each of \d+ image tokens"
-    with drop.layout(td.TokenLayout(data.image)), pytest.raises(td.UnsupportedError, match=message):
+    with torch.no_grad(), drop.layout(td.TokenLayout(data.image)), pytest.raises(td.UnsupportedError, match=message):
         module(**data.inputs, use_cache=False)
 
 
@@ -60,7 +60,7 @@ def test_features_made_elsewhere_are_refused() -> None:
     embeds = module.get_input_embeddings()(data.inputs["input_ids"])
     message = "seen for 0 tokens, expected one for each of 12 image tokens; give pixel values"
     drop = td.apply(module, METHODS["vscan"])
-    with drop.layout(td.TokenLayout(data.image)), torch.no_grad(), pytest.raises(td.UnsupportedError, match=message):
+    with torch.no_grad(), drop.layout(td.TokenLayout(data.image)), pytest.raises(td.UnsupportedError, match=message):
         module(inputs_embeds=embeds, use_cache=False)
 
 

@@ -16,7 +16,7 @@ from tokendrop.engine.model import swap
 from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.model.linears import base_linear, is_linear, is_transposed
 from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached
-from tokendrop.engine.model.weights import is_plain
+from tokendrop.engine.model.weights import multiplies, readable
 from tokendrop.engine.plan.rows import Split
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Method, Role
@@ -54,12 +54,14 @@ class Parts:
         widths: output features of each letter.
         groups: number of groups the letters alternate in, 1 where they follow one another.
         transposed: whether the weight is stored (in, out).
+        multiplies: whether its class multiplies with its weight and does nothing else.
     """
 
     letters: str
     widths: tuple[int, ...]
     groups: int
     transposed: bool
+    multiplies: bool
 
     def cut(self, linear: nn.Module, letter: str) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias (out,) of one letter."""
@@ -116,7 +118,7 @@ class _SplitLinear(Swapped):
     def _letters(self, x: Tensor, own: Mapping[str, nn.Module], more: Mapping[str, Any]) -> Tensor:
         parts = self._tokendrop_parts
         # A fused linear that is packed or adapted is right only as a whole.
-        whole = _using.queries or (len(parts.letters) > 1 and not is_plain(self))
+        whole = _using.queries or (len(parts.letters) > 1 and not self._plain())
         if whole and not own.keys() & set(parts.letters):
             return self._text(x, more)
         outputs: list[Tensor | None] = [self._letter(x, own, letter, more) for letter in parts.letters]
@@ -137,12 +139,15 @@ class _SplitLinear(Swapped):
             return own[letter](x)
         if len(self._tokendrop_parts.letters) == 1:
             return self._text(x, more)
-        if is_plain(self):
+        if self._plain():
             return nn.functional.linear(x, *self._tokendrop_parts.cut(self, letter))
         return self._tokendrop_parts.piece(self._text(x, more), letter)
 
+    def _plain(self) -> bool:
+        return self._tokendrop_parts.multiplies and readable(self)
+
     def _text(self, x: Tensor, more: Mapping[str, Any]) -> Tensor:
-        if x.numel() or is_plain(self):
+        if x.numel() or self._plain():
             return super().forward(x, **more)
         # Kernels of quantised linears divide by the number of rows: one row, of which nothing is kept.
         out = super().forward(x.new_zeros(1, x.shape[-1]))[:0]
@@ -152,8 +157,9 @@ class _SplitLinear(Swapped):
 def parts_of(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
     """How the linear that makes `letters` divides."""
     widths = spec.widths(layer)
-    transposed = is_transposed(base_linear(spec.linear(layer, letters[0])))
-    return Parts(letters, tuple(widths[letter] for letter in letters), spec.groups(layer), transposed)
+    linear = spec.linear(layer, letters[0])
+    kind = is_transposed(base_linear(linear)), multiplies(linear)
+    return Parts(letters, tuple(widths[letter] for letter in letters), spec.groups(layer), *kind)
 
 
 def splits(methods: Collection[Method], count: int) -> bool:

@@ -54,10 +54,10 @@ def readable(linear: nn.Module) -> bool:
     return weight.dtype.itemsize > 1 and weight.dim() == 2 and not is_traceable_wrapper_subclass(weight)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear computes x W^T + b, so that a part of W makes that part of its output."""
+def multiplies(linear: nn.Module) -> bool:
+    """Whether a linear's class computes x W^T + b, so that a part of a readable W makes that part of its output."""
     forward: Any = getattr(type(linear), "_tokendrop_base", type(linear)).forward
-    return readable(linear) and (forward is nn.Linear.forward or forward.__qualname__.startswith("Conv1D."))
+    return forward is nn.Linear.forward or forward.__qualname__.startswith("Conv1D.")
 
 
 def home(linear: nn.Module, layer: nn.Module) -> tuple[torch.device, torch.dtype]:
