@@ -32,7 +32,7 @@ def logits(module, drop):
 
 
 def test_what_a_checkpoint_holds_is_said_once_when_it_is_written(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         run = trainer(td.TokenDrop(METHODS))
         module = Lit()
         run.fit(module, loader())
@@ -45,7 +45,7 @@ def test_what_a_checkpoint_holds_is_said_once_when_it_is_written(tmp_path, caplo
 
 
 def test_nothing_is_said_where_nothing_was_added(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         fitted(Lit(), tmp_path / "a.ckpt", {"u": td.HiMix(), "g": td.HMGen("1:3")})
     assert not any("TokenDrop added" in one.getMessage() for one in caplog.records)
     Lit.load_from_checkpoint(tmp_path / "a.ckpt")
