@@ -184,7 +184,7 @@ class Handle(Described, nn.Module):
             UnsupportedError: something that is no linear stands in such a place now.
         """
         if self.splits:
-            projections.settle(self.decoder_layers, (cast(Any, one)._tokendrop.spec for one in self.decoder_layers))
+            projections.settle(layers := self.decoder_layers, (cast(Any, one)._tokendrop.spec for one in layers))
         if self.labelled_logits:
             head.settle(self.owner)
 
