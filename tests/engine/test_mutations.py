@@ -142,6 +142,6 @@ def test_image_projection_left_out(monkeypatch, letter):
     monkeypatch.setattr(
         projections._SplitLinear,
         "_letter",
-        lambda self, x, own, one: of(self, x, {} if one == letter else own, one),
+        lambda self, x, own, one, more: of(self, x, {} if one == letter else own, one, more),
     )
     assert not agrees()
