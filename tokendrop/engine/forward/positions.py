@@ -3,18 +3,20 @@
 Shape letters: B batch, T tokens, P samples (packed ones count each), W tokens of the longest, R rows, Q new tokens.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tokendrop.engine.forward.arguments import is_rotary
+from tokendrop.engine.forward.arguments import is_bias, is_rotary
 from tokendrop.engine.model.cache import HoledLayer
 from tokendrop.engine.plan.packs import Packs
 from tokendrop.engine.plan.plan import Plan, Span
 from tokendrop.engine.plan.rows import choose_rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.kernels import gather_rotary
+
+_FIRST = object()  # asks for padding before the tokens of its sample
 
 
 class Positions:
@@ -64,7 +66,7 @@ class Positions:
                 f"layer {index} keeps the positions of some samples of one batch and renumbers those of others; with a "
                 "cache, generate the tasks in batches of their own, or pass use_cache=False"
             )
-        (store.turns,) = (self._once(value, "padding first") for value in _tables(named, self.plan.shape).values())
+        (store.turns,) = (self._once(value, _FIRST) for value in _tables(named, self.plan.shape).values())
 
     def step(self, store: Any, named: dict[str, Any], rows: int, new: int) -> dict[str, Any]:
         """The arguments for Q new tokens: each at its index less the tokens dropped before the layer.
@@ -86,15 +88,17 @@ class Positions:
     def _once(self, value: Any, before: Any) -> Any:
         # Layers are given the same tables, of which there is one copy then.
         for one, other, made in self.made:
-            if one[0] is value[0] and (other is before or other == before == "padding first"):
+            if one[0] is value[0] and other is before:
                 return made
         if before is None:
-            made = gather_rotary(*value, self.at)
-        elif before == "padding first":
+            made = gather_rotary(*value, cast(Tensor, self.at))
+        elif before is _FIRST:
             made = _padding_first(value, self.plan.layout.padding)
         else:
             rows = max(len(before[0]), len(value[0]))
-            made = tuple(torch.cat([x.expand(rows, -1, -1) for x in pair], 1) for pair in zip(before, value, strict=True))
+            made = tuple(
+                torch.cat([x.expand(rows, -1, -1) for x in pair], 1) for pair in zip(before, value, strict=True)
+            )
         self.made.append((value, before, made))
         return made
 
@@ -127,10 +131,11 @@ def _padding_first(tables: tuple[Tensor, Tensor], padding: Tensor | None) -> tup
 
 def _tables(named: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
     found = {name: value for name, value in named.items() if is_rotary(value, shape)}
-    if len(found) != 1:
+    biases = [name for name, value in named.items() if is_bias(value, shape[1])]
+    if len(found) != 1 or biases:
         raise UnsupportedError(
             f"positions='renumber' gives rows other rotary positions, and the layer has {len(found)} arguments of cos "
-            f"and sin, ({shape[0]} or 1, {shape[1]}, width) each, as a tuple, expected one: learned positions and "
-            "linear biases cannot be numbered anew; use positions='keep'"
+            f"and sin, ({shape[0]} or 1, {shape[1]}, width) each, as a tuple, and {len(biases)} biases {biases}, "
+            "expected one and none: learned positions and linear biases cannot be numbered anew; use positions='keep'"
         )
     return found

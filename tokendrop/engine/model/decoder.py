@@ -257,6 +257,13 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def has_mrope(layers: nn.ModuleList) -> bool:
+    """Whether positions are of three numbers, as in M-RoPE."""
+    config = next((one for one in map(_config, layers) if one is not None), None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    return isinstance(rope, dict) and "mrope_section" in rope
+
+
 def deepstack_layers(model: nn.Module) -> int:
     """How many first layers a vision-language decoder adds visual features between, at full length."""
     for module in model.modules():
