@@ -172,6 +172,8 @@ CATALOGUE = {
     "Schedule.dense_tail": (STEPS,),
     "Schedule.direction": ((td.MethodError, ["up", "IN", None, True, 1, ["in"]]),),
     "Schedule.dense_every": (STEPS,),
+    "Schedule.drawn": (FLAG,),
+    "Schedule.seed": (SEED,),
     "to_config.methods": (METHOD,),
     "to_config.schedule": (SCHEDULE,),
     "from_config.config": ((td.MethodError, [None, 3, "HiMix", {}, {"methods": 3}, {"methods": {"class_path": "x"}}]),),

@@ -65,7 +65,7 @@ def test_every_method_stays_itself(method):
     assert parsed({"methods": written}).methods == method
 
 
-SCHEDULES = [None, td.Schedule(), td.Schedule(1, 2, 3, "out", 4)]
+SCHEDULES = [None, td.Schedule(), td.Schedule(1, 2, 3, "out", 4, True, 5)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)

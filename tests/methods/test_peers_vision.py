@@ -122,7 +122,7 @@ def encoder():
 
 def as_shipped(name, anchors, members):
     """The rows that the peer gives the projector, written out: [CLS], dominant ones, and contextual ones before it."""
-    states, keys, _, projector = encoder()
+    states, _, _, projector = encoder()
     groups = {anchor: [one for one in members if members[one] == anchor] for anchor in anchors}
     contextual = [
         states[1 + anchor] + (states[[1 + one for one in group]].mean(0) if group else 0)
