@@ -81,7 +81,7 @@ class Schedule:
     def evaluated(self, step: int, total_steps: int | None = None) -> float:
         """The strength that a model is evaluated with after `step` optimiser steps.
 
-        It is that of the next step, unless that is drawn, or dense for `dense_every` or a tail whose place is not known.
+        It is that of the next step, unless that is drawn, or dense for `dense_every`, or for a tail of unknown place.
         """
         tail = 0 if total_steps is None else self.dense_tail
         return replace(self, dense_tail=tail, dense_every=0, drawn=False).strength(step, total_steps)
