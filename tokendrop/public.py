@@ -31,6 +31,8 @@ from tokendrop.errors import (
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
 from tokendrop.methods import (
+    DART,
+    DivPrune,
     Drop,
     DuetVLM,
     FastV,
@@ -41,18 +43,22 @@ from tokendrop.methods import (
     PyramidDrop,
     RandomLTD,
     SVDPrune,
+    VisionZip,
     VScan,
 )
 from tokendrop.roles import Method, Role
 from tokendrop.schedule import Schedule
+from tokendrop.scoring import sees
 
 __all__ = [
+    "DART",
     "Allocation",
     "AppliedError",
     "AttentionAllocation",
     "BatchError",
     "Benchmark",
     "DecoderError",
+    "DivPrune",
     "Drop",
     "DropLayers",
     "DuetVLM",
@@ -88,6 +94,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedError",
     "VScan",
+    "VisionZip",
     "apply",
     "attention_allocation",
     "benchmark",
@@ -99,5 +106,6 @@ __all__ = [
     "methods_of",
     "recipe",
     "scatter_tokens",
+    "sees",
     "to_config",
 ]

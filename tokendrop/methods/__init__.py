@@ -1,5 +1,7 @@
 """One file per published method: a frozen dataclass that returns roles and knows no model."""
 
+from tokendrop.methods.dart import DART
+from tokendrop.methods.div_prune import DivPrune
 from tokendrop.methods.drop import Drop
 from tokendrop.methods.duet_vlm import DuetVLM
 from tokendrop.methods.fastv import FastV
@@ -10,9 +12,12 @@ from tokendrop.methods.mixture_of_depths import MixtureOfDepths
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
 from tokendrop.methods.svd_prune import SVDPrune
+from tokendrop.methods.vision_zip import VisionZip
 from tokendrop.methods.vscan import VScan
 
 __all__ = [
+    "DART",
+    "DivPrune",
     "Drop",
     "DuetVLM",
     "FastV",
@@ -24,4 +29,5 @@ __all__ = [
     "RandomLTD",
     "SVDPrune",
     "VScan",
+    "VisionZip",
 ]
