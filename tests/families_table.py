@@ -39,6 +39,10 @@ state, and a cache would hold a state of rows that only fill up, so such models 
 The loss that balances experts counts the rows that compute and are no padding, layer by layer; `router_logits` of an
 output have all rows that ran, with those that only fill up. gpt-oss and Gemma 2 have eager attention only.
 
+Qwen3-VL adds features of its vision encoder to image tokens behind its first decoder layers (DeepStack). That is no
+part of a layer: a token that skips layers, or is CONTEXT, gets them all the same, and those of a token that is GONE go
+with it. A decoder that adds them in a way of its own (Granite 4 Vision) is refused across these layers.
+
 """
 
 
