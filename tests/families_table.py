@@ -24,7 +24,8 @@ attention, unpadded, left- and right-padded. The columns:
   `Drop(then="context")`; **projections**: image-only ones, `shared` and `per-task`; **drop, rejoin** and
   **drop, gone**: `td.Drop`, half of the image tokens, and with the
   first RandomLTD and MixtureOfDepths. FastV, PyramidDrop, HiDrop, DuetVLM and SVDPrune run in the same test; VScan and
-  DuetVLM's vision stage in LLaVA, Qwen2.5-VL and Janus, whose vision encoders can be looked into.
+  DuetVLM's vision stage in LLaVA, LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM, Idefics 3 and Janus, whose
+  vision encoders can be looked into.
 - **generate**: greedy generation with a cache equals that without one, under HiMix, HMGen and `Drop(then="gone")`.
 - **checkpointing**: the model's own activation checkpointing is bit-identical to none.
 - **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another

@@ -53,6 +53,8 @@ VISION: dict[str, dict[str, Any]] = {
 }
 # Those with a vision encoder whose patches, or squares of them, are the image tokens.
 ENCODERS = ("janus", "llava", "qwen2_5_vl")
+# Those whose tokens are made of patches by a pixel shuffle, with newlines, or beside deepstack features.
+ARRANGED = ("idefics3", "internvl", "llava_onevision", "qwen3_vl", "smolvlm")
 # Of a family much like another, each method in one way only.
 CASES = [
     (name, method, *pair)
@@ -184,7 +186,12 @@ def test_the_engine_equals_the_reference(
 
 @pytest.mark.parametrize(
     ("name", "method", "attention", "padding"),
-    [(name, f"@{m}", *pair) for name, *pair in EVERY for m in VISION if name in ENCODERS or m[:3] == "svd"],
+    [(name, f"@{m}", *pair) for name, *pair in EVERY for m in VISION if name in ENCODERS or m[:3] == "svd"]
+    + [
+        (name, f"@{m}", *pair)
+        for name in ARRANGED
+        for m, pair in (("vscan_mixed", ("sdpa", "left")), ("vscan", ("eager", None)), ("duet_vlm", ("sdpa", "right")))
+    ],
 )
 def test_methods_before_the_first_layer(name: str, method: str, attention: str, padding: str | None) -> None:
     case = Case(name, method, attention, padding)
