@@ -50,7 +50,11 @@ def flops(
         typer.echo(json.dumps(asdict(report), indent=1))
         return
     note = f"{'Forward and backward' if backward else 'Forward'} of {text} text and {image} image tokens."
-    print_table(console(), flop_table(report), [note])
+    computed = (
+        "Computed where pairs that no query sees are skipped, causal attention by half: "
+        f"{report.computed_dense / 1e9:,.2f} dense, {report.computed_dropped / 1e9:,.2f} dropped, ratio {report.computed_ratio:.3f}."
+    )
+    print_table(console(), flop_table(report), [note, computed])
 
 
 def flop_table(report: "FlopReport") -> "Table":
