@@ -4,8 +4,8 @@
     python benchmarks/frontier/run.py --scale digits --split test --seeds 100:110    # report, on test, with fresh seeds
     python benchmarks/frontier/run.py --scale mnist --runs dense "dense x0.6" "U 2:, G 2:5 skipped"
 
-A row a run, in benchmarks/results/frontier/rows.jsonl; what is there is not run again. `python -m benchmarks.table` makes
-the tables of docs/frontier.md of them.
+A row a run, in benchmarks/results/frontier/rows.jsonl; what is there is not run again. `python -m benchmarks.table`
+makes the tables of docs/frontier.md of them, and benchmarks/frontier/picture.py its pictures.
 Shape letters: none.
 """
 
@@ -22,7 +22,8 @@ from tokendrop.unified.data import TASKS
 
 ROWS = ROOT / "benchmarks" / "results" / "frontier" / "rows.jsonl"
 CONTROLS = [
-    *ALONE, JOINT, f"{ALONE[0]} x2", f"{ALONE[0]} x3", f"{JOINT} x0.6", f"{JOINT} x0.8", f"{JOINT} x0.4", PLACEBO
+    *ALONE, JOINT, f"{ALONE[0]} x2", f"{ALONE[0]} x3", f"{ALONE[1]} x2",
+    *(f"{JOINT} x{x}" for x in (0.6, 0.8, 0.4)), PLACEBO,
 ]  # fmt: skip
 
 
