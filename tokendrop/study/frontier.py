@@ -67,7 +67,7 @@ def plans(layers: int) -> dict[str, Plan]:
 
     Example:
         >>> plans(6)["U 2:, G 2:5 skipped"].methods["generation"]
-        HMGen(layers='2:5', separate='none')
+        HMGen(shallow='2:5', separate='none')
     """
     if layers % 6:
         raise FrontierError(f"layers: found {layers}; plans are written for 6 layers or a multiple of it")
