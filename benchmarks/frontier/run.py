@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.results import ROOT, environment
-from tokendrop.study.frontier import ALONE, JOINT, PLACEBO, SCALES, plans, run_missing
+from tokendrop.study.frontier import SCALES, run_missing
+from tokendrop.study.plans import ALONE, JOINT, PLACEBO, plans
 from tokendrop.study.runner import made_where
 from tokendrop.unified.data import TASKS
 

@@ -9,7 +9,7 @@ import pytest
 import tokendrop as td
 from tokendrop.study import frontier
 from tokendrop.study.costs import Steps
-from tokendrop.study.frontier import SCALES, FrontierError, missing, one_run, plans, run_missing
+from tokendrop.study.frontier import SCALES, missing, one_run, run_missing
 from tokendrop.study.frontier_summary import (
     best_alone,
     dense_at,
@@ -21,6 +21,7 @@ from tokendrop.study.frontier_summary import (
     quality_table,
     synergy,
 )  # fmt: skip
+from tokendrop.study.plans import FrontierError, plans
 
 # Lightning 2.6 calls a function that torch 2.13 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")

@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tokendrop.analysis.report import MARKERS, Table
-from tokendrop.study.frontier import ALONE, JOINT, PLACEBO
 from tokendrop.study.intervals import half_width, interval
+from tokendrop.study.plans import ALONE, JOINT, PLACEBO
 from tokendrop.study.summary import MISSING
 
 Row = Mapping[str, Any]
