@@ -100,7 +100,20 @@ def test_a_row_says_what_was_run():
     assert {"accuracy", "nll"} <= made[U].keys()
     assert {"agreement", "nll"} <= made[G].keys()
     assert [set(nll) for _, nll in made["curve"]] == [{U, G}]
+    assert made["events"] == []  # two batches of each task do not fit into a fifth of four updates
     json.dumps(made)
+
+
+def test_the_monitor_looks_at_the_first_fifth_and_changes_nothing(monkeypatch):
+    study = replace(TINY, steps=10)
+    watched = one_run(study, "Share All", 0)
+    assert [one["step"] for one in watched["events"]] == [4]
+    assert {"alignment", "fidelity"} <= watched["events"][-1].keys()
+    monkeypatch.setattr(frontier.FirstFifth, "on_train_batch_end", lambda *_: None)
+    always = one_run(study, "Share All", 0)
+    assert len(always["events"]) > 10
+    assert [watched[task] for task in (U, G)] == [always[task] for task in (U, G)]
+    assert one_run(study, "U alone x0.2", 0)["events"] == []
 
 
 def test_a_broken_study_goes_on_where_it_stopped(tmp_path, monkeypatch):

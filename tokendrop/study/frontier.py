@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,22 +10,26 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import lightning as L
 import torch
 from typing_extensions import override
 
+from tokendrop.callbacks import SynergyMonitor
 from tokendrop.schedule import Schedule
 from tokendrop.study.costs import Steps
 from tokendrop.study.plans import FrontierError, Plan, plans
 from tokendrop.study.study import Run, Study
+from tokendrop.study.synergy import short, task_loss
 from tokendrop.study.train import train
 from tokendrop.synergy.history import append_history, read_history
 from tokendrop.unified.data import TASKS, Question, Scenes
 from tokendrop.unified.datamodule import Tested, UnifiedData
 from tokendrop.unified.model import UnifiedVLM
 
+EVENTS = 5  # of the monitor, in the first fifth of a run of both tasks
 NAMED = re.compile(r"(?P<plan>.+?)(?: x(?P<updates>\d*\.?\d+))?")
 
 
@@ -138,6 +143,25 @@ class Spent(L.Callback):
         self.updates = trainer.global_step
 
 
+class FirstFifth(L.Callback):
+    """Lets a monitor take its figures in the first fifth of training only.
+
+    Args:
+        monitor: that has `EVENTS` events in it.
+    """
+
+    def __init__(self, monitor: SynergyMonitor) -> None:
+        super().__init__()
+        self.monitor = monitor
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.monitor.next_step > trainer.estimated_stepping_batches / 5:
+            self.monitor.next_step = sys.maxsize
+
+
 def one_run(study: FrontierStudy, name: str, seed: int) -> dict[str, Any]:
     """Train a run and judge it on the study's split.
 
@@ -153,7 +177,15 @@ def one_run(study: FrontierStudy, name: str, seed: int) -> dict[str, Any]:
     steps = Steps(sized, plan, dense=True)
     spent = Spent(None if study.plan(plan).methods else steps.flops() / len(steps.batches))
     start = time.process_time()
-    outcome = train(sized, plan, seed, callbacks=[spent])
+    with TemporaryDirectory() as folder:
+        history = Path(folder) / "synergy.jsonl"
+        watch: list[L.Callback] = []
+        if len(study.plan(plan).tasks) == 2:
+            every = max(1, 2 * sized.steps // (5 * EVENTS))
+            monitor = SynergyMonitor(TASKS, every, task_loss, history=str(history))
+            watch = [monitor, FirstFifth(monitor)]
+        outcome = train(sized, plan, seed, callbacks=[spent, *watch])
+        events = read_history(history) if history.exists() else []
     return {
         "plan": plan,
         "updates": updates,
@@ -164,6 +196,7 @@ def one_run(study: FrontierStudy, name: str, seed: int) -> dict[str, Any]:
         "optimiser_steps": spent.updates,
         "seconds": time.process_time() - start,
         "curve": outcome.curve,
+        "events": [short(event) for event in events],
         "config": {**asdict(sized), **described(sized, plan)},
     }
 
