@@ -259,7 +259,6 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-<<<<<<< HEAD
 def has_mrope(layers: nn.ModuleList) -> bool:
     """Whether positions are of three numbers, as in M-RoPE."""
     config = next((one for one in map(_config, layers) if one is not None), None)
@@ -267,9 +266,6 @@ def has_mrope(layers: nn.ModuleList) -> bool:
     return isinstance(rope, dict) and "mrope_section" in rope
 
 
-def deepstack_layers(model: nn.Module) -> int:
-    """How many first layers a vision-language decoder adds visual features between, at full length."""
-=======
 def deepstack_layers(model: nn.Module, layers: nn.ModuleList) -> list[int]:
     """The decoder layers behind which visual features are added at full length, in a way that inspection cannot follow.
 
@@ -281,7 +277,6 @@ def deepstack_layers(model: nn.Module, layers: nn.ModuleList) -> list[int]:
     if decoder is None or hasattr(decoder, ADDS_FEATURES):
         return []
     behind: set[int] = set()
->>>>>>> encoders
     for module in model.modules():
         config = getattr(module, "config", None)
         vision = getattr(config, "vision_config", None)
