@@ -73,7 +73,7 @@ def reference(
         if looked := {index for select in selections(routes) for index in select.encoder}:
             roles.encoder = Encoder(model, looked)
             roles.encoder.watch(lambda: roles.seen)
-            stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched.values())
+            stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched)
         for index, (layer, spec) in enumerate(zip(found, specs, strict=True)):
             for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec), roles):
                 stack.callback(hook.remove)

@@ -59,7 +59,7 @@ def check_support(
     Raises:
         UnsupportedError: with the reason, and what to use instead.
     """
-    deepstack = deepstack_layers(model)
+    added = deepstack_layers(model, layers)
     for method in methods.values():
         route = method.route(len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
@@ -86,12 +86,12 @@ def check_support(
             raise UnsupportedError(
                 f"{method} adds parameters, and {type(model).__name__} is sharded already; apply it before fully_shard"
             )
-        for index in range(min(deepstack, len(layers) - 1)):
+        for index in added:
             if route[index].image is not Role.ACTIVE and route[index + 1].image is not Role.ACTIVE:
                 raise UnsupportedError(
                     f"{method} would be compact across layers {index} and {index + 1}, between which "
                     f"{type(model).__name__} adds visual features at full length (deepstack); start at layer "
-                    f"{deepstack}: layers='{deepstack}:'"
+                    f"{max(added) + 1}: layers='{max(added) + 1}:'"
                 )
 
 

@@ -94,9 +94,9 @@ def check_parts(dominant: int | float, contextual: int | float) -> None:
 @lru_cache
 def _vision(share: float, width: int) -> tuple[Any, Any]:
     def parts(scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
-        looked = cast(Encoded, scoring.encoded).attention[0]
+        encoded = cast(Encoded, scoring.encoded)
         contextual = (scoring.counts * share).round().long()
-        return scores.dominant(looked, scoring.image, scoring.counts, contextual, width)
+        return scores.dominant(encoded.attention[0], scoring.image, scoring.counts, contextual, width, encoded.patches)
 
     def score(scoring: Scoring) -> Tensor:
         dominant, anchors, _ = parts(scoring)

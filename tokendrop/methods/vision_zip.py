@@ -56,15 +56,15 @@ class VisionZip(Method):
 @lru_cache
 def _parts(share: float) -> tuple[Any, Any]:
     def parts(scoring: Scoring) -> tuple[Tensor, Tensor]:
-        looked, contextual = cast(Encoded, scoring.encoded).attention[0], (scoring.counts * share).round().long()
-        return scores.spread(looked, scoring.image, scoring.counts, contextual)
+        encoded, contextual = cast(Encoded, scoring.encoded), (scoring.counts * share).round().long()
+        return scores.spread(encoded.attention[0], scoring.image, scoring.counts, contextual, encoded.patches)
 
     def score(scoring: Scoring) -> Tensor:
         dominant, anchors = parts(scoring)
         return (dominant | anchors).float()
 
     def merge(scoring: Scoring, kept: Tensor) -> Merge:
-        dominant, anchors = parts(scoring)
-        return added_mean(scoring, scoring.image & ~dominant & ~anchors, anchors)
+        leave = scoring.image & ~kept & cast(Encoded, scoring.encoded).patches
+        return added_mean(scoring, leave, parts(scoring)[1])
 
     return score, merge

@@ -94,5 +94,6 @@ def _scans(window: int, kind: str) -> Any:
 
 def average(scoring: Scoring, kept: Tensor) -> Merge:
     """Each token that leaves goes to the kept one whose state is most like its own, which becomes the mean of all."""
-    into, sizes = scores.nearest(scoring.states, scoring.image & ~kept, kept)
+    patches = cast(Encoded, scoring.encoded).patches
+    into, sizes = scores.nearest(scoring.states, scoring.image & ~kept & patches, kept & patches)
     return Merge(into, 1 / sizes)
