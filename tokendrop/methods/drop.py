@@ -1,7 +1,7 @@
 """Drop: the general method, some image tokens out of a range of layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from tokendrop.roles import (
     Attention,
     LayerRoute,
     Layers,
+    Merge,
     Method,
     Queries,
     Role,
@@ -32,11 +33,16 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "attention": sees("answer")(lambda s: scores.attention(*_attention(s)[:2])),
     "value_norm": sees("answer")(lambda s: scores.value_norm(_attention(s).values)),
 }
-ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT}
+ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "merge": Role.BYPASS}
 
 
 def _attention(scoring: Scoring) -> Attention:
     return cast(Attention, scoring.attention)  # such a selection has queries
+
+
+def _average(scoring: Scoring, kept: Tensor) -> Merge:
+    into, sizes = scores.nearest(scoring.states, scoring.image & ~kept, kept)
+    return Merge(into, 1 / sizes)
 
 
 def check_keep(keep: int | float) -> None:
@@ -63,7 +69,8 @@ class Drop(Method):
         score: "random", "uniform", "norm", "similarity", "leverage", "attention" or "value_norm", or a function from
             `Scoring` to (B, T) float; higher is kept. It sees attention, keys and the encoder where `td.sees` asks so.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
-            keys and values of the state they had at its entry (CONTEXT) until its end.
+            keys and values of the state they had at its entry (CONTEXT) until its end; "merge" makes each kept token
+            the mean of itself and those most like it by cosine, and at the end gives all of these its update.
         seed: of random scores.
 
     Raises:
@@ -80,7 +87,7 @@ class Drop(Method):
     layers: Layers
     keep: int | float
     score: str | Callable[[Scoring], Tensor] = "random"
-    then: Literal["rejoin", "gone", "context"] = "rejoin"
+    then: Literal["rejoin", "gone", "context", "merge"] = "rejoin"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,7 +99,7 @@ class Drop(Method):
                 f"score={self.score!r} is unknown; use one of {', '.join(map(repr, SCORES))}, or a function"
             )
         if self.then not in tuple(ROLES):
-            raise MethodError(f"then={self.then!r} is unknown; use 'rejoin', 'gone' or 'context'")
+            raise MethodError(f"then={self.then!r} is unknown; use one of {', '.join(map(repr, ROLES))}")
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
@@ -107,7 +114,9 @@ class Drop(Method):
                 entry = entry if index - 1 in inside else index
                 rows, layer = asked.attention, max(0, entry - asked.before)
                 queries = None if rows is None else Queries(rows, layer)
-                select = Select(self.keep, score, entry, self.seed, strength, queries, encoder=asked.encoder)
+                merge = _average if self.then == "merge" else None
+                select = Select(self.keep, score, entry, self.seed, strength, queries)
+                select = replace(select, encoder=asked.encoder, merge=merge, restore=merge is not None)
                 routes.append(LayerRoute(ROLES[self.then], select=select))
             else:
                 routes.append(LayerRoute())

@@ -228,7 +228,8 @@ def _run(
     frame.returns_tuple = rest is not None
     if index < span.stop - 1:
         return out
-    states = _scaled(forward, _full(forward, states))
+    states, spans = _scaled(forward, _full(forward, states)), forward.plan.span_of
+    states = forward.selections.leave(spans[span.stop] if span.stop < len(spans) else None, states)
     forward.full, forward.context = None, ()
     return joined_output(states, rest)
 
