@@ -48,18 +48,12 @@ class Encoded(NamedTuple):
         attention: (E, B, T) float32, mean over heads of the attention that a token gets from [CLS], or, where there is
             none, from the mean row of its image.
         keys: (E, B, T, D / H) float32, mean over heads of its key vectors.
-        place: (B, T, 3) int64, its image (or frame) in the batch, row and column; -1 for an image token that comes of
-            no patch, such as the newline behind a row, whose attention and keys are 0.
+        place: (B, T, 3) int64, its image (or frame) in the batch, row and column; -1 for an image token of no patch.
     """
 
     attention: Tensor
     keys: Tensor
     place: Tensor
-
-    @property
-    def patches(self) -> Tensor:
-        """(B, T) bool, False for image tokens that come of no patch."""
-        return self.place[..., 0] >= 0
 
     def of(self, samples: Tensor) -> "Encoded":
         """The same of some samples, (N,) int64."""
