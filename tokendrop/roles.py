@@ -178,11 +178,13 @@ class LayerRoute:
         image: their role; with `select`, that of the tokens it does not keep.
         separate: the projections ("q", "k", "v") that are their own.
         select: which of them stay ACTIVE; None for none.
+        renumber: whether the rows that compute take the first positions of their sample.
     """
 
     image: Role = Role.ACTIVE
     separate: frozenset[str] = frozenset()
     select: Select | None = None
+    renumber: bool = False
 
 
 Route = tuple[LayerRoute, ...]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokendrop.engine.model.decoder import LayerSpec, deepstack_layers, is_sharded
+from tokendrop.engine.model.decoder import LayerSpec, deepstack_layers, has_mrope, is_sharded
 from tokendrop.errors import MethodError, UnsupportedError
 from tokendrop.roles import Method, Role, Route
 
@@ -63,7 +63,7 @@ def check_support(
     for method in methods.values():
         route = method.route(len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
-        if refusal := _chosen_refusal(route):
+        if refusal := _chosen_refusal(route) or _numbered_refusal(route, layers):
             raise UnsupportedError(f"{method} {refusal}")
         if refusal := _refusal(layers, specs, context):
             raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
@@ -105,6 +105,12 @@ def _chosen_refusal(route: Route) -> str | None:
             return f"selects image tokens in layer {index}, the others CONTEXT, behind others that are GONE; use BYPASS"
         gone = gone or layer.image is Role.GONE
     return None
+
+
+def _numbered_refusal(route: Route, layers: nn.ModuleList) -> str | None:
+    if not any(layer.renumber for layer in route) or not has_mrope(layers):
+        return None
+    return "numbers tokens anew, but under M-RoPE those of an image have a row and a column; use positions='keep'"
 
 
 def _refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec], wanted: Sequence[int]) -> str | None:

@@ -259,6 +259,13 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def has_mrope(layers: nn.ModuleList) -> bool:
+    """Whether positions are of three numbers, as in M-RoPE."""
+    config = next((one for one in map(_config, layers) if one is not None), None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    return isinstance(rope, dict) and "mrope_section" in rope
+
+
 def deepstack_layers(model: nn.Module, layers: nn.ModuleList) -> list[int]:
     """The decoder layers behind which visual features are added at full length, in a way that inspection cannot follow.
 
