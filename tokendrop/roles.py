@@ -25,6 +25,7 @@ class Role(IntEnum):
     CONTEXT = 1  # is seen as key and value, from a state frozen at the entry of the range
     BYPASS = 2  # is carried past the layer, neither computing nor seen
     GONE = 3  # has left for good
+    ATTEND = 4  # attends, and is seen as key and value, but has no FFN: x + attention(norm x)
 
 
 class Attention(NamedTuple):
