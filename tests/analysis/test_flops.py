@@ -99,7 +99,7 @@ def test_by_hand():
 
 
 def test_attend_by_hand():
-    """Two samples of 4 text and 3 image tokens, of which one is kept: 5 rows of 7 have an FFN in three of four layers."""
+    """4 text and 3 image tokens, of which one is kept: 5 rows of 7 have an FFN in three of four layers."""
     d, kv, inner, vocab = 32, 16, 48, 50
     attention, ffn = 2 * (2 * d * d + 2 * d * kv), 2 * 3 * d * inner
     layer = 7 * attention + 4 * 7 * 7 * d

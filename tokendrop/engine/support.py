@@ -69,12 +69,7 @@ def check_support(
     for method in methods.values():
         route = method.route(len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
-        attends = attending(method, len(layers))
-        if refusal := next(filter(None, (skip_refusal(layers[index], specs[index]) for index in attends)), None):
-            raise UnsupportedError(
-                f"{method} makes image tokens ATTEND, without an FFN, but {refusal}; use BYPASS, as Drop with "
-                "then='rejoin'"
-            )
+        _check_skipping(layers, specs, method)
         if refusal := _chosen_refusal(route):
             raise UnsupportedError(f"{method} {refusal}")
         if refusal := _refusal(layers, specs, context):
@@ -105,6 +100,15 @@ def check_support(
                     f"{type(model).__name__} adds visual features at full length (deepstack); start at layer "
                     f"{deepstack}: layers='{deepstack}:'"
                 )
+
+
+def _check_skipping(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method) -> None:
+    for index in attending(method, len(layers)):
+        if refusal := skip_refusal(layers[index], specs[index]):
+            raise UnsupportedError(
+                f"{method} makes image tokens ATTEND, without an FFN, but {refusal}; use BYPASS, as Drop with "
+                "then='rejoin'"
+            )
 
 
 def _chosen_refusal(route: Route) -> str | None:

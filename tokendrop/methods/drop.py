@@ -64,7 +64,7 @@ class Drop(Method):
             `Scoring` to (B, T) float; higher is kept.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
             keys and values of the state they had at its entry (CONTEXT) until its end, "attend" lets them go on without
-            an FFN (ATTEND) until its end.
+            an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too.
         seed: of random scores.
 
     Raises:
@@ -98,7 +98,7 @@ class Drop(Method):
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
         chosen = layer_indices(self.layers, num_layers)
-        gone = self.then == "gone"
+        gone, none = self.then == "gone", self.then == "attend" and self.keep == 0 and strength == 1
         inside = range(chosen[0], num_layers) if gone else chosen
         routes = []
         entry, score = chosen[0], SCORES[self.score] if isinstance(self.score, str) else self.score
@@ -107,6 +107,8 @@ class Drop(Method):
                 entry = entry if index - 1 in inside else index
                 queries = Queries("answer", entry) if self.score in LOOKING else None
                 select = Select(self.keep, score, entry, self.seed, strength, queries)
+                # With none to choose, a token that is generated is like those of the prompt.
+                select = None if none else select
                 routes.append(LayerRoute(ROLES[self.then], select=select))
             else:
                 routes.append(LayerRoute())
