@@ -9,11 +9,13 @@ Shape letters: B batch, T tokens, L layers.
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokendrop.analysis.report import Table
-from tokendrop.study import synergy_summary
+from tokendrop.study import frontier_summary, synergy_summary
+from tokendrop.study.frontier import SCALES
 from tokendrop.study.synergy import SynergyStudy
 
 RESULTS = Path(__file__).parent / "results"
@@ -111,9 +113,29 @@ def monitor() -> str:
 
 def _synergy(make: Callable[[list[Row], dict[str, float]], Table]) -> str:
     found = json.loads((RESULTS / "synergy-study.json").read_text())
-    made = make(found["rows"], found["flops"])
+    return markdown(make(found["rows"], found["flops"]))
+
+
+def markdown(made: Table) -> str:
+    """A table in Markdown."""
     lines = [made.header, ["---"] * len(made.header), *made.rows]
     return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
+def frontier_rows(scale: str, split: str) -> list[Row]:
+    """The rows of the study of the frontier at one scale and split."""
+    return [row for row in rows_of("frontier/rows") if (row["scale"], row["split"]) == (scale, split)]
+
+
+def frontier(scale: str, split: str) -> str:
+    """Every run at one scale."""
+    return markdown(frontier_summary.quality_table(frontier_rows(scale, split)))
+
+
+def frontier_differences(scale: str, split: str) -> str:
+    """Each joint run beside dense joint training; what is chosen is chosen on validation."""
+    chosen = frontier_rows(scale, "val")
+    return markdown(frontier_summary.differences_table(frontier_rows(scale, split), chosen))
 
 
 FLOPS = {  # of docs/configs: image tokens of an image
@@ -197,6 +219,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "synergy-correlations": lambda: _synergy(lambda rows, _: synergy_summary.correlations(rows, SynergyStudy())),
     "flops": flops,
 }
+for _scale in SCALES:
+    for _split in ("val", "test"):
+        _name = f"frontier-{_scale.replace(', ', '-').replace(' ', '-')}-{_split}"
+        TABLES[_name] = partial(frontier, _scale, _split)
+        TABLES[f"{_name}-differences"] = partial(frontier_differences, _scale, _split)
 
 
 def written(page: str) -> str:

@@ -1,6 +1,7 @@
 """FLOPs: counted by an operator-level counter, and by formula.
 
-One multiply-add is 2 FLOPs. Causal attention is counted in full, as every counter does.
+One multiply-add is 2 FLOPs. Causal attention is counted in full, as every counter does; `hidden` says by how much that
+is more than what a kernel computes that skips the pairs no query sees.
 Shape letters: B batch, T tokens, K computed rows, M context rows, R scoring rows, D hidden, H heads, L layers.
 """
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokendrop.analysis.pairs import window_of
 from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.model.ffn import ffn_of
 from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape, linears
@@ -67,6 +69,7 @@ class LayerCost:
         trained_context_row: of `context_row`, likewise.
         ffn_row: of `row`, in its FFN.
         trained_ffn_row: of `ffn_row`, likewise.
+        window: keys that a query sees at most, or None.
     """
 
     row: int
@@ -78,6 +81,7 @@ class LayerCost:
     trained_context_row: int
     ffn_row: int
     trained_ffn_row: int
+    window: int | None = None
 
     @property
     def context_row(self) -> int:
@@ -102,6 +106,7 @@ class LayerCost:
             trained_context_row=2 * inputs * sum(widths[letter] for letter in trained),
             ffn_row=0 if ffn is None else _linear_flops(ffn),
             trained_ffn_row=0 if ffn is None else _linear_flops(ffn, trained=True),
+            window=window_of(attention),
         )
 
     def forward(self, rows: int, context: int = 0, pairs: int | None = None, attend: int = 0) -> int:

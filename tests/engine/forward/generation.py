@@ -31,6 +31,7 @@ METHODS: dict[str, Any] = {
     "attend_kept": td.SkipVision("0:3", 2, "norm"),
     "fastv": td.FastV(2, 0.5),
     "pyramid_drop": td.PyramidDrop((1, 2, 4), (0.8, 0.5, 0.2)),
+    "renumbered": td.PyramidDrop((1, 2, 4), (0.8, 0.5, 0.2), "renumber"),
     "hidrop": td.HiDrop(1, (2, 3), (0.6, 2), 4),
     "duet_vlm": td.DuetVLM((1, 3), (0.5, 0)),
     "svd_prune": td.SVDPrune(0.5, rank=2),
