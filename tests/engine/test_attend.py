@@ -206,7 +206,7 @@ def made_model(name):
 
 
 @pytest.mark.parametrize("name", [*(name for name in FAMILIES if name != "minimax"), *MORE])
-def test_every_family_gives_x_plus_attention(name):
+def test_every_family_gives_x_plus_attention(name, cell):
     """By hooks on the last layer and its attention, from what each family's own forward does with them."""
     module, seen = made_model(name), {}
     last = find_layers(module)[1][-1]
@@ -231,6 +231,8 @@ def test_every_family_gives_x_plus_attention(name):
         part = PARTS.get(name, lambda _, out: out)(last, seen["attention"][1])
     torch.testing.assert_close(out[image], (x + part)[image], rtol=1e-5, atol=1e-5)
     assert (out - x - part)[~image].abs().max(-1).values.min() > 1e-3  # text has an FFN
+    if name == "falcon_h1":  # the others' cell is of gradients, too
+        cell(name, "attend")
 
 
 def test_a_layer_written_by_hand():
@@ -306,7 +308,7 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_families_in_which_no_row_goes_without_its_ffn(name):
+def test_families_in_which_no_row_goes_without_its_ffn(name, cell, refusal):
     sizes, layers = {"vocab_size": 64, "hidden_size": 32}, None
     if name == "minimax":
         module = copy.deepcopy(family_model(name))
@@ -315,8 +317,11 @@ def test_families_in_which_no_row_goes_without_its_ffn(name):
     else:
         config = hf.OPTConfig(ffn_dim=40, num_hidden_layers=2, num_attention_heads=4, **sizes)
         module = hf.OPTForCausalLM(config)
-    with pytest.raises(UnsupportedError, match=WITHOUT[name]):
+    with pytest.raises(UnsupportedError, match=WITHOUT[name]) as caught:
         td.apply(module, attend(), layers)
+    if name in FAMILIES:
+        refusal(name, "`then='attend'`", str(caught.value))
+        cell(name, "attend", "refused, as below")
 
 
 def test_an_ffn_that_is_taken_away_since():
@@ -380,9 +385,10 @@ def test_packed_samples_choose_on_their_own():
 
 def test_compiled_in_one_graph():
     torch._dynamo.reset()
-    made = batch(RAGGED, "aagaa", "left")
-    model, drop = dropped(BASES[torch.float32], {"a": attend("1:3", 2), "g": attend("2:")}, multiple=4)
-    with drop.layout(made.layout()):
+    made = batch(["ttiiitittt", "tiitttiiitt"], "ag", "left")
+    methods = {"a": attend("0:1", 2), "g": attend("1:")}
+    model, drop = dropped(llama(layers=2), methods, multiple=4)
+    with torch.no_grad(), drop.layout(made.layout()):
         expected = model(made.ids, attention_mask=made.mask, use_cache=False).logits
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         found = compiled(made.ids, attention_mask=made.mask, use_cache=False).logits

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokendrop.engine.model.decoder import LayerSpec, deepstack_layers, has_mrope, is_sharded
+from tokendrop.engine.model.decoder import LayerSpec, has_mrope, is_sharded
+from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
 from tokendrop.errors import MethodError, UnsupportedError
 from tokendrop.roles import Method, Role, Route
