@@ -40,6 +40,7 @@ from tokendrop.methods import (
     MixtureOfDepths,
     PyramidDrop,
     RandomLTD,
+    SkipVision,
     SVDPrune,
     VScan,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "SVDPrune",
     "Schedule",
     "Segment",
+    "SkipVision",
     "SynergyMonitor",
     "SynergyWarning",
     "TaskLossError",

@@ -54,6 +54,7 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         "Drop rejoin 25%": (td.Drop(f"1:{last}", keep=0.25), {}),
         "Drop gone 25%": (td.Drop("2:", keep=0.25, then="gone"), {}),
         "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
+        "SkipVision 25%": (td.SkipVision(keep=0.25), {}),
         "MixtureOfDepths": (td.MixtureOfDepths(), {}),
     }
     if sizes.layers < 8:  # too few for stages

@@ -9,6 +9,7 @@ from tokendrop.methods.hmgen import HMGen
 from tokendrop.methods.mixture_of_depths import MixtureOfDepths
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
+from tokendrop.methods.skip_vision import SkipVision
 from tokendrop.methods.svd_prune import SVDPrune
 from tokendrop.methods.vscan import VScan
 
@@ -23,5 +24,6 @@ __all__ = [
     "PyramidDrop",
     "RandomLTD",
     "SVDPrune",
+    "SkipVision",
     "VScan",
 ]

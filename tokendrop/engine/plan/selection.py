@@ -91,7 +91,9 @@ class Selections:
         if key not in self.made:  # a span cut by another task's goes on with the same tokens
             self.made[key] = self._select(group, choice, states, look, router)
         kept = self.made[key]
-        active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.size)
+        active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.ffn_rows)
+        if group.role is Role.ATTEND:
+            return replace(group, ffn=active)
         if choice.context_size == 0:
             return replace(group, active=active)
         left = self.plan.layout.image[group.samples] & ~kept
