@@ -31,6 +31,8 @@ from tokendrop.errors import (
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
 from tokendrop.methods import (
+    DART,
+    DivPrune,
     Drop,
     DuetVLM,
     FastV,
@@ -42,18 +44,22 @@ from tokendrop.methods import (
     RandomLTD,
     SkipVision,
     SVDPrune,
+    VisionZip,
     VScan,
 )
 from tokendrop.roles import Method, Role
 from tokendrop.schedule import Schedule
+from tokendrop.scoring import sees
 
 __all__ = [
+    "DART",
     "Allocation",
     "AppliedError",
     "AttentionAllocation",
     "BatchError",
     "Benchmark",
     "DecoderError",
+    "DivPrune",
     "Drop",
     "DropLayers",
     "DuetVLM",
@@ -90,6 +96,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedError",
     "VScan",
+    "VisionZip",
     "apply",
     "attention_allocation",
     "benchmark",
@@ -101,5 +108,6 @@ __all__ = [
     "methods_of",
     "recipe",
     "scatter_tokens",
+    "sees",
     "to_config",
 ]

@@ -60,6 +60,8 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
     if sizes.layers < 8:  # too few for stages
         return found
     return found | {
+        "DivPrune 25%": (td.DivPrune(keep=0.25), {}),
+        "DART 25%": (td.DART(2, keep=0.25), {}),
         "SVDPrune 25%": (td.SVDPrune(keep=0.25), {}),
         "FastV 50%": (td.FastV(), {}),
         "PyramidDrop": (td.PyramidDrop(tuple(sizes.layers * quarter // 4 for quarter in (1, 2, 3))), {}),

@@ -172,7 +172,10 @@ class _Roles:
         count = select.count(int(self.layout.image[sample, tokens].sum()))
         looks = torch.tensor([count]), looks, encoded, router
         states, candidates = states[one][:, tokens], candidates[None, tokens]
-        scoring = Scoring(states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks)
+        text = torch.tensor([[t in self._text(sample, tokens) for t in tokens]])
+        scoring = Scoring(
+            states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks, text
+        )
         scores = dict(zip(tokens, select.score(scoring)[0].tolist(), strict=True))
         kept = sorted(sorted(alive, key=lambda token: (-scores[token], token))[:count])
         self.kept[sample] = self.kept[sample] + kept
@@ -202,11 +205,18 @@ class _Roles:
         live = live & torch.isin(torch.arange(live.shape[1]), torch.tensor(tokens))
         caught = caught_attention(lambda: type(layer).forward(layer, states, **named))
         seen, values = probabilities(caught.logits, live), caught.values
+        keys, given = keys_values(layer, type(layer).forward, states, named, spec.cache or "")
         if values is None:
-            values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
+            values = given
         valid = torch.ones(1, len(rows), dtype=torch.bool)
         seen, values = seen[sample : sample + 1, :, rows][..., tokens], values[sample : sample + 1, :, tokens]
-        return Attention(seen, valid, values)
+        return Attention(seen, valid, values, keys[sample : sample + 1, :, tokens])
+
+    def _text(self, sample: int, tokens: list[int]) -> list[int]:
+        layout = self.layout
+        real = [t for t in tokens if layout.padding is None or layout.padding[sample, t]]
+        text = [t for t in real if not layout.image[sample, t]]
+        return [t for t in text if layout.labels is None or int(layout.labels[sample, t]) == IGNORED]
 
     def _rows(self, sample: int, which: str, tokens: list[int]) -> list[int]:
         layout = self.layout

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokendrop.engine.model.decoder import LayerSpec, has_mrope, is_sharded
+from tokendrop.engine.model.decoder import LayerSpec, attention_of, is_sharded
 from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
 from tokendrop.errors import MethodError, UnsupportedError
@@ -126,7 +126,9 @@ def _chosen_refusal(route: Route) -> str | None:
 
 
 def _numbered_refusal(route: Route, layers: nn.ModuleList) -> str | None:
-    if not any(layer.renumber for layer in route) or not has_mrope(layers):
+    config = next((one.config for one in map(attention_of, layers) if hasattr(one, "config")), None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not any(layer.renumber for layer in route) or not isinstance(rope, dict) or "mrope_section" not in rope:
         return None
     return "numbers tokens anew, but under M-RoPE those of an image have a row and a column; use positions='keep'"
 

@@ -1,5 +1,7 @@
 """One file per published method: a frozen dataclass that returns roles and knows no model."""
 
+from tokendrop.methods.dart import DART
+from tokendrop.methods.div_prune import DivPrune
 from tokendrop.methods.drop import Drop
 from tokendrop.methods.duet_vlm import DuetVLM
 from tokendrop.methods.fastv import FastV
@@ -11,9 +13,12 @@ from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
 from tokendrop.methods.skip_vision import SkipVision
 from tokendrop.methods.svd_prune import SVDPrune
+from tokendrop.methods.vision_zip import VisionZip
 from tokendrop.methods.vscan import VScan
 
 __all__ = [
+    "DART",
+    "DivPrune",
     "Drop",
     "DuetVLM",
     "FastV",
@@ -26,4 +31,5 @@ __all__ = [
     "SVDPrune",
     "SkipVision",
     "VScan",
+    "VisionZip",
 ]

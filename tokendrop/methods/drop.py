@@ -21,6 +21,7 @@ from tokendrop.roles import (
     check_layers,
     layer_indices,
 )
+from tokendrop.scoring import seen_by, sees
 
 SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "random": lambda s: scores.random(s.image, s.samples, s.layer, s.seed, s.step),
@@ -28,10 +29,9 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "norm": lambda s: scores.norm(s.states),
     "similarity": lambda s: scores.similarity(s.states, s.image),
     "leverage": lambda s: scores.leverage(s.states, s.image),
-    "attention": lambda s: scores.attention(*_attention(s)[:2]),
-    "value_norm": lambda s: scores.value_norm(_attention(s).values),
+    "attention": sees("answer")(lambda s: scores.attention(*_attention(s)[:2])),
+    "value_norm": sees("answer")(lambda s: scores.value_norm(_attention(s).values)),
 }
-LOOKING = ("attention", "value_norm")
 ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "attend": Role.ATTEND}
 
 
@@ -61,7 +61,7 @@ class Drop(Method):
         layers: the range; with then="gone" only its first layer counts.
         keep: share of the sample's image tokens, or a count.
         score: "random", "uniform", "norm", "similarity", "leverage", "attention" or "value_norm", or a function from
-            `Scoring` to (B, T) float; higher is kept.
+            `Scoring` to (B, T) float; higher is kept. It sees attention, keys and the encoder where `td.sees` asks so.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
             keys and values of the state they had at its entry (CONTEXT) until its end, "attend" lets them go on without
             an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too.
@@ -102,11 +102,13 @@ class Drop(Method):
         inside = range(chosen[0], num_layers) if gone else chosen
         routes = []
         entry, score = chosen[0], SCORES[self.score] if isinstance(self.score, str) else self.score
+        asked = seen_by(score)
         for index in range(num_layers):
             if index in inside:
                 entry = entry if index - 1 in inside else index
-                queries = Queries("answer", entry) if self.score in LOOKING else None
-                select = Select(self.keep, score, entry, self.seed, strength, queries)
+                rows, layer = asked.attention, max(0, entry - asked.before)
+                queries = None if rows is None else Queries(rows, layer)
+                select = Select(self.keep, score, entry, self.seed, strength, queries, encoder=asked.encoder)
                 # With none to choose, a token that is generated is like those of the prompt.
                 select = None if none else select
                 routes.append(LayerRoute(ROLES[self.then], select=select))

@@ -50,6 +50,7 @@ VISION: dict[str, dict[str, Any]] = {
     "svd_prune_mixed": {"u": td.SVDPrune(3, energy=0.5), "g": td.HMGen("1:4:2")},
     "vscan": {"u": td.VScan(0.5, (2,), (0.5,), -1, -1, 1)},
     "vscan_mixed": {"u": td.VScan(3, (), (), -1, -1, 2), "g": td.HMGen("1:4:2")},
+    "vision_zip": {"u": td.VisionZip(0.25, 0.25, -1)},
     "duet_vlm": {"u": td.DuetVLM((2, 4), (0.5, 0), 0.25, 0.25, 2, -1)},
 }
 # Those with a vision encoder whose patches, or squares of them, are the image tokens.

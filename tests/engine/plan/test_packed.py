@@ -25,6 +25,8 @@ METHODS: dict[str, Any] = {
     "renumbered": td.PyramidDrop((1, 2), (0.5, 0.25), "renumber"),
     "hidrop": td.HiDrop(1, (2,), (0.6,), 3),
     "duet": td.DuetVLM((1, 3), (0.5, 0)),
+    "div_prune": td.DivPrune(0.5),
+    "dart": td.DART(2, 0.5, 1, 2),
     "svd": td.SVDPrune(0.5, rank=1),
     "depths": td.MixtureOfDepths("0:3", 0.5),
     "count": td.Drop("1:3", 2, "value_norm", "gone"),

@@ -257,13 +257,6 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def has_mrope(layers: nn.ModuleList) -> bool:
-    """Whether positions are of three numbers, as in M-RoPE."""
-    config = next((one for one in map(_config, layers) if one is not None), None)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    return isinstance(rope, dict) and "mrope_section" in rope
-
-
 def reentrant(layer: nn.Module) -> bool:
     """Whether a layer recomputes its forward inside a re-entrant backward."""
     function: Callable[..., Any] | None = getattr(layer, "_gradient_checkpointing_func", None)
