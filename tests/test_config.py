@@ -20,6 +20,8 @@ METHODS = [
     td.Drop("1:", keep=0.25, then="context"),
     td.Drop("1:", keep=0.25),
     td.RandomLTD(keep=7),
+    td.SkipVision("1:", keep=0.25, score="random", seed=2),
+    td.Drop("1:", keep=3, then="attend"),
     td.MixtureOfDepths("2:", 0.25),
     td.FastV(3, keep=0.25),
     td.PyramidDrop((2, 4), keep=(0.5, 7)),

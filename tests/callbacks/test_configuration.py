@@ -47,6 +47,8 @@ METHODS = [
     td.Drop("1:", keep=0.25, then="merge"),
     td.Drop("1:", keep=0.25),
     td.RandomLTD(keep=7),
+    td.SkipVision("1:", keep=0.25, score="random", seed=2),
+    td.Drop("1:", keep=3, then="attend"),
     td.MixtureOfDepths("2:", 0.25),
     td.SVDPrune(),
     td.DivPrune(0.25),

@@ -21,6 +21,7 @@ METHODS = [
     td.Drop("1:3", keep=0.5, score="leverage"),
     td.Drop("1:3", keep=0.5, score="norm", then="context"),
     td.Drop("1:3", keep=0.5, score="norm", then="merge"),
+    td.SkipVision("1:3", keep=2, score="norm"),
     td.SVDPrune(keep=3, rank=2),
     td.DivPrune(keep=3),
     td.DART(2, keep=0.5, image_pivots=1, text_pivots=2),

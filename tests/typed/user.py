@@ -25,6 +25,7 @@ METHODS: list[td.Method] = [
     td.HiMix(layers="2:"),
     td.HMGen(shallow="8:24:2", separate="shared"),
     td.RandomLTD(),
+    td.SkipVision(keep=0.5),
     td.FastV(layer=2, keep=0.5),
     td.PyramidDrop([4, 8], [0.5, 0.25]),
     td.HiDrop(),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs, sees_both_sides
+from tokendrop.engine.model.ffn import ffn_of
 from tokendrop.engine.model.sets import make_sets
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder
@@ -38,7 +39,8 @@ def reference(
     """Run the forwards of an untouched model inside under the roles of `methods`, densely.
 
     In each layer every row computes; BYPASS and GONE columns are masked; then rows that are not ACTIVE get their
-    input back, which is also the frozen state that CONTEXT keys and values come from in the next layer.
+    input back, which is also the frozen state that CONTEXT keys and values come from in the next layer. ATTEND rows
+    compute, and what the FFN gives is zero for them.
 
     Args:
         model: an untouched model.
@@ -80,27 +82,36 @@ def reference(
 
 def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], state: Roles) -> Iterator[Any]:
     entered: list[Tensor] = []
+    ffn = ffn_of(layer)
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         states, named = spec.bind(args, kwargs)
         roles, states = roles_of(states, named)
-        active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
-        entered[:] = [states, active]
+        attend, hidden = roles == Role.ATTEND, (roles == Role.BYPASS) | (roles == Role.GONE)
+        active = attend | (roles == Role.ACTIVE)
+        entered[:] = [states, active, attend]
         named = state.turned(named)
         mask, causal = named.get("attention_mask"), not sees_both_sides(module)
         named["attention_mask"] = masked(mask, active, hidden, states, spec.backend(module), causal)
         return (states,), named
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        before, active = entered
+        before, active, _ = entered
         states = torch.where(active[:, :, None], out[0] if isinstance(out, tuple) else out, before)
         if bool((state.scale != 1).any()):
             states = before + state.scale[:, :, None] * (states - before)
         states = state.restored(len(state.inputs) - 1, states)
         return (states, *out[1:]) if isinstance(out, tuple) else states
 
+    def skip(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        made = out[0] if isinstance(out, tuple) else out
+        made = made.masked_fill(entered[2].view(*made.shape[:-1], 1), 0)
+        return (made, *out[1:]) if isinstance(out, tuple) else made
+
+    if ffn is not None:
+        yield ffn.register_forward_hook(skip)
     yield layer.register_forward_pre_hook(before, with_kwargs=True)
     yield layer.register_forward_hook(after)
 

@@ -11,6 +11,7 @@ from tokendrop.methods.hmgen import HMGen
 from tokendrop.methods.mixture_of_depths import MixtureOfDepths
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
+from tokendrop.methods.skip_vision import SkipVision
 from tokendrop.methods.svd_prune import SVDPrune
 from tokendrop.methods.vision_zip import VisionZip
 from tokendrop.methods.vscan import VScan
@@ -28,6 +29,7 @@ __all__ = [
     "PyramidDrop",
     "RandomLTD",
     "SVDPrune",
+    "SkipVision",
     "VScan",
     "VisionZip",
 ]

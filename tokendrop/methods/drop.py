@@ -1,7 +1,8 @@
 """Drop: the general method, some image tokens out of a range of layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 from torch import Tensor
@@ -33,7 +34,7 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "attention": sees("answer")(lambda s: scores.attention(*_attention(s)[:2])),
     "value_norm": sees("answer")(lambda s: scores.value_norm(_attention(s).values)),
 }
-ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "merge": Role.BYPASS}
+ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "attend": Role.ATTEND, "merge": Role.BYPASS}
 
 
 def _attention(scoring: Scoring) -> Attention:
@@ -69,8 +70,9 @@ class Drop(Method):
         score: "random", "uniform", "norm", "similarity", "leverage", "attention" or "value_norm", or a function from
             `Scoring` to (B, T) float; higher is kept. It sees attention, keys and the encoder where `td.sees` asks so.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
-            keys and values of the state they had at its entry (CONTEXT) until its end; "merge" makes each kept token
-            the mean of itself and those most like it by cosine, and at the end gives all of these its update.
+            keys and values of the state they had at its entry (CONTEXT) until its end, "attend" lets them go on without
+            an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too; "merge" makes each kept
+            token the mean of itself and those most like it by cosine, and at the end gives all of these its update.
         seed: of random scores.
 
     Raises:
@@ -87,7 +89,7 @@ class Drop(Method):
     layers: Layers
     keep: int | float
     score: str | Callable[[Scoring], Tensor] = "random"
-    then: Literal["rejoin", "gone", "context", "merge"] = "rejoin"
+    then: Literal["rejoin", "gone", "context", "attend", "merge"] = "rejoin"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,7 +106,7 @@ class Drop(Method):
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
         chosen = layer_indices(self.layers, num_layers)
-        gone = self.then == "gone"
+        gone, none = self.then == "gone", self.then == "attend" and self.keep == 0 and strength == 1
         inside = range(chosen[0], num_layers) if gone else chosen
         routes = []
         entry, score = chosen[0], SCORES[self.score] if isinstance(self.score, str) else self.score
@@ -115,8 +117,10 @@ class Drop(Method):
                 rows, layer = asked.attention, max(0, entry - asked.before)
                 queries = None if rows is None else Queries(rows, layer)
                 merge = _average if self.then == "merge" else None
-                select = Select(self.keep, score, entry, self.seed, strength, queries)
-                select = replace(select, encoder=asked.encoder, merge=merge, restore=merge is not None)
+                kept = partial(Select, encoder=asked.encoder, merge=merge, restore=merge is not None)
+                select = kept(self.keep, score, entry, self.seed, strength, queries)
+                # With none to choose, a token that is generated is like those of the prompt.
+                select = None if none else select
                 routes.append(LayerRoute(ROLES[self.then], select=select))
             else:
                 routes.append(LayerRoute())

@@ -96,7 +96,8 @@ def _vision(share: float, width: int) -> tuple[Any, Any]:
     def parts(scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
         encoded = cast(Encoded, scoring.encoded)
         contextual = (scoring.counts * share).round().long()
-        return scores.dominant(encoded.attention[0], scoring.image, scoring.counts, contextual, width, encoded.patches)
+        patches = encoded.place[..., 0] >= 0
+        return scores.dominant(encoded.attention[0], scoring.image, scoring.counts, contextual, width, patches)
 
     def score(scoring: Scoring) -> Tensor:
         dominant, anchors, _ = parts(scoring)

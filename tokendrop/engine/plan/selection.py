@@ -114,10 +114,11 @@ class Selections:
         self.merges.clear()
         return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1])), states
 
-    def leave(self, span: Span | None, states: Tensor) -> Tensor:
-        """The hidden states (B, T, D) behind a span, tokens restored that are merged in the next `span` no more."""
+    def leave(self, stop: int, states: Tensor) -> Tensor:
+        """The hidden states (B, T, D) that enter layer `stop`, tokens restored that are merged there no more."""
+        following = self.plan.span_of[stop].groups if self.merged and stop < len(self.plan.span_of) else ()
         for merged in self.merged:
-            groups = [one for one in (span.groups if span else ()) if one.choice and one.choice.select == merged.select]
+            groups = [one for one in following if one.choice and one.choice.select == merged.select]
             on = {sample for one in groups for sample in one.members}
             states = merged.restored(states, on)
         self.merged = [merged for merged in self.merged if merged.on]
@@ -143,7 +144,9 @@ class Selections:
             done, kept = self.made.get(choice.select, (frozenset(), torch.zeros_like(self.alive)))
             self.made[choice.select] = done | set(group.members), kept.index_copy(0, group.samples, chosen)
         kept = self.made[choice.select][1][group.samples]
-        active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.size)
+        active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.ffn_rows)
+        if group.role is Role.ATTEND:
+            return replace(group, ffn=active)
         if choice.context_size == 0:
             return replace(group, active=active)
         left = self.plan.layout.image[group.samples] & ~kept
