@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokendrop.engine.forward.split_attention import split_attention
 from tokendrop.engine.model.context import ContextKeys, keys_values
 from tokendrop.engine.model.decoder import LayerSpec
-from tokendrop.engine.model.ffn import some_rows
+from tokendrop.engine.model.ffn import gated, some_rows
 from tokendrop.engine.model.projections import settle, touch, using
 from tokendrop.engine.plan.rows import Rows, Split
 
@@ -30,6 +30,7 @@ class Call(NamedTuple):
         order: (B, T), puts the keys of computing rows and of context rows into token order for a cache; or None.
         late: what the rows behind the image see, where attention is split there; or None.
         ffn: of the computing rows, those whose FFN runs; None for all.
+        gate: (B, K), what scales the FFN's output; or None.
     """
 
     shape: tuple[int, int]
@@ -41,6 +42,7 @@ class Call(NamedTuple):
     order: Tensor | None
     late: Tensor | None = None
     ffn: Rows | None = None
+    gate: Tensor | None = None
 
 
 class Work(NamedTuple):
@@ -87,7 +89,8 @@ def run(
         if (call.split is not None or call.context is not None) and not torch.compiler.is_compiling():
             settle((layer,), (work.spec,))  # an adapter may have come or gone since the layout was entered
         arguments = _arguments(layer, forward, call, work)
-        with using(call.split, work.sets), split_attention(call.late), some_rows(call.ffn, call.shape[1]):
+        ffn = some_rows(call.ffn, call.shape[1]), gated(call.gate)
+        with using(call.split, work.sets), split_attention(call.late), ffn[0], ffn[1]:
             out, rest = split_output(forward(layer, x, **arguments))
         outs.append(out)
     out = outs[0] if len(outs) == 1 else torch.cat([out.reshape(1, -1, out.shape[-1]) for out in outs], 1)
