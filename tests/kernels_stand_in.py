@@ -32,7 +32,9 @@ class Calls:
     flex: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, window: Any, softcap: float) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, window: Any, softcap: float, s_aux: Any
+) -> Tensor:
     # One sequence: q (K, H, W), k and v (C, G, W). The last query stands beside the last key; a row without keys is 0.
     times = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
@@ -47,7 +49,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, 
     if right >= 0 and not causal:
         seen = seen & (-behind <= right)
     logits = logits.masked_fill(~seen, -torch.inf)
-    weights = torch.where(seen.any(1)[None, :, None], logits, 0).softmax(-1) * seen
+    if s_aux is not None:  # a column that takes its share and gives no value
+        logits = torch.cat([logits, s_aux[:, None, None].expand(-1, len(q), 1)], -1)
+    weights = torch.where(seen.any(1)[None, :, None], logits, 0).softmax(-1)[..., : len(k)] * seen
     return torch.einsum("hkc,chw->khw", weights, v)
 
 
@@ -62,11 +66,12 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     deterministic: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
     """FlashAttention of q (B, K, H, W), k and v (B, C, G, W)."""
     calls.plain.append({"q": tuple(q.shape), "k": tuple(k.shape), "causal": causal})
     assert dropout_p == 0
-    outs = [_attend(*one, softmax_scale, causal, window_size, softcap) for one in zip(q, k, v, strict=True)]
+    outs = [_attend(*one, softmax_scale, causal, window_size, softcap, s_aux) for one in zip(q, k, v, strict=True)]
     return torch.stack(outs)
 
 
@@ -85,6 +90,7 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     deterministic: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
     """FlashAttention of N sequences, q (sum of K, H, W), k and v (sum of C, G, W)."""
     calls.varlen.append(
@@ -105,7 +111,7 @@ def flash_attn_varlen_func(
     assert min(queries) > 0
     assert all(b >= a for a, b in zip(queries, keys, strict=True))  # else it has rows without keys
     parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
-    return torch.cat([_attend(*one, softmax_scale, causal, window_size, softcap) for one in parts])
+    return torch.cat([_attend(*one, softmax_scale, causal, window_size, softcap, s_aux) for one in parts])
 
 
 def _flex(calls: Calls, query: Tensor, key: Tensor, value: Tensor, training: bool = False, **given: Any) -> Tensor:
@@ -128,7 +134,7 @@ def kernels() -> Iterator[Calls]:
         return plain(**{name: value for name, value in given.items() if name != "_compile"})
 
     with (
-        mock.patch.object(flash_utils, "_lazy_imports", lambda *_, **__: functions),
+        mock.patch.object(flash_utils, "_lazy_imports", return_value=functions),
         mock.patch.object(flash_utils, "_loaded_implementation", None),
         mock.patch.object(flex_integration, "compile_friendly_flex_attention", functools.partial(_flex, calls)),
         mock.patch.object(masking_utils, "create_block_mask", block_mask),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokendrop.engine.forward.block_masks import compact_block, is_block_mask
@@ -31,6 +32,7 @@ class Form:
         merged: whether a cache returns the keys of all tokens in order.
         sight: whether the attention is given a `Sight` for its mask.
         packs: (B, T) int64, the packed samples that the attention finds by itself; None where each row is one.
+        both: whether the attention sees both sides where it is given no mask.
     """
 
     shape: tuple[int, int]
@@ -40,6 +42,7 @@ class Form:
     merged: bool = False
     sight: bool = False
     packs: Tensor | None = None
+    both: bool = False
 
 
 def compact(named: dict[str, Any], group: Group, form: Form) -> dict[str, Any]:
@@ -61,11 +64,26 @@ def compact(named: dict[str, Any], group: Group, form: Form) -> dict[str, Any]:
 def _compact(name: str, value: Any, group: Group, form: Form) -> Any:
     if name == form.mask:
         return compact_mask(value, group, form)
+    if name.startswith("cu_seq_lens") and isinstance(value, Tensor):
+        return value if form.sight else _lengths(value, group, form)
+    if name.startswith("max_length") and value is not None:
+        return group.size
     if _is_square(value, form):
         return _square(name, value, group, form)
     if is_bias(value, form.shape[1]) or (name in _BIASES and isinstance(value, Tensor)):
         return _bias(name, value, group, form)
     return select(value, group, group.active, form.shape, name)
+
+
+def _lengths(ends: Tensor, group: Group, form: Form) -> Tensor:
+    # Where sequences (N + 1,) of the flat batch begin among the rows that compute; those that fill up are one more.
+    tokens = torch.arange(form.shape[0] * form.shape[1], device=ends.device)
+    packs = torch.bucketize(tokens, ends[1:].to(tokens.dtype), right=True).view(form.shape)[group.samples]
+    if group.active is not None:
+        packs = packs.gather(1, group.active.index).where(group.active.valid, -1)
+    begins = torch.ones_like(packs, dtype=torch.bool)
+    begins[:, 1:] = packs.diff() != 0
+    return F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).to(ends.dtype)
 
 
 def is_bias(value: Any, tokens: int) -> bool:
@@ -176,14 +194,15 @@ def compact_mask(mask: Any, group: Group, form: Form) -> Any:
 
 def _sight(padding: Tensor | None, group: Group, form: Form) -> Sight:
     seen, packs = places(group, form), form.packs
-    causal = padding is None and packs is None and group.context is None and not form.merged
+    fills = form.both and group.active is not None  # which those before them would see
+    causal = not fills and padding is None and packs is None and group.context is None and not form.merged
     if padding is not None:
         real = padding.bool().expand(form.shape[0], -1)[group.samples].gather(1, seen.columns)
         seen.valid = real if seen.valid is None else seen.valid & real
     if packs is not None:
         packs = packs[group.samples]
         seen.packs = packs.gather(1, seen.rows), packs.gather(1, seen.columns)
-    return replace(seen, causal=causal)
+    return replace(seen, causal=causal, both=form.both)
 
 
 def _merged_mask(mask: Tensor | None, rows: Tensor, group: Group, form: Form) -> Tensor:

@@ -18,7 +18,7 @@ from tokendrop.engine.forward.block_masks import is_block_mask, rows_of_block
 from tokendrop.engine.forward.packing import form_of
 from tokendrop.engine.model.attention import choosing, settle
 from tokendrop.engine.model.context import keys_values
-from tokendrop.engine.model.decoder import LayerSpec, attention_of, sees_both_sides
+from tokendrop.engine.model.decoder import LayerSpec, attention_of
 from tokendrop.engine.model.logits import SOFTMAX, products
 from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.plan import Group
@@ -155,7 +155,7 @@ def _looking(layer: nn.Module, spec: LayerSpec, named: dict[str, Any], group: Gr
     mask, (batch, tokens) = spec.mask or "", states.shape[:2]
     form = form_of(layer, spec, (batch, tokens), named, states)
     _check_mask(named[mask], tokens)
-    if named[mask] is None and sees_both_sides(layer):
+    if named[mask] is None and form.both and not form.sight:
         seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=states.device)
         named[mask] = seen if form.float_mask is None else states.new_zeros(seen.shape)
     return _Looking(layer, spec, named, group, states, form)

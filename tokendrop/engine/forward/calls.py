@@ -14,7 +14,7 @@ from tokendrop.engine.forward.arguments import Form, compact, select
 from tokendrop.engine.forward.groups import Call
 from tokendrop.engine.forward.packing import form_of
 from tokendrop.engine.model.cache import growing_layer, holed_layer
-from tokendrop.engine.model.decoder import LayerSpec, sees_both_sides
+from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.plan.plan import Group, Span
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
@@ -72,7 +72,7 @@ def group_calls(
     form = form_of(site.layer, spec, site.shape, named, hidden)
     if spec.mask is not None and form.sight:
         named.setdefault(spec.mask, None)
-    if spec.mask is not None and named.get(spec.mask) is None and sees_both_sides(site.layer):
+    elif spec.mask is not None and named.get(spec.mask) is None and form.both:
         named[spec.mask] = _everyone(site.made, tokens, hidden, form.float_mask is not None)
     if cache is not None:
         _fill(spec, span, site.index, cache, tokens)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokendrop.engine.forward.arguments import Form
 from tokendrop.engine.model.attention import kind, looks_up
-from tokendrop.engine.model.decoder import LayerSpec, attention_of
+from tokendrop.engine.model.decoder import LayerSpec, attention_of, sees_both_sides
 from tokendrop.errors import UnsupportedError
 from tokendrop.layout import packed_samples
 
@@ -30,7 +30,8 @@ def form_of(layer: nn.Module, spec: LayerSpec, shape: tuple[int, int], named: di
     of = kind(spec.backend(layer))
     sight = of == "flash" and spec.recurrent is None and looks_up(attention_of(layer))
     packs = flash_packs(named, spec.mask, shape) if sight else None
-    return Form(shape, spec.mask, of, states.dtype if of == "eager" else None, sight=sight, packs=packs)
+    dtype, both = states.dtype if of == "eager" else None, sees_both_sides(layer)
+    return Form(shape, spec.mask, of, dtype, sight=sight, packs=packs, both=both)
 
 
 def flash_packs(named: dict[str, Any], mask: str | None, shape: tuple[int, int]) -> Tensor | None:

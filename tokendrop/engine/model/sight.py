@@ -31,7 +31,7 @@ class Sequences:
 
 @dataclass(eq=False)
 class Sight:
-    """What each query may see: keys at its position or before it, of its own packed sample.
+    """What each query may see: keys of its own packed sample, at its position or before it.
 
     Args:
         rows: (B, K) int64, the position of each query among the T tokens of its row.
@@ -41,6 +41,7 @@ class Sight:
         packs: the packed sample (B, K) of each query and (B, C) of each key; None where each row is one.
         tokens: T.
         causal: whether it is what attention makes of keys and queries as they stand.
+        both: whether it sees keys behind it too.
     """
 
     rows: Tensor
@@ -50,12 +51,15 @@ class Sight:
     packs: tuple[Tensor, Tensor] | None
     tokens: int
     causal: bool = False
+    both: bool = False
     _made: list[Sequences] = field(default_factory=list)
 
     def mask(self, window: int | None) -> Tensor:
         """(B, 1, K, C) bool, within a window of so many positions."""
         behind = self.rows[:, :, None] - self.columns[:, None]
-        seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        seen = torch.ones_like(behind, dtype=torch.bool) if self.both else behind >= 0
+        if window is not None:
+            seen = seen & (behind.abs() < window)
         if self.packs is not None:
             seen &= self.packs[0][:, :, None] == self.packs[1][:, None]
         return self.among(seen[:, None])
@@ -86,16 +90,16 @@ class Sight:
     def _sequences(self) -> Sequences:
         # A query sees its own key and those before it in the order (packed sample, position). Queries whose keys follow
         # one another there are one sequence, of all keys up to the last one's.
-        order, first = self._order()
+        order, first, final = self._order()
         each, columns = torch.arange(len(order), device=order.device)[:, None], order.shape[1]
         place = torch.empty_like(order).scatter(1, order, torch.arange(columns, device=order.device).expand_as(order))
         last = place.gather(1, cast(Tensor, self.own))
-        begin = first.gather(1, last)
+        begin, last = first.gather(1, last), final.gather(1, last) if self.both else last
         starts = torch.ones_like(last, dtype=torch.bool)
-        starts[:, 1:] = (last[:, 1:] != last[:, :-1] + 1) | (begin[:, 1:] != begin[:, :-1])
+        starts[:, 1:] = (last[:, 1:] != last[:, :-1] + (not self.both)) | (begin[:, 1:] != begin[:, :-1])
         query_ends = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
-        final = query_ends[1:] - 1  # the last query of each sequence
-        stop, begin = (x.flatten()[final] for x in (last + 1 + each * columns, begin + each * columns))
+        of = query_ends[1:] - 1  # the last query of each sequence
+        stop, begin = (x.flatten()[of] for x in (last + 1 + each * columns, begin + each * columns))
         key_ends = F.pad((stop - begin).cumsum(0), (1, 0))
         total, *longest = torch.stack([key_ends[-1], query_ends.diff().max(), key_ends.diff().max()]).tolist()
         shift = (begin - key_ends[:-1]).repeat_interleave(stop - begin, output_size=total)
@@ -104,8 +108,8 @@ class Sight:
         given = None if total == len(every) and torch.equal(keys, every) else keys
         return Sequences(given, query_ends.int(), key_ends.int(), (longest[0], longest[1]))
 
-    def _order(self) -> tuple[Tensor, Tensor]:
-        # (B, C) columns by packed sample and position, and for each place there the first of its packed sample.
+    def _order(self) -> tuple[Tensor, Tensor, Tensor]:
+        # (B, C) columns by packed sample and position; for each place there the first and last of its packed sample.
         columns, count = self.columns, self.columns.shape[1]
         packs = torch.zeros_like(columns) if self.packs is None else self.packs[1] - self.packs[1].min()
         place, at = columns, torch.arange(count, device=columns.device).expand_as(columns)
@@ -116,7 +120,10 @@ class Sight:
         packs = packs.gather(1, order)
         begins = torch.ones_like(order, dtype=torch.bool)
         begins[:, 1:] = packs[:, 1:] != packs[:, :-1]
-        return order, at.where(begins, 0).cummax(1).values
+        ends = torch.ones_like(begins)
+        ends[:, :-1] = begins[:, 1:]
+        last = at.where(ends, count).flip(1).cummin(1).values.flip(1)
+        return order, at.where(begins, 0).cummax(1).values, last
 
 
 def pick_keys(x: Tensor, keys: Tensor) -> Tensor:
