@@ -10,6 +10,7 @@ import torch
 from families import model
 from helpers import batch as written
 from helpers import llama, snapshot
+from kernels_stand_in import ignores_masks
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -111,14 +112,6 @@ def test_a_breaking_vision_encoder_or_head_leaves_the_model_as_it_was(monkeypatc
             with pytest.raises(RuntimeError, match="broken"):
                 td.apply(built, td.VScan(0.5, (2,), (0.5,), -1, -1, 1), labelled_logits=True)
         assert snapshot(built) == before
-
-
-def ignores_masks(module, query, key, value, mask, scaling=None, **_):
-    """An attention that takes no mask, causal by position in the row."""
-    times = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(times, 1) for x in (key, value))
-    out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=scaling)
-    return out.transpose(1, 2), None
 
 
 @pytest.fixture

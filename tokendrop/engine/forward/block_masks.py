@@ -51,3 +51,17 @@ def rows_of_block(mask: Any, samples: Tensor, rows: Tensor) -> Tensor:
     samples = samples if mask.shape[0] > 1 else torch.zeros_like(samples)
     at = samples[:, None, None, None], heads[None, :, None, None], rows[:, None, :, None], tokens
     return mask.mask_mod(*at).expand(len(rows), len(heads), rows.shape[1], len(tokens))
+
+
+def has_columns(mask: Any) -> bool:
+    """Whether a mask says of each query which keys it sees."""
+    return is_block_mask(mask) or (isinstance(mask, Tensor) and mask.dim() == 4)
+
+
+def first_columns(mask: Any, tokens: int) -> Any:
+    """The first T columns of a mask (B, H or 1, K, C)."""
+    if isinstance(mask, Tensor):
+        return mask[..., :tokens]
+    flex, sizes = sys.modules["torch.nn.attention.flex_attention"], (*mask.shape[:3], tokens)
+    device = str(mask.kv_indices.device)
+    return flex.create_block_mask(mask.mask_mod, *sizes, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)

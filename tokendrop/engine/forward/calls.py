@@ -20,7 +20,8 @@ from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Role
 
-Made = dict[tuple[int, str, str], list[tuple[Any, Rows | None, Any]]]
+# What was made, by group, kind and name, with what it was made of; and the packed samples.
+Made = dict[Any, Any]
 _MISSING = object()
 
 
@@ -69,7 +70,7 @@ def group_calls(
             raise UnsupportedError(f"image tokens are CONTEXT in layer {site.index}, but {refusal}; or use HMGen")
         named.setdefault(spec.cache or "", cache)
         named.setdefault(spec.mask, None)
-    form = form_of(site.layer, spec, site.shape, named, hidden)
+    form = form_of(site.layer, spec, site.shape, named, hidden, site.made)
     if spec.mask is not None and form.sight:
         named.setdefault(spec.mask, None)
     elif spec.mask is not None and named.get(spec.mask) is None and form.both:

@@ -17,7 +17,14 @@ from tokendrop.layout import packed_samples
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def form_of(layer: nn.Module, spec: LayerSpec, shape: tuple[int, int], named: dict[str, Any], states: Tensor) -> Form:
+def form_of(
+    layer: nn.Module,
+    spec: LayerSpec,
+    shape: tuple[int, int],
+    named: dict[str, Any],
+    states: Tensor,
+    made: dict[Any, Any] | None = None,
+) -> Form:
     """What the arguments of a layer call look like.
 
     Args:
@@ -26,10 +33,14 @@ def form_of(layer: nn.Module, spec: LayerSpec, shape: tuple[int, int], named: di
         shape: (B, T).
         named: its arguments by name.
         states: its hidden states.
+        made: what was made so far in this forward, of which all layers are told the same packed samples.
     """
     of = kind(spec.backend(layer))
     sight = of == "flash" and spec.recurrent is None and looks_up(attention_of(layer))
-    packs = flash_packs(named, spec.mask, shape) if sight else None
+    known = {} if made is None else made
+    if sight and "packs" not in known:
+        known["packs"] = flash_packs(named, spec.mask, shape)
+    packs = known["packs"] if sight else None
     dtype, both = states.dtype if of == "eager" else None, sees_both_sides(layer)
     return Form(shape, spec.mask, of, dtype, sight=sight, packs=packs, both=both)
 

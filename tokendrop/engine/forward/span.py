@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensor
 from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
+from tokendrop.engine.forward.block_masks import first_columns, has_columns
 from tokendrop.engine.forward.calls import Site, group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.ids import check_rows, generating
@@ -156,13 +157,13 @@ def _cache(binding: Binding, named: dict[str, Any]) -> tuple[Any, int]:
 def _cut(binding: Binding, forward: Forward, named: dict[str, Any]) -> dict[str, Any]:
     # The model made its masks before a cache of a fixed length was made to grow: the columns behind T are of no token.
     name, tokens = binding.spec.mask or "", forward.plan.shape[1]
-    mask = named.get(name)
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] <= tokens:
+    mask: Any = named.get(name)
+    if not has_columns(mask) or mask.shape[-1] <= tokens:
         return named
     if not grows(forward.cache, binding.index):
         return named
     if not any(given is mask for given, _ in forward.cut):
-        forward.cut.append((mask, mask[..., :tokens]))
+        forward.cut.append((mask, first_columns(mask, tokens)))
     return named | {name: next(left for given, left in forward.cut if given is mask)}
 
 
