@@ -10,7 +10,18 @@ from pathlib import Path
 from families import FAMILIES, NAMES
 
 PATH = Path(__file__).parent.parent / "docs" / "families.md"
-COLUMNS = ("HiMix", "HMGen", "projections", "drop, rejoin", "drop, gone", "generate", "checkpointing", "compile")
+COLUMNS = (
+    "HiMix",
+    "HMGen",
+    "projections",
+    "drop, rejoin",
+    "drop, gone",
+    "generate",
+    "checkpointing",
+    "compile",
+    "flash",
+    "flex",
+)
 HEAD = """# Model families
 
 Written by `make families` from the results of the test suite, which fails where a cell does not say what its test
@@ -29,6 +40,8 @@ attention, unpadded, left- and right-padded. The columns:
 - **checkpointing**: the model's own activation checkpointing is bit-identical to none.
 - **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another
   selection, and the same logits and gradients.
+- **flash**, **flex**: FlashAttention and FlexAttention, written plainly on torch with their documented semantics, as
+  there is no GPU; HiMix or FastV, with HMGen in one batch. *not run*: what transformers itself does not run there.
 
 Some layers carry a state from row to row (linear attention, state space models, short convolutions). There a token that
 is BYPASS or GONE is no step: the others are a sequence of their own, whose decay and convolution go from one to the

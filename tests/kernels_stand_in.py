@@ -18,6 +18,7 @@ from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import masking_utils, modeling_utils
 from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.models.falcon import modeling_falcon
 
 HUB = "kernels-community/flash-attn2"
 FLASH = ("flash_attention_2", "flash_attention_3", HUB)
@@ -123,6 +124,10 @@ def _flex(calls: Calls, query: Tensor, key: Tensor, value: Tensor, training: boo
     return math_attention(query, key, value, rule, mask.as_tuple(), given["scale"], {})[0]
 
 
+def _falcon(*args: Any, **given: Any) -> Tensor:
+    return flash_utils._flash_attention_forward(*args, **given, attn_implementation="flash_attention_2")
+
+
 @contextmanager
 def kernels() -> Iterator[Calls]:
     """Inside, flash attention and flex attention run on the CPU, as written here; what they were given."""
@@ -137,6 +142,8 @@ def kernels() -> Iterator[Calls]:
     with (
         mock.patch.object(flash_utils, "_lazy_imports", return_value=functions),
         mock.patch.object(flash_utils, "_loaded_implementation", None),
+        # Which it imports where FlashAttention is installed.
+        mock.patch.object(modeling_falcon, "_flash_attention_forward", _falcon, create=True),
         mock.patch.object(flex_integration, "compile_friendly_flex_attention", functools.partial(_flex, calls)),
         mock.patch.object(masking_utils, "create_block_mask", block_mask),
         mock.patch.dict(

@@ -122,7 +122,7 @@ def registered():
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("method", [td.HiMix("1:"), td.FastV(2, 0.5), td.Drop("1:", 0.5, "value_norm")], ids=repr)
+@pytest.mark.parametrize("method", [td.HiMix("1:"), td.Drop("1:", 0.5, "norm", "context")], ids=repr)
 def test_another_attention_after_apply_is_refused_where_it_is_used(method, cached, registered):
     built = llama()
     drop = td.apply(built, method)

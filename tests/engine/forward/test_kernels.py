@@ -21,7 +21,7 @@ from transformers import AttentionInterface, StaticCache
 import tokendrop as td
 from tokendrop.engine.forward.split_attention import lower_right
 from tokendrop.engine.model import sight as sights
-from tokendrop.engine.model.attention import kind, looks_up
+from tokendrop.engine.model.attention import follows, kind
 from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.rows import behind_image
 from tokendrop.layout import scoring_mask
@@ -105,10 +105,10 @@ def test_ragged_images_and_padding_are_sequences() -> None:
     model, drop = dropped(BASE, td.HiMix("1:2"), multiple=1)
     calls = run(model, drop, made, "flash_attention_2")
     (one,) = (one for one in calls.varlen if one["q"][0] == 8)
-    # Without labels padding computes, three rows of it, which see themselves; the text of the second has two images
-    # behind it. Of the first, one row before an image, one behind it, and one behind the next.
-    print(one)
-    assert one["causal"]
+    # Of the first sample text before the images, behind two and behind three, and a row that fills up. Of the second
+    # the padding, which computes without labels, beside the key of a third image that it has not; and its text.
+    assert (one["queries"], one["keys"]) == ([0, 1, 2, 3, 4, 7, 8], [0, 1, 5, 11, 12, 16, 17])
+    assert (one["k"][0], one["longest"], one["causal"]) == (17, (3, 6), True)
 
 
 def test_flex_attention_is_given_a_compact_block_mask() -> None:
@@ -246,7 +246,7 @@ def test_removing_gives_the_attention_back() -> None:
     with kernels(), drop.layout(made.layout()):
         with_attention(model, "flash_attention_2")(made.ids, use_cache=False)
         copied = copy.deepcopy(model)
-        assert looks_up(copied.model.layers[1].self_attn)
+        assert follows(copied.model.layers[1].self_attn)
         assert type(copied.model.layers[1].self_attn) is type(model.model.layers[1].self_attn)
         assert model.model.layers[1].self_attn.config is model.config
     with_attention(model, "sdpa")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokendrop.engine.forward.block_masks import compact_block, is_block_mask
-from tokendrop.engine.model.sight import Sight
+from tokendrop.engine.model.sight import Sight, additive
 from tokendrop.engine.plan.plan import Group
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
@@ -251,6 +251,4 @@ def places(group: Group, form: Form) -> Sight:
 
 
 def _as_dtype(allowed: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None:
-        return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    return allowed if dtype is None else additive(allowed, dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward.arguments import Form
-from tokendrop.engine.model.attention import kind, looks_up
+from tokendrop.engine.model.attention import follows, kind
 from tokendrop.engine.model.decoder import LayerSpec, attention_of, sees_both_sides
 from tokendrop.errors import UnsupportedError
 from tokendrop.layout import packed_samples
@@ -36,7 +36,7 @@ def form_of(
         made: what was made so far in this forward, of which all layers are told the same packed samples.
     """
     of = kind(spec.backend(layer))
-    sight = of == "flash" and spec.recurrent is None and looks_up(attention_of(layer))
+    sight = of == "flash" and spec.recurrent is None and follows(attention_of(layer))
     known = {} if made is None else made
     if sight and "packs" not in known:
         known["packs"] = flash_packs(named, spec.mask, shape)

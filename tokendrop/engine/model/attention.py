@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.model import swap
-from tokendrop.engine.model.sight import Sight, pick_keys
+from tokendrop.engine.model.sight import Sight, additive, pick_keys
 from tokendrop.engine.model.swap import Swapped
 
 OURS = "tokendrop"
@@ -72,6 +72,19 @@ class _ChosenAttention(Swapped):
         self.__dict__["config"] = value
 
 
+class _MaskedAttention(_ChosenAttention):
+    """Mixin of an attention that looks up nothing: it follows as a class of its own that takes a mask tensor."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        masked = _masked_class(self)
+        if not _choosing.on or masked is None:
+            return super().forward(*args, **kwargs)
+        dtype = args[0].dtype
+        args = tuple(additive(one.mask(None), dtype) if isinstance(one, Sight) else one for one in args)
+        kwargs = {n: additive(x.mask(None), dtype) if isinstance(x, Sight) else x for n, x in kwargs.items()}
+        return masked.forward(self, *args, **kwargs)
+
+
 def kind(name: str) -> str | None:
     """Which masks an attention implementation takes: "sdpa", "eager", "flash" or "flex"; None where nobody says it."""
     if name in ("sdpa", "eager"):
@@ -83,12 +96,30 @@ def kind(name: str) -> str | None:
     return next((kind for of, kind in _KINDS.items() if made is not None and made is known.get(of)), None)
 
 
-def looks_up(attention: nn.Module | None) -> bool:
+def follows(attention: nn.Module | None) -> bool:
+    """Whether an attention can be made to follow a `Sight`."""
+    config = attention is not None and "config" in attention.__dict__
+    return config and (looks_up(attention) or _masked_class(attention) is not None)
+
+
+def looks_up(attention: nn.Module) -> bool:
     """Whether an attention looks its function up by name."""
-    if attention is None or "config" not in attention.__dict__:
-        return False
-    forward = inspect.unwrap(type(attention).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+    return "ALL_ATTENTION_FUNCTIONS" in _names(_forwards(attention)[0])
+
+
+def _forwards(attention: nn.Module) -> list[type[nn.Module]]:
+    # The classes that say what it does, the first one first.
+    found = (one for one in type(attention).__mro__ if issubclass(one, nn.Module) and one is not nn.Module)
+    return [one for one in found if "forward" in vars(one) and not issubclass(one, Swapped)]
+
+
+def _names(owner: type[nn.Module]) -> tuple[str, ...]:
+    return getattr(getattr(inspect.unwrap(owner.forward), "__code__", None), "co_names", ())
+
+
+def _masked_class(attention: nn.Module) -> type[nn.Module] | None:
+    # Of an attention that is written for one kernel, the class below with the same weights that takes a mask tensor.
+    return next((one for one in _forwards(attention) if not any("flash" in name for name in _names(one))), None)
 
 
 def settle(attention: nn.Module | None) -> None:
@@ -100,7 +131,7 @@ def settle(attention: nn.Module | None) -> None:
             from transformers.modeling_utils import AttentionInterface
 
             AttentionInterface.register(OURS, _attend)
-            swap.swap(attention, _ChosenAttention)
+            swap.swap(attention, _ChosenAttention if looks_up(attention) else _MaskedAttention)
 
 
 def restore(layers: nn.ModuleList) -> None:
@@ -146,5 +177,5 @@ def _masked(
         homes = (sys.modules.get(one.__module__) for one in type(module).__mro__)
         attend = next(home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward"))
         if mask.dtype == torch.bool:
-            mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+            mask = additive(mask, query.dtype)
     return attend(module, query, key, value, mask, **kwargs)

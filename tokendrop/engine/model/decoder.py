@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokendrop.engine.model.attention import kind, looks_up
+from tokendrop.engine.model.attention import follows, kind
 from tokendrop.engine.model.linears import is_linear, linear_shape
 from tokendrop.errors import DecoderError, UnsupportedError
 
@@ -64,7 +64,7 @@ class LayerSpec:
             return f"{self.recurrent} carries a state from row to row there, which keys and values alone do not enter"
         backend, attention = self.backend(layer), attention_of(layer)
         takes = kind(backend)
-        if takes in (None, "flash") and not (looks_up(attention) and (looks or takes)):
+        if takes not in ("sdpa", "eager") and not (follows(attention) and (looks or takes)):
             return f"the {backend!r} attention takes no rectangular mask; load it with attn_implementation='sdpa'"
         buffers = () if attention is None else attention.buffers(recurse=False)
         if takes == "eager" and any(buffer.dim() == 4 for buffer in buffers):

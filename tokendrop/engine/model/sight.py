@@ -129,3 +129,8 @@ class Sight:
 def pick_keys(x: Tensor, keys: Tensor) -> Tensor:
     """Rows (S,) of keys or values (B, H, C, W), as (1, H, S, W)."""
     return x.transpose(1, 2).flatten(0, 1)[keys].transpose(0, 1)[None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as one that is added to logits."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
