@@ -105,9 +105,10 @@ def test_it_says_where_it_is_from_and_that_it_was_not_measured(caplog):
 
 def test_what_cannot_be_had_is_left_out():
     # An attention that nobody knows cannot have CONTEXT.
-    own, known = config(attn="eager", layers=4), config(attn="eager", layers=4)
-    own._attn_implementation, known._attn_implementation = "of_their_own", "flex_attention"
-    assert not isinstance(td.recipe(own, UNDERSTANDING, 0.5), type(td.recipe(known, UNDERSTANDING, 0.5)))
+    own, known = llama(), llama()
+    own.config._attn_implementation, known.config._attn_implementation = "of_their_own", "flash_attention_2"
+    assert isinstance(td.recipe(own, UNDERSTANDING, 0.5), td.HiDrop)
+    assert isinstance(td.recipe(known, UNDERSTANDING, 0.5), td.HiMix)
 
 
 def test_layers_of_unknown_cost_are_refused():
