@@ -35,7 +35,8 @@ attention, unpadded, left- and right-padded. The columns:
   `Drop(then="context")`; **projections**: image-only ones, `shared` and `per-task`; **drop, rejoin** and
   **drop, gone**: `td.Drop`, half of the image tokens, and with the
   first RandomLTD and MixtureOfDepths. FastV, PyramidDrop, HiDrop, DuetVLM and SVDPrune run in the same test; VScan and
-  DuetVLM's vision stage in LLaVA, Qwen2.5-VL and Janus, whose vision encoders can be looked into.
+  DuetVLM's vision stage in LLaVA, LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM, Idefics 3 and Janus, whose
+  vision encoders can be looked into.
 - **generate**: greedy generation with a cache equals that without one, under HiMix, HMGen and `Drop(then="gone")`.
 - **checkpointing**: the model's own activation checkpointing is bit-identical to none.
 - **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another
@@ -51,6 +52,10 @@ state, and a cache would hold a state of rows that only fill up, so such models 
 
 The loss that balances experts counts the rows that compute and are no padding, layer by layer; `router_logits` of an
 output have all rows that ran, with those that only fill up. gpt-oss and Gemma 2 have eager attention only.
+
+Qwen3-VL adds features of its vision encoder to image tokens behind its first decoder layers (DeepStack). That is no
+part of a layer: a token that skips layers, or is CONTEXT, gets them all the same, and those of a token that is GONE go
+with it. A decoder that adds them in a way of its own (Granite 4 Vision) is refused across these layers.
 
 """
 

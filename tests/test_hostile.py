@@ -35,6 +35,7 @@ FLAG = (td.MethodError, [1, "no", None])
 SEPARATE = (td.MethodError, ["sometimes", None, 1, ["none"]])
 SCHEDULE = (td.MethodError, [3, "late", {"start": 3}])
 CLASSES = (td.MethodError, [None, 3, "HiMix", [3], [int]])
+POSITIONS = (td.MethodError, ["anew", "Keep", 3, None, True, ["keep"]])
 STEPS = (td.MethodError, [-1, 1.5, "1", None, True])
 MODEL = (td.DecoderError, [None, "llama", 3, [BASE], nn.Linear(2, 2)])
 PATH = (td.DecoderError, ["model.blocks", "lm_head", "", 3, ["model"]])
@@ -123,6 +124,7 @@ CATALOGUE = {
     "DuetVLM.dominant": (KEEP,),
     "DuetVLM.contextual": (KEEP,),
     "DuetVLM.cluster_width": (COUNT,),
+    "DuetVLM.positions": (POSITIONS,),
     "DuetVLM.vision_layer": (INDEX,),
     "MixtureOfDepths.layers": (LAYERS,),
     "MixtureOfDepths.keep": (KEEP,),
@@ -136,6 +138,7 @@ CATALOGUE = {
     "VScan.global_layer": (INDEX,),
     "VScan.window": (COUNT,),
     "VScan.merge": (FLAG,),
+    "VScan.positions": (POSITIONS,),
     "VScan.scan": ((td.MethodError, ["windows", 3, None, ["capped"]]),),
     "Drop.layers": (LAYERS,),
     "Drop.keep": (KEEP,),
@@ -159,6 +162,7 @@ CATALOGUE = {
     "HiMix.separate": (SEPARATE,),
     "PyramidDrop.layers": STAGES,
     "PyramidDrop.keep": (KEEPS,),
+    "PyramidDrop.positions": (POSITIONS,),
     "RandomLTD.layers": (LAYERS,),
     "RandomLTD.keep": (KEEP,),
     "RandomLTD.seed": (SEED,),
@@ -168,6 +172,8 @@ CATALOGUE = {
     "Schedule.dense_tail": (STEPS,),
     "Schedule.direction": ((td.MethodError, ["up", "IN", None, True, 1, ["in"]]),),
     "Schedule.dense_every": (STEPS,),
+    "Schedule.drawn": (FLAG,),
+    "Schedule.seed": (SEED,),
     "to_config.methods": (METHOD,),
     "to_config.schedule": (SCHEDULE,),
     "from_config.config": ((td.MethodError, [None, 3, "HiMix", {}, {"methods": 3}, {"methods": {"class_path": "x"}}]),),

@@ -48,12 +48,18 @@ class Encoded(NamedTuple):
         attention: (E, B, T) float32, mean over heads of the attention that a token gets from [CLS], or, where there is
             none, from the mean row of its image.
         keys: (E, B, T, D / H) float32, mean over heads of its key vectors.
-        place: (B, T, 3) int64, its image (or frame) in the batch, row and column.
+        place: (B, T, 3) int64, its image (or frame) in the batch, row and column; -1 for an image token that comes of
+            no patch, such as the newline behind a row, whose attention and keys are 0.
     """
 
     attention: Tensor
     keys: Tensor
     place: Tensor
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, T) bool, False for image tokens that come of no patch."""
+        return self.place[..., 0] >= 0
 
     def of(self, samples: Tensor) -> "Encoded":
         """The same of some samples, (N,) int64."""
@@ -178,11 +184,13 @@ class LayerRoute:
         image: their role; with `select`, that of the tokens it does not keep.
         separate: the projections ("q", "k", "v") that are their own.
         select: which of them stay ACTIVE; None for none.
+        renumber: whether the rows that compute take the first positions of their sample.
     """
 
     image: Role = Role.ACTIVE
     separate: frozenset[str] = frozenset()
     select: Select | None = None
+    renumber: bool = False
 
 
 Route = tuple[LayerRoute, ...]

@@ -26,7 +26,7 @@ from tokendrop.cli import app
 from tokendrop.engine.model.from_config import model_from_config
 from tokendrop.methods.text import method_from_text, methods_from_text
 
-CONFIGS = Path(__file__).parents[2] / "docs" / "configs"
+CONFIGS = Path(__file__).parents[2] / "tokendrop" / "configs"
 LLAVA = str(CONFIGS / "llava-1.5-7b.json")
 METHODS = [
     td.HiMix(),

@@ -50,7 +50,7 @@ METHODS = [
     td.SVDPrune(),
     td.VScan(),
     td.FastV(3, keep=0.25),
-    td.PyramidDrop((2, 4), keep=(0.5, 7)),
+    td.PyramidDrop((2, 4), keep=(0.5, 7), positions="renumber"),
     td.HiDrop(1, (2, 3), (0.5, 4), 5),
     td.DuetVLM((2, 4), (0.5, 0), dominant=0.65, contextual=0.05, cluster_width=3, vision_layer=-1),
     td.VScan(0.25, (2,), (0.5,), local_layer=1, global_layer=-1, window=2, merge=False),
@@ -65,7 +65,7 @@ def test_every_method_stays_itself(method):
     assert parsed({"methods": written}).methods == method
 
 
-SCHEDULES = [None, td.Schedule(), td.Schedule(1, 2, 3, "out", 4)]
+SCHEDULES = [None, td.Schedule(), td.Schedule(1, 2, 3, "out", 4, True, 5)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)

@@ -12,6 +12,7 @@ METHODS = [
     td.RandomLTD("1:3", keep=0.4, seed=1),
     td.FastV(2, 0.5),
     td.PyramidDrop((1, 3), (0.6, 0.3)),
+    td.PyramidDrop((1, 2), (0.6, 0.3), positions="renumber"),
     td.HiDrop(entry=1, layers=(2,), keep=(0.5,), exit=3),
     td.DuetVLM(text_layers=(1, 3), text_keep=(0.5, 0)),
     td.Drop("1:3", keep=3, score="random", seed=2),

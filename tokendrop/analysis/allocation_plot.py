@@ -4,21 +4,21 @@ Shape letters: S segments, L layers, N blocks of a heat map.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from tokendrop.analysis.segments import HeatMap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#8d99ae", "#ef8354", "#4f9d69", "#3d5a98")
 SHALLOW = 1
 FLOOR = 1e-5  # of the colour scale
 
 
-def plot(shares: Tensor, tasks: Sequence[str], segments: Sequence[str], maps: Mapping[str, HeatMap]) -> Figure:
+def plot(shares: Tensor, tasks: Sequence[str], segments: Sequence[str], maps: Mapping[str, HeatMap]) -> "Figure":
     """A line of figures for each task: two pies, shares over depth, and two heat maps where there are any.
 
     Args:
@@ -27,6 +27,9 @@ def plot(shares: Tensor, tasks: Sequence[str], segments: Sequence[str], maps: Ma
         segments: names, in order.
         maps: task -> heat map.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns, depth = 5 if maps else 3, shares.shape[1]
     figure = Figure(figsize=(3.1 * columns, 3.0 * len(tasks)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -58,6 +61,8 @@ def _heat(axes: Any, found: HeatMap | None, layer: int) -> None:
     axes.axis("off" if found is None else "on")
     if found is None:
         return
+    from matplotlib.colors import LogNorm
+
     values = found.values[layer].clamp(min=FLOOR).tolist()
     image = axes.imshow(values, norm=LogNorm(FLOOR, 1), cmap="magma")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)

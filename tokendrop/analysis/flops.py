@@ -1,6 +1,7 @@
 """FLOPs: counted by an operator-level counter, and by formula.
 
-One multiply-add is 2 FLOPs. Causal attention is counted in full, as every counter does.
+One multiply-add is 2 FLOPs. Causal attention is counted in full, as every counter does; `hidden` says by how much that
+is more than what a kernel computes that skips the pairs no query sees.
 Shape letters: B batch, T tokens, K computed rows, M context rows, R scoring rows, D hidden, H heads, L layers.
 """
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokendrop.analysis.pairs import window_of
 from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape, linears
 from tokendrop.engine.plan.plan import Plan
@@ -64,6 +66,7 @@ class LayerCost:
         pair_backward: of a query and a key in the backward, 10 * D where scores are recomputed, else 8 * D.
         trained_row: of `row`, in linears whose weights are trained.
         trained_context_row: of `context_row`, likewise.
+        window: keys that a query sees at most, or None.
     """
 
     row: int
@@ -73,6 +76,7 @@ class LayerCost:
     pair_backward: int
     trained_row: int
     trained_context_row: int
+    window: int | None = None
 
     @property
     def context_row(self) -> int:
@@ -95,6 +99,7 @@ class LayerCost:
             pair_backward=(8 if spec.backend(layer) == "eager" else 10) * widths["q"],
             trained_row=_linear_flops(layer, trained=True),
             trained_context_row=2 * inputs * sum(widths[letter] for letter in trained),
+            window=window_of(attention),
         )
 
     def forward(self, rows: int, context: int = 0, pairs: int | None = None) -> int:

@@ -9,10 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 MARKERS = "osD^vPX*"
@@ -62,6 +58,8 @@ def render(title: str, sections: Sequence[Section]) -> str:
         >>> "&lt;b&gt;" in render("a <b> title", [Section("s")])
         True
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("tokendrop", "analysis"),
         autoescape=True,
@@ -74,6 +72,9 @@ def render(title: str, sections: Sequence[Section]) -> str:
 
 def lines_png(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> bytes:
     """A line chart as PNG: one line of (x, y) points for each name, told apart by colour and by marker."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -91,6 +92,8 @@ def lines_png(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, 
 
 def pixels_png(pixels: NDArray[np.float32]) -> bytes:
     """(H, W) pixels from 0 (white) to 1 (black) as PNG."""
+    from matplotlib.image import imsave
+
     out = io.BytesIO()
     imsave(out, 1 - pixels, cmap="gray", vmin=0, vmax=1, format="png")
     return out.getvalue()

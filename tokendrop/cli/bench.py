@@ -8,32 +8,39 @@ import typer
 
 from tokendrop.cli.screen import check_folder, console, one_line_errors, print_table
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="package.module:function that returns (model, batches, layout), or with the loss of a batch as a fourth."
+    ),
+]
+Methods = Annotated[
+    list[str],
+    typer.Option(
+        help="HiMix, 'HMGen(shallow=\"8:24:2\")', each beside the dense model; TASK=METHOD ones belong together, "
+        "until a task comes again."
+    ),
+]
+LayerRange = Annotated[str | None, typer.Option(help="A method's layers, where it names none: 2:, 8:24:2.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often dense and dropped take turns.")]
+Unchecked = Annotated[
+    bool, typer.Option("--unchecked", help="Report also without a look at whether the dropped model is right.")
+]
+Out = Annotated[
+    Path,
+    typer.Option(help="Where rows.jsonl and report.html go; a method that has its rows there is not run again."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
 
 def bench(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="package.module:function that returns (model, batches, layout), or with the loss of a batch as a "
-            "fourth."
-        ),
-    ],
-    method: Annotated[
-        list[str],
-        typer.Option(
-            help="HiMix, 'HMGen(shallow=\"8:24:2\")', each beside the dense model; TASK=METHOD ones belong together, "
-            "until a task comes again."
-        ),
-    ],
-    layers: Annotated[str | None, typer.Option(help="A method's layers, where it names none: 2:, 8:24:2.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often dense and dropped take turns.")] = 7,
-    unchecked: Annotated[
-        bool, typer.Option("--unchecked", help="Report also without a look at whether the dropped model is right.")
-    ] = False,
-    out: Annotated[
-        Path,
-        typer.Option(help="Where rows.jsonl and report.html go; a method that has its rows there is not run again."),
-    ] = Path("bench"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    source: Source,
+    method: Methods,
+    layers: LayerRange = None,
+    rounds: Rounds = 7,
+    unchecked: Unchecked = False,
+    out: Out = Path("bench"),
+    as_json: AsJson = False,
 ) -> None:
     """Measure FLOPs, seconds, memory and capture of a step of your own model under methods, dense beside each."""
     from tokendrop.analysis.bench import benchmark

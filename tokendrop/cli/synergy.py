@@ -10,37 +10,46 @@ import typer
 from tokendrop.cli.screen import check_folder, console, one_line_errors, print_table
 from tokendrop.errors import MethodError
 
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        help="package.module:function(tasks, methods, seed) that returns (module, datamodule, trainer arguments); "
+        "without it, the paper's Table 3 on the demo's model."
+    ),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Of your own module, TASK=METHOD each: together one joint dropped run, until a task comes again; a "
+        "method without a task is for all. By default HiMix, and HMGen in every second layer but the last."
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help="Its tasks; by default those of the methods, or understanding and generation."),
+]
+Higher = Annotated[list[str] | None, typer.Option(help="A logged metric of which more is better.")]
+Lower = Annotated[list[str] | None, typer.Option(help="A logged metric of which less is better.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The demo's, minutes; too short to judge quality.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Seeds of the runs; the demo's: of the paper's Table 3.")]
+MoreSeeds = Annotated[
+    int | None, typer.Option(min=0, help="The demo's: seeds of the other configurations.", show_default="3")
+]
+Out = Annotated[Path, typer.Option(help="Where rows and the report go; a broken study goes on there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the rows instead of tables.")]
+
 
 def synergy(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            help="package.module:function(tasks, methods, seed) that returns (module, datamodule, trainer arguments); "
-            "without it, the paper's Table 3 on the demo's model."
-        ),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Of your own module, TASK=METHOD each: together one joint dropped run, until a task comes again; a "
-            "method without a task is for all. By default HiMix, and HMGen in every second layer but the last."
-        ),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="Its tasks; by default those of the methods, or understanding and generation."),
-    ] = None,
-    higher: Annotated[list[str] | None, typer.Option(help="A logged metric of which more is better.")] = None,
-    lower: Annotated[list[str] | None, typer.Option(help="A logged metric of which less is better.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The demo's, minutes; too short to judge quality.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the runs; the demo's: of the paper's Table 3.")] = 5,
-    more_seeds: Annotated[
-        int | None, typer.Option(min=0, help="The demo's: seeds of the other configurations.", show_default="3")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where rows and the report go; a broken study goes on there.")] = Path(
-        "synergy"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows instead of tables.")] = False,
+    source: Source = None,
+    method: Methods = None,
+    task: Tasks = None,
+    higher: Higher = None,
+    lower: Lower = None,
+    quick: Quick = False,
+    seeds: Seeds = 5,
+    more_seeds: MoreSeeds = None,
+    out: Out = Path("synergy"),
+    as_json: AsJson = False,
 ) -> None:
     """Train tasks alone, jointly and dropped, over seeds, and print qualities, synergy and FLOPs."""
     own = {"--method": method, "--task": task, "--higher": higher, "--lower": lower}

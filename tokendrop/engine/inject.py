@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tokendrop.engine.auto import Layouts, check_layouts, enter_own
-from tokendrop.engine.forward import head, routers
+from tokendrop.engine.forward import deepstack, head, routers
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.groups import run
 from tokendrop.engine.forward.span import WORK, call
@@ -173,6 +173,7 @@ def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Mod
     if headed is not None:
         head.inject(*headed, handle.key)
     routers.inject(handle.owner, handle.path, handle.key)
+    deepstack.inject(handle.owner, handle.path, handle.key)
     handle.owner.tokendrop = handle
 
 

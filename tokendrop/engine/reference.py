@@ -73,7 +73,7 @@ def reference(
         if looked := {index for select in selections(routes) for index in select.encoder}:
             roles.encoder = Encoder(model, looked)
             roles.encoder.watch(lambda: roles.seen)
-            stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched.values())
+            stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched)
         for index, (layer, spec) in enumerate(zip(found, specs, strict=True)):
             for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec), roles):
                 stack.callback(hook.remove)
@@ -98,6 +98,7 @@ class _Roles:
         self.inputs: list[tuple[nn.Module, LayerSpec, Tensor, dict[str, Any]]] = []
         self.encoder: Encoder | None = None
         self.seen: Seen = {}
+        self.places: list[list[int]] = []
 
     def of(self, index: int, layer: nn.Module, spec: LayerSpec, states: Tensor, named: dict[str, Any]) -> Any:
         """(B, T) roles in layer `index`, whose input is `states` (B, T, D) and `named`; and these states, merged."""
@@ -105,6 +106,7 @@ class _Roles:
         if index == 0:
             self.alive = [row.nonzero().flatten().tolist() for row in self.layout.image]
             self.kept = [[] for _ in self.routes]
+            self.places = [list(range(row.numel())) for row in self.layout.image]
         roles, rows = torch.zeros(self.layout.image.shape, dtype=torch.int64), list(states)
         self.scale = torch.ones(self.layout.image.shape)
         for sample, route in enumerate(self.routes):
@@ -118,7 +120,26 @@ class _Roles:
             roles[sample, self.layout.image[sample]] = int(route[index].image)
             if select is not None:
                 roles[sample, self.kept[sample]] = int(Role.ACTIVE)
+        self.places = [self._places(sample, index, roles[sample].tolist()) for sample in range(len(roles))]
         return roles, torch.stack(rows)
+
+    def _places(self, sample: int, index: int, roles: list[int]) -> list[int]:
+        # For each token, the one of its sample whose place it has: itself, or, numbered anew, by its rank.
+        padding, places = self.layout.padding, list(range(len(roles)))
+        for _, tokens in self._packs(sample) if self.routes[sample][index].renumber else ():
+            real = [t for t in tokens if padding is None or padding[sample, t]]
+            for t, place in zip([t for t in real if roles[t] == Role.ACTIVE], real, strict=False):
+                places[t] = place
+        return places
+
+    def turned(self, named: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a layer, rotary tables by the places of the layer that ran last or runs now."""
+        at, tokens = torch.tensor(self.places), torch.arange(self.layout.image.shape[1])
+        if torch.equal(at, tokens.expand_as(at)):
+            return named
+        pairs = {name: one for name, one in named.items() if isinstance(one, tuple) and len(one) == 2}
+        rows = torch.arange(len(at))[:, None]
+        return named | {n: tuple(x.expand(len(at), -1, -1)[rows, at] for x in one) for n, one in pairs.items()}
 
     def _packs(self, sample: int) -> list[tuple[int, list[int]]]:
         # The number in the batch and the tokens of each packed sample of a row; without packs, of the row.
@@ -168,6 +189,7 @@ class _Roles:
         if queries is None:
             return None
         layer, spec, states, named = self.inputs[queries.layer]
+        named = self.turned(named)
         live = ~self.layout.image
         for row, alive in zip(live, self.alive, strict=True):
             row[alive] = True
@@ -213,6 +235,7 @@ def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], stat
         roles, states = roles_of(states, named)
         active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
         entered[:] = [states, active]
+        named = state.turned(named)
         mask, causal = named.get("attention_mask"), not sees_both_sides(module)
         named["attention_mask"] = _mask(mask, active, hidden, states, spec.backend(module), causal)
         return (states,), named

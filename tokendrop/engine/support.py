@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokendrop.engine.model.decoder import LayerSpec, deepstack_layers, is_sharded
+from tokendrop.engine.model.decoder import LayerSpec, deepstack_layers, has_mrope, is_sharded
 from tokendrop.errors import MethodError, UnsupportedError
 from tokendrop.roles import Method, Role, Route
 
@@ -59,11 +59,11 @@ def check_support(
     Raises:
         UnsupportedError: with the reason, and what to use instead.
     """
-    deepstack = deepstack_layers(model)
+    added = deepstack_layers(model, layers)
     for method in methods.values():
         route = method.route(len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
-        if refusal := _chosen_refusal(route):
+        if refusal := _chosen_refusal(route) or _numbered_refusal(route, layers):
             raise UnsupportedError(f"{method} {refusal}")
         if refusal := _refusal(layers, specs, context):
             raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
@@ -86,12 +86,12 @@ def check_support(
             raise UnsupportedError(
                 f"{method} adds parameters, and {type(model).__name__} is sharded already; apply it before fully_shard"
             )
-        for index in range(min(deepstack, len(layers) - 1)):
+        for index in added:
             if route[index].image is not Role.ACTIVE and route[index + 1].image is not Role.ACTIVE:
                 raise UnsupportedError(
                     f"{method} would be compact across layers {index} and {index + 1}, between which "
                     f"{type(model).__name__} adds visual features at full length (deepstack); start at layer "
-                    f"{deepstack}: layers='{deepstack}:'"
+                    f"{max(added) + 1}: layers='{max(added) + 1}:'"
                 )
 
 
@@ -105,6 +105,12 @@ def _chosen_refusal(route: Route) -> str | None:
             return f"selects image tokens in layer {index}, the others CONTEXT, behind others that are GONE; use BYPASS"
         gone = gone or layer.image is Role.GONE
     return None
+
+
+def _numbered_refusal(route: Route, layers: nn.ModuleList) -> str | None:
+    if not any(layer.renumber for layer in route) or not has_mrope(layers):
+        return None
+    return "numbers tokens anew, but under M-RoPE those of an image have a row and a column; use positions='keep'"
 
 
 def _refusal(

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from tokendrop.engine.forward import head, routers
+from tokendrop.engine.forward import deepstack, head, routers
 from tokendrop.engine.model import attention, projections
 from tokendrop.engine.model.swap import Swapped, restore
 from tokendrop.engine.model.vision import Encoder
@@ -32,6 +32,6 @@ def undo(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> No
 
 
 def _swapped(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> list[nn.Module]:
-    watched = encoder.watched.values() if encoder is not None else ()
+    watched = encoder.watched if encoder is not None else ()
     owner = [model] if isinstance(model, Swapped) else []
-    return [*layers, *watched, *routers.injected(model), *owner]
+    return [*layers, *watched, *routers.injected(model), *deepstack.injected(model), *owner]

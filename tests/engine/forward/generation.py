@@ -29,6 +29,7 @@ METHODS: dict[str, Any] = {
     "context_last": td.Drop("2:", 2, "norm", "context"),
     "fastv": td.FastV(2, 0.5),
     "pyramid_drop": td.PyramidDrop((1, 2, 4), (0.8, 0.5, 0.2)),
+    "renumbered": td.PyramidDrop((1, 2, 4), (0.8, 0.5, 0.2), "renumber"),
     "hidrop": td.HiDrop(1, (2, 3), (0.6, 2), 4),
     "duet_vlm": td.DuetVLM((1, 3), (0.5, 0)),
     "svd_prune": td.SVDPrune(0.5, rank=2),

@@ -55,6 +55,8 @@ VISION: dict[str, dict[str, Any]] = {
 }
 # Those with a vision encoder whose patches, or squares of them, are the image tokens.
 ENCODERS = ("janus", "llava", "qwen2_5_vl")
+# Those whose tokens are made of patches by a pixel shuffle, with newlines, or beside deepstack features.
+ARRANGED = ("idefics3", "internvl", "llava_onevision", "qwen3_vl", "smolvlm")
 # Of a family much like another, each method in one way only.
 CASES = [
     (name, method, *pair)
@@ -186,12 +188,11 @@ def test_the_engine_equals_the_reference(
 
 @pytest.mark.parametrize(
     ("name", "method", "attention", "padding"),
-    # Qwen3-VL adds visual features behind its first two layers, so none may leave before.
-    [
+    [(name, f"@{m}", *pair) for name, *pair in EVERY for m in VISION if name in ENCODERS or m[:3] == "svd"]
+    + [
         (name, f"@{m}", *pair)
-        for name, *pair in EVERY
-        for m in VISION
-        if name in ENCODERS or (m[:3] == "svd" and name != "qwen3_vl")
+        for name in ARRANGED
+        for m, pair in (("vscan_mixed", ("sdpa", "left")), ("vscan", ("eager", None)), ("duet_vlm", ("sdpa", "right")))
     ],
 )
 def test_methods_before_the_first_layer(name: str, method: str, attention: str, padding: str | None) -> None:
@@ -393,20 +394,6 @@ def test_remove_restores(name: str) -> None:
     assert described(module) == before
     assert list(module.state_dict()) == keys
     assert case.run(module).equals(dense)
-
-
-@pytest.mark.parametrize(("method", "start"), [(td.HiMix(), 0), (td.HiMix("1:3"), 1), (td.HMGen("1:3"), 1)])
-def test_a_compact_range_over_deepstack_layers_is_refused(method: Any, start: int, refusal: Any) -> None:
-    # Qwen3-VL adds visual features to all tokens behind its first two layers.
-    module = copy.deepcopy(model("qwen3_vl", "sdpa"))
-    before = described(module)
-    with pytest.raises(
-        UnsupportedError, match=rf"across layers {start} and {start + 1}.*deepstack.*layers='2:'"
-    ) as caught:
-        td.apply(module, method)
-    refusal("qwen3_vl", f"`{method}`", str(caught.value))
-    assert described(module) == before
-    td.apply(module, td.HiMix("2:")).remove()
 
 
 KERNELS = [(name, one) for name in NAMES for one in ("flash_attention_2", "flex_attention")]

@@ -22,6 +22,7 @@ METHODS: dict[str, Any] = {
     "hmgen": td.HMGen("1:3", "shared"),
     "fastv": td.FastV(1, 0.5),
     "pyramid": td.PyramidDrop((1, 2), (0.5, 0.25)),
+    "renumbered": td.PyramidDrop((1, 2), (0.5, 0.25), "renumber"),
     "hidrop": td.HiDrop(1, (2,), (0.6,), 3),
     "duet": td.DuetVLM((1, 3), (0.5, 0)),
     "svd": td.SVDPrune(0.5, rank=1),

@@ -67,6 +67,16 @@ def keeps_apart(form: Form, named: dict[str, Any]) -> bool:
     return form.packs is not None if form.sight else named.get(form.mask or "") is not None
 
 
+def unkept(samples: int, form: Form) -> str:
+    """What to say of packed samples that an attention does not keep apart."""
+    return (
+        f"the layout has {samples} samples packed into {form.shape[0]} rows, but the layers are given no mask, so that "
+        "a sample sees those before it; call the model with position_ids that begin again in each, without "
+        "attention_mask, and with use_cache=False, or transformers does not look for them"
+        f"{', with FlashAttention in one row' if form.sight else ''}"
+    )
+
+
 def told_packs(form: Form, named: dict[str, Any], padding: Tensor | None) -> Tensor | None:
     """The packed sample (B, T) of each token, where it keeps them apart; None where each row is one."""
     return form.packs if form.sight else packed_samples(named, form.shape, padding)

@@ -5,7 +5,6 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from tokendrop.engine.forward.block_masks import first_columns, has_columns
 from tokendrop.engine.forward.calls import Site, group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.ids import check_rows, generating
-from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, told_packs
+from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, told_packs, unkept
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.forward.step import Step, decode
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
@@ -28,7 +27,7 @@ from tokendrop.engine.model.sets import ROUTER
 from tokendrop.engine.plan.plan import Group, Plan, Span
 from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
-from tokendrop.roles import Role
+from tokendrop.roles import Attention, Role
 
 WORK = "tokendrop_work"
 
@@ -183,12 +182,7 @@ def _packed(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, na
     form = form_of(layer, binding.spec, shape, named, hidden)
     apart = keeps_apart(form, named)
     if not apart and plan.packs is not None and form.kind is not None:
-        message = (
-            f"the layout has {len(plan.packs.rows)} samples packed into {shape[0]} rows, but the layers are given no "
-            "mask, so that a sample sees those before it; call the model with position_ids that begin again in each, "
-            "without attention_mask, and with use_cache=False, or transformers does not look for them"
-            f"{', with FlashAttention in one row' if form.sight else ''}"
-        )
+        message = unkept(len(plan.packs.rows), form)
         binding.handle.say_once("packs", message, LayoutWarning, 1)
     selects = any(span.selects for span in plan.spans)
     # Under `generate` positions begin again behind padding, and nowhere else.
@@ -209,18 +203,24 @@ def _run(
 ) -> Any:
     spec, index, cache = binding.spec, binding.index, forward.cache
     named = named if cache is None else _cut(binding, forward, named)
-    look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
-    span = forward.span
+    span, positions = forward.span, forward.positions
+
+    def look(*asked: Any) -> Attention:
+        return attention_rows(layer, spec, positions.of(named), lambda: _full(forward, hidden), *asked)
+
     if span is None or index == span.stop:
         router = dict(binding.handle.sets(index).items()).get(ROUTER)
         span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
         forward.span = span
         hidden = _enter(forward, span, hidden)
+        positions.enter(span)
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)
     frame.ran.append(span)
     site = Site(layer, spec, index, forward.plan.shape, cache, forward.made)
-    calls = group_calls(site, span, forward.context, named, hidden)
+    calls = group_calls(site, span, forward.context, positions.of(named), hidden)
+    if cache is not None:
+        positions.fill(cache, index, named)
     out = proceed(hidden, **{WORK: Work(spec, calls, binding.handle.sets(index))})
     states, rest = split_output(out)
     frame.returns_tuple = rest is not None
@@ -248,6 +248,7 @@ def _decode(
         holed_layer(cache, index, len(hidden), hidden.device)
     store = cache.layers[index] if index < len(cache.layers) else None  # a layer may keep its state elsewhere
     holed = isinstance(store, HoledLayer)
+    named = forward.positions.step(store, named, *hidden.shape[:2])
     if holed and (form.kind is None or (form.kind == "flash" and not form.sight)):
         raise UnsupportedError(
             f"layer {index} generates behind tokens that its cache does not hold, and the "

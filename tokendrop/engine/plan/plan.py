@@ -104,9 +104,9 @@ class Span:
         stop: one past the last layer.
         groups: the samples by role.
         folded: whether rows of several groups travel as one (1, N, D) tensor of the flattened batch.
-        rows: what the compact form holds, of (B, T) or, folded, of (1, B * T); None where the span is dense, or until
-            its selections are made.
+        rows: of (B, T) or, folded, of (1, B * T), that run; None where it is dense, or until selections are made.
         selects: whether a group selects.
+        renumber: for each sample, whether its rows are numbered anew.
     """
 
     start: int
@@ -115,6 +115,7 @@ class Span:
     folded: bool
     rows: Rows | None
     selects: bool
+    renumber: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,16 +182,14 @@ class Planner:
         found = iter(torch.cat([rows.flatten(), samples.flatten()]).tolist())
         each = [list(islice(found, one.shape[1])) for one in (rows, samples) for _ in range(len(one))]
         self.before, self.text, self.images, self.needed_images, needed, self.candidates, *counts = each
-        # Powers of two, so that shapes stay few.
-        sizes = [min(alone.image.shape[1], 1 << (max(count) - 1).bit_length()) for count in counts]
+        sizes = [min(alone.image.shape[1], 1 << (max(count) - 1).bit_length()) for count in counts]  # few shapes
         pairs = zip(asked.items(), samples[1:], sizes, strict=True)
         self.scoring = {kind: choose_rows(mask, count, size) for (kind, mask), count, size in pairs}
         self.needed_rows = sum(needed)
         dense: Route = (LayerRoute(),) * len(routes[0])
         self.routed = any(route != dense for route in routes)
         together = caching and any(self.images)
-        kept = [together or count > 0 for count in self.images]
-        self.routes = [route if keep else dense for route, keep in zip(routes, kept, strict=True)]
+        self.routes = [one if together or n else dense for one, n in zip(routes, self.images, strict=True)]
         self._groups: dict[tuple[object, ...], Group] = {}
 
     def plan(self) -> Plan:
@@ -220,7 +219,8 @@ class Planner:
             merged.setdefault(self._simplest(role, select, samples), []).extend(samples)
         groups = tuple(self._group(*key, tuple(sorted(samples)), roles) for key, samples in merged.items())
         selects = any(group.choice is not None for group in groups)
-        return Span(start, stop, groups, len(groups) > 1, None if selects else span_rows(groups, self.tokens), selects)
+        rows, renumber = None if selects else span_rows(groups, self.tokens), tuple(role.renumber for role in roles)
+        return Span(start, stop, groups, len(groups) > 1, rows, selects, renumber)
 
     def _group(
         self, role: Role, select: Select | None, samples: tuple[int, ...], roles: tuple[LayerRoute, ...]
