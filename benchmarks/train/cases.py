@@ -54,11 +54,14 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         "Drop rejoin 25%": (td.Drop(f"1:{last}", keep=0.25), {}),
         "Drop gone 25%": (td.Drop("2:", keep=0.25, then="gone"), {}),
         "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
+        "SkipVision 25%": (td.SkipVision(keep=0.25), {}),
         "MixtureOfDepths": (td.MixtureOfDepths(), {}),
     }
     if sizes.layers < 8:  # too few for stages
         return found
     return found | {
+        "DivPrune 25%": (td.DivPrune(keep=0.25), {}),
+        "DART 25%": (td.DART(2, keep=0.25), {}),
         "SVDPrune 25%": (td.SVDPrune(keep=0.25), {}),
         "FastV 50%": (td.FastV(), {}),
         "PyramidDrop": (td.PyramidDrop(tuple(sizes.layers * quarter // 4 for quarter in (1, 2, 3))), {}),

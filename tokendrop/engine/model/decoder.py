@@ -21,8 +21,6 @@ _MASKS = ("attention_mask", "attn_mask", "mask", "src_mask")
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _FUSED = ("qkv_proj", "c_attn", "query_key_value")
 _OUTPUTS = ("o_proj", "dense", "c_proj", "out_proj")
-# What transformers calls the method that adds visual features (DeepStack) between two layers of a decoder.
-ADDS_FEATURES = "_deepstack_process"
 
 
 @dataclass(frozen=True)
@@ -258,35 +256,6 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     """The attention of a layer, if it has one."""
     found = next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None)
     return found if isinstance(found, nn.Module) else None
-
-
-def has_mrope(layers: nn.ModuleList) -> bool:
-    """Whether positions are of three numbers, as in M-RoPE."""
-    config = next((one for one in map(_config, layers) if one is not None), None)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    return isinstance(rope, dict) and "mrope_section" in rope
-
-
-def deepstack_layers(model: nn.Module, layers: nn.ModuleList) -> list[int]:
-    """The decoder layers behind which visual features are added at full length, in a way that inspection cannot follow.
-
-    Args:
-        model: any module.
-        layers: its decoder's.
-    """
-    decoder = next((one for one in model.modules() if any(child is layers for child in one.children())), None)
-    if decoder is None or hasattr(decoder, ADDS_FEATURES):
-        return []
-    behind: set[int] = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        vision = getattr(config, "vision_config", None)
-        behind.update(range(len(getattr(vision, "deepstack_visual_indexes", None) or ())))
-        # Granite 4 Vision's, which are added in front of a layer.
-        before = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
-        before += getattr(config, "spatial_target_layers", None) or ()
-        behind.update(layer - 1 for layer in before)
-    return sorted(index for index in behind if 0 <= index < len(layers) - 1)
 
 
 def reentrant(layer: nn.Module) -> bool:
