@@ -238,7 +238,7 @@ def packed_samples(given: Mapping[str, Any], shape: tuple[int, int], padding: Te
     `position_ids` begin again: behind a higher one, or at 0.
 
     Args:
-        given: `cu_seq_lens_q`, N + 1 integers; `seq_idx` (B, T); `position_ids` (B or 1, T), or (3 or 4, B, T), M-RoPE's.
+        given: `cu_seq_lens_q`, N + 1 integers; `seq_idx` (B, T); `position_ids` (B or 1, T), or (3 or 4, B, T).
         shape: (B, T).
         padding: (B, T) bool, True for real tokens.
 
