@@ -9,12 +9,15 @@ Shape letters: B batch, T tokens, L layers.
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokendrop.analysis.report import Table
+from tokendrop.study import frontier_summary, synergy_summary
 from tokendrop.study import summary as demo_summary
-from tokendrop.study import synergy_summary
+from tokendrop.study.frontier import SCALES
 from tokendrop.study.synergy import SynergyStudy
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,18 +55,23 @@ def pivot(rows: list[Row], line: Callable[[Row], tuple[str, ...]], head: list[st
 def step(vocabulary: int = 2048) -> str:
     """A training step under each method."""
     rows = [row for row in rows_of("step") if row["config"]["vocabulary"] == vocabulary]
-    metrics = ["FLOPs ratio", "time ratio", "capture", "kept ratio", "memory ratio"]
+    metrics = ["FLOPs ratio", "time ratio", "capture", *_computed(rows), "kept ratio", "memory ratio"]
     return pivot(rows, lambda row: (row["provider"],), ["method"], metrics)
+
+
+def _computed(rows: list[Row]) -> list[str]:
+    # Rows from before it was measured have none.
+    return ["computed capture"] if any(row["metric"] == "computed capture" for row in rows) else []
 
 
 def growth() -> str:
     """How time and memory grow with tokens and layers."""
-    metrics = ["FLOPs ratio", "time ratio", "capture", "memory ratio"]
 
     def line(row: Row) -> tuple[str, ...]:
         return str(row["config"]["layers"]), str(row["config"]["tokens"]), row["provider"]
 
     rows = [row for row in rows_of("growth") if row["provider"] != "dense"]
+    metrics = ["FLOPs ratio", "time ratio", "capture", *_computed(rows), "memory ratio"]
     return pivot(rows, line, ["L", "T", "method"], metrics)
 
 
@@ -113,8 +121,7 @@ def monitor() -> str:
 def demo(*names: str) -> str:
     """The demo's runs, all or those named."""
     made = demo_summary.table(json.loads((RESULTS / "demo.json").read_text()))
-    lines = [made.header, ["---"] * len(made.header), *(row for row in made.rows if not names or row[0] in names)]
-    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+    return markdown(replace(made, rows=[row for row in made.rows if not names or row[0] in names]))
 
 
 PAPERS = {  # as the sweep at equal FLOPs names a method -> as the step benchmark does
@@ -144,9 +151,29 @@ def papers() -> str:
 
 def _synergy(make: Callable[[list[Row], dict[str, float]], Table]) -> str:
     found = json.loads((RESULTS / "synergy-study.json").read_text())
-    made = make(found["rows"], found["flops"])
+    return markdown(make(found["rows"], found["flops"]))
+
+
+def markdown(made: Table) -> str:
+    """A table in Markdown."""
     lines = [made.header, ["---"] * len(made.header), *made.rows]
     return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
+def frontier_rows(scale: str, split: str) -> list[Row]:
+    """The rows of the study of the frontier at one scale and split."""
+    return [row for row in rows_of("frontier/rows") if (row["scale"], row["split"]) == (scale, split)]
+
+
+def frontier(scale: str, split: str) -> str:
+    """Every run at one scale."""
+    return markdown(frontier_summary.quality_table(frontier_rows(scale, split)))
+
+
+def frontier_differences(scale: str, split: str) -> str:
+    """Each joint run beside dense joint training; what is chosen is chosen on validation."""
+    chosen = frontier_rows(scale, "val")
+    return markdown(frontier_summary.differences_table(frontier_rows(scale, split), chosen))
 
 
 FLOPS = {  # of tokendrop/configs: image tokens of an image
@@ -233,6 +260,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-short": lambda: demo("unified", "share-all", "late"),
     "papers": papers,
 }
+for _scale in SCALES:
+    for _split in ("val", "test"):
+        _name = f"frontier-{_scale.replace(', ', '-').replace(' ', '-')}-{_split}"
+        TABLES[_name] = partial(frontier, _scale, _split)
+        TABLES[f"{_name}-differences"] = partial(frontier_differences, _scale, _split)
 
 
 def written(page: str) -> str:

@@ -35,6 +35,7 @@ FLAG = (td.MethodError, [1, "no", None])
 SEPARATE = (td.MethodError, ["sometimes", None, 1, ["none"]])
 SCHEDULE = (td.MethodError, [3, "late", {"start": 3}])
 CLASSES = (td.MethodError, [None, 3, "HiMix", [3], [int]])
+POSITIONS = (td.MethodError, ["anew", "Keep", 3, None, True, ["keep"]])
 STEPS = (td.MethodError, [-1, 1.5, "1", None, True])
 MODEL = (td.DecoderError, [None, "llama", 3, [BASE], nn.Linear(2, 2)])
 PATH = (td.DecoderError, ["model.blocks", "lm_head", "", 3, ["model"]])
@@ -123,10 +124,26 @@ CATALOGUE = {
     "DuetVLM.dominant": (KEEP,),
     "DuetVLM.contextual": (KEEP,),
     "DuetVLM.cluster_width": (COUNT,),
+    "DuetVLM.positions": (POSITIONS,),
     "DuetVLM.vision_layer": (INDEX,),
     "MixtureOfDepths.layers": (LAYERS,),
     "MixtureOfDepths.keep": (KEEP,),
+    "DART.layer": ((td.LayerRangeError, [-1, 24, 1.5, "2", None, True]), (td.MethodError, [0])),
+    "DART.keep": (KEEP,),
+    "DART.image_pivots": (COUNT,),
+    "DART.text_pivots": (COUNT,),
+    "DivPrune.keep": (KEEP,),
+    "VisionZip.dominant": (KEEP,),
+    "VisionZip.contextual": (KEEP,),
+    "VisionZip.vision_layer": (INDEX,),
+    "sees.attention": ((td.MethodError, ["all", "Answer", 3, True, ["answer"]]),),
+    "sees.before": (FLAG,),
+    "sees.encoder": ((td.MethodError, [3, "12", None, (1.5,), ("1",), (True,)]),),
     "SVDPrune.keep": (KEEP,),
+    "SkipVision.layers": (LAYERS,),
+    "SkipVision.keep": (KEEP,),
+    "SkipVision.score": ((td.MethodError, ["loudest", 3, None, ["random"]]),),
+    "SkipVision.seed": (SEED,),
     "SVDPrune.rank": (COUNT,),
     "SVDPrune.energy": ((td.MethodError, [0, 1, 0.0, 1.0, -0.5, NAN, "half", None, True]),),
     "VScan.keep": (KEEP,),
@@ -136,6 +153,7 @@ CATALOGUE = {
     "VScan.global_layer": (INDEX,),
     "VScan.window": (COUNT,),
     "VScan.merge": (FLAG,),
+    "VScan.positions": (POSITIONS,),
     "VScan.scan": ((td.MethodError, ["windows", 3, None, ["capped"]]),),
     "Drop.layers": (LAYERS,),
     "Drop.keep": (KEEP,),
@@ -159,6 +177,7 @@ CATALOGUE = {
     "HiMix.separate": (SEPARATE,),
     "PyramidDrop.layers": STAGES,
     "PyramidDrop.keep": (KEEPS,),
+    "PyramidDrop.positions": (POSITIONS,),
     "RandomLTD.layers": (LAYERS,),
     "RandomLTD.keep": (KEEP,),
     "RandomLTD.seed": (SEED,),
@@ -168,6 +187,8 @@ CATALOGUE = {
     "Schedule.dense_tail": (STEPS,),
     "Schedule.direction": ((td.MethodError, ["up", "IN", None, True, 1, ["in"]]),),
     "Schedule.dense_every": (STEPS,),
+    "Schedule.drawn": (FLAG,),
+    "Schedule.seed": (SEED,),
     "to_config.methods": (METHOD,),
     "to_config.schedule": (SCHEDULE,),
     "from_config.config": ((td.MethodError, [None, 3, "HiMix", {}, {"methods": 3}, {"methods": {"class_path": "x"}}]),),
@@ -272,6 +293,11 @@ GOOD = {
     "recipe": {"config_or_model": BASE, "task": "generation", "budget": 0.9, "text": 8, "image": 8},
     "MixtureOfDepths": {},
     "SVDPrune": {"keep": 1, "rank": 1},
+    "SkipVision": {},
+    "DART": {"layer": 1},
+    "DivPrune": {},
+    "VisionZip": {},
+    "sees": {},
     "VScan": {"text_layers": (1, 2), "text_keep": (0.5, 0.25)},
     "Drop": {"layers": "1:3", "keep": 0.5},
     "DropLayers": {"layers": list(llama().model.layers), "methods": td.HiMix()},
@@ -326,7 +352,7 @@ def call(name, kwargs):
     """The call, and for what is only checked against a model, its application to one."""
     if name in METHODS:
         method = public()[name](**kwargs)
-        if name == "VScan":  # which a Llama has no encoder for
+        if name in ("VScan", "VisionZip"):  # which a Llama has no encoder for
             return
         td.apply(BASE, {"u": method}).remove()
         return

@@ -10,6 +10,7 @@ import pytest
 
 from tokendrop import methods
 from tokendrop.study import summary
+from tokendrop.study.frontier import key
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -51,6 +52,16 @@ def test_rows_follow_the_schema():
             assert list(row) == list(SCHEMA), file.name
             assert all(isinstance(row[key], kind) for key, kind in SCHEMA.items()), file.name
             assert not row["commit"].endswith("-dirty"), file.name
+
+
+def test_rows_of_the_frontier_say_where_they_were_made():
+    rows = table.rows_of("frontier/rows")
+    assert len({key(row) for row in rows}) == len(rows) > 0
+    for row in rows:
+        assert {"seed", "versions", "commit", "date", "device", "flops", "config"} <= row.keys()
+        assert re.fullmatch(r"[0-9a-f]{7,}", row["commit"])  # of clean code
+        assert row["config"]["tested"] == row["split"]
+        assert (row["split"] == "test") == (row["seed"] >= 100)  # what is reported has seeds of its own
 
 
 def test_it_is_short():

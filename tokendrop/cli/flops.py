@@ -50,7 +50,12 @@ def flops(
         typer.echo(json.dumps(asdict(report), indent=1))
         return
     note = f"{'Forward and backward' if backward else 'Forward'} of {text} text and {image} image tokens."
-    print_table(console(), flop_table(report), [note])
+    dense, dropped = (f"{one / 1e9:,.2f}" for one in (report.computed_dense, report.computed_dropped))
+    computed = (
+        f"Computed where pairs that no query sees are skipped, causal attention by half: {dense} dense, "
+        f"{dropped} dropped, ratio {report.computed_ratio:.3f}."
+    )
+    print_table(console(), flop_table(report), [note, computed])
 
 
 def flop_table(report: "FlopReport") -> "Table":

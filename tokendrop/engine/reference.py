@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokendrop.engine.forward.attention_rows import caught_attention, probabilities
 from tokendrop.engine.model.context import keys_values
 from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs, sees_both_sides
+from tokendrop.engine.model.ffn import ffn_of
 from tokendrop.engine.model.sets import make_sets
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
@@ -47,7 +48,8 @@ def reference(
     """Run the forwards of an untouched model inside under the roles of `methods`, densely.
 
     In each layer every row computes; BYPASS and GONE columns are masked; then rows that are not ACTIVE get their
-    input back, which is also the frozen state that CONTEXT keys and values come from in the next layer.
+    input back, which is also the frozen state that CONTEXT keys and values come from in the next layer. ATTEND rows
+    compute, and what the FFN gives is zero for them.
 
     Args:
         model: an untouched model.
@@ -73,7 +75,7 @@ def reference(
         if looked := {index for select in selections(routes) for index in select.encoder}:
             roles.encoder = Encoder(model, looked)
             roles.encoder.watch(lambda: roles.seen)
-            stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched.values())
+            stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched)
         for index, (layer, spec) in enumerate(zip(found, specs, strict=True)):
             for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec), roles):
                 stack.callback(hook.remove)
@@ -98,6 +100,7 @@ class _Roles:
         self.inputs: list[tuple[nn.Module, LayerSpec, Tensor, dict[str, Any]]] = []
         self.encoder: Encoder | None = None
         self.seen: Seen = {}
+        self.places: list[list[int]] = []
 
     def of(self, index: int, layer: nn.Module, spec: LayerSpec, states: Tensor, named: dict[str, Any]) -> Any:
         """(B, T) roles in layer `index`, whose input is `states` (B, T, D) and `named`; and these states, merged."""
@@ -105,6 +108,7 @@ class _Roles:
         if index == 0:
             self.alive = [row.nonzero().flatten().tolist() for row in self.layout.image]
             self.kept = [[] for _ in self.routes]
+            self.places = [list(range(row.numel())) for row in self.layout.image]
         roles, rows = torch.zeros(self.layout.image.shape, dtype=torch.int64), list(states)
         self.scale = torch.ones(self.layout.image.shape)
         for sample, route in enumerate(self.routes):
@@ -118,7 +122,26 @@ class _Roles:
             roles[sample, self.layout.image[sample]] = int(route[index].image)
             if select is not None:
                 roles[sample, self.kept[sample]] = int(Role.ACTIVE)
+        self.places = [self._places(sample, index, roles[sample].tolist()) for sample in range(len(roles))]
         return roles, torch.stack(rows)
+
+    def _places(self, sample: int, index: int, roles: list[int]) -> list[int]:
+        # For each token, the one of its sample whose place it has: itself, or, numbered anew, by its rank.
+        padding, places = self.layout.padding, list(range(len(roles)))
+        for _, tokens in self._packs(sample) if self.routes[sample][index].renumber else ():
+            real = [t for t in tokens if padding is None or padding[sample, t]]
+            for t, place in zip([t for t in real if roles[t] == Role.ACTIVE], real, strict=False):
+                places[t] = place
+        return places
+
+    def turned(self, named: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a layer, rotary tables by the places of the layer that ran last or runs now."""
+        at, tokens = torch.tensor(self.places), torch.arange(self.layout.image.shape[1])
+        if torch.equal(at, tokens.expand_as(at)):
+            return named
+        pairs = {name: one for name, one in named.items() if isinstance(one, tuple) and len(one) == 2}
+        rows = torch.arange(len(at))[:, None]
+        return named | {n: tuple(x.expand(len(at), -1, -1)[rows, at] for x in one) for n, one in pairs.items()}
 
     def _packs(self, sample: int) -> list[tuple[int, list[int]]]:
         # The number in the batch and the tokens of each packed sample of a row; without packs, of the row.
@@ -149,7 +172,10 @@ class _Roles:
         count = select.count(int(self.layout.image[sample, tokens].sum()))
         looks = torch.tensor([count]), looks, encoded, router
         states, candidates = states[one][:, tokens], candidates[None, tokens]
-        scoring = Scoring(states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks)
+        text = torch.tensor([[t in self._text(sample, tokens) for t in tokens]])
+        scoring = Scoring(
+            states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks, text
+        )
         scores = dict(zip(tokens, select.score(scoring)[0].tolist(), strict=True))
         kept = sorted(sorted(alive, key=lambda token: (-scores[token], token))[:count])
         self.kept[sample] = self.kept[sample] + kept
@@ -168,6 +194,7 @@ class _Roles:
         if queries is None:
             return None
         layer, spec, states, named = self.inputs[queries.layer]
+        named = self.turned(named)
         live = ~self.layout.image
         for row, alive in zip(live, self.alive, strict=True):
             row[alive] = True
@@ -178,11 +205,18 @@ class _Roles:
         live = live & torch.isin(torch.arange(live.shape[1]), torch.tensor(tokens))
         caught = caught_attention(lambda: type(layer).forward(layer, states, **named))
         seen, values = probabilities(caught.logits, live), caught.values
+        keys, given = keys_values(layer, type(layer).forward, states, named, spec.cache or "")
         if values is None:
-            values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
+            values = given
         valid = torch.ones(1, len(rows), dtype=torch.bool)
         seen, values = seen[sample : sample + 1, :, rows][..., tokens], values[sample : sample + 1, :, tokens]
-        return Attention(seen, valid, values)
+        return Attention(seen, valid, values, keys[sample : sample + 1, :, tokens])
+
+    def _text(self, sample: int, tokens: list[int]) -> list[int]:
+        layout = self.layout
+        real = [t for t in tokens if layout.padding is None or layout.padding[sample, t]]
+        text = [t for t in real if not layout.image[sample, t]]
+        return [t for t in text if layout.labels is None or int(layout.labels[sample, t]) == IGNORED]
 
     def _rows(self, sample: int, which: str, tokens: list[int]) -> list[int]:
         layout = self.layout
@@ -205,25 +239,35 @@ def _merging(merge: Merge) -> Tensor:
 
 def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], state: _Roles) -> Iterator[Any]:
     entered: list[Tensor] = []
+    ffn = ffn_of(layer)
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         states, named = spec.bind(args, kwargs)
         roles, states = roles_of(states, named)
-        active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
-        entered[:] = [states, active]
+        attend, hidden = roles == Role.ATTEND, (roles == Role.BYPASS) | (roles == Role.GONE)
+        active = attend | (roles == Role.ACTIVE)
+        entered[:] = [states, active, attend]
+        named = state.turned(named)
         mask, causal = named.get("attention_mask"), not sees_both_sides(module)
         named["attention_mask"] = _mask(mask, active, hidden, states, spec.backend(module), causal)
         return (states,), named
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        before, active = entered
+        before, active, _ = entered
         states = torch.where(active[:, :, None], out[0] if isinstance(out, tuple) else out, before)
         if bool((state.scale != 1).any()):
             states = before + state.scale[:, :, None] * (states - before)
         return (states, *out[1:]) if isinstance(out, tuple) else states
 
+    def skip(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        made = out[0] if isinstance(out, tuple) else out
+        made = made.masked_fill(entered[2].view(*made.shape[:-1], 1), 0)
+        return (made, *out[1:]) if isinstance(out, tuple) else made
+
+    if ffn is not None:
+        yield ffn.register_forward_hook(skip)
     yield layer.register_forward_pre_hook(before, with_kwargs=True)
     yield layer.register_forward_hook(after)
 

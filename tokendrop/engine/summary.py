@@ -12,17 +12,19 @@ from torch import nn
 from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.roles import LayerRoute, Method, Role, Route
 
+_NAMES = {Role.ATTEND: "ATTEND (without FFN)"}
 IMAGES = 576  # of a sample that is spoken of; what a method counts in is said of as many as LLaVA-1.5 has
 
 
 def computed_share(route: Route, images: int = IMAGES) -> float:
-    """The share of image token-layers that is computed, for a sample of so many image tokens.
+    """The share of image token-layers that is computed, with an FFN or without, for a sample of so many image tokens.
 
     Example:
         >>> computed_share((LayerRoute(), LayerRoute(Role.BYPASS)))
         0.5
     """
-    return sum(_stay(one, images) for one in route) / (images * len(route))
+    computed = (images if one.image is Role.ATTEND else _stay(one, images) for one in route)
+    return sum(computed) / (images * len(route))
 
 
 def in_words(route: Route) -> str:
@@ -37,7 +39,7 @@ def in_words(route: Route) -> str:
         if one.image is not Role.ACTIVE:
             kinds.setdefault((one.image, _stay(one, IMAGES)), []).append(index)
     found = [
-        f"{role.name} in {_layers(indices)}" + (f" but for {stay} of {IMAGES}" if stay else "")
+        f"{_NAMES.get(role, role.name)} in {_layers(indices)}" + (f" but for {stay} of {IMAGES}" if stay else "")
         for (role, stay), indices in kinds.items()
     ]
     return ", ".join(found) or "compute everywhere"

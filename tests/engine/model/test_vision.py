@@ -193,8 +193,11 @@ def test_gradients_reach_the_encoder_through_merged_tokens() -> None:
 
 
 @pytest.mark.parametrize("search", [{"do_sample": False}, {"num_beams": 2, "do_sample": False}])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in ("llava", "qwen2_5_vl") for method in METHODS]
+    + [("internvl", "vscan"), ("llava_onevision", "duet_vlm"), ("smolvlm", "vscan"), ("qwen3_vl", "duet_vlm")],
+)
 def test_generate_with_a_cache_equals_without(name: str, method: str, search: dict[str, Any]) -> None:
     data, module = batch(name, "left"), copy.deepcopy(model(name, "sdpa")).eval()
     options = search | {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
@@ -247,7 +250,7 @@ def test_what_was_seen_is_let_go() -> None:
     assert frames(drop.key) == []
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "llava_onevision", "smolvlm"])
 def test_remove_restores(name: str) -> None:
     module = copy.deepcopy(model(name, "sdpa"))
     before = snapshot(module)
@@ -257,9 +260,10 @@ def test_remove_restores(name: str) -> None:
     assert snapshot(module) == before
 
 
-def test_a_copy_and_an_unpickled_model_see_their_own_encoder() -> None:
+@pytest.mark.parametrize("name", ["llava", "internvl", "llava_onevision"])
+def test_a_copy_and_an_unpickled_model_see_their_own_encoder(name: str) -> None:
     # A new one: transformers leaves hooks that cannot be pickled on a model that has run.
-    data, module = batch("llava", None), model.__wrapped__("llava", "sdpa").eval()
+    data, module = batch(name, None), model.__wrapped__(name, "sdpa").eval()
     drop = td.apply(module, METHODS["vscan"])
     teacher, loaded = copy.deepcopy(module), pickle.loads(pickle.dumps(module))  # noqa: S301
     teacher.model.vision_tower.apply(lambda one: [p.data.mul_(1.5) for p in one.parameters(recurse=False)])

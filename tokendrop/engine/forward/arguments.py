@@ -118,7 +118,7 @@ def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], 
     Raises:
         UnsupportedError: a tensor of (T, ...), which could be one row for each token.
     """
-    if rows is not None and _is_rotary(value, shape):
+    if rows is not None and is_rotary(value, shape):
         cos, sin = (part if group.whole or len(part) == 1 else part[group.samples] for part in value)
         return gather_rotary(cos, sin, rows.index)
     if isinstance(value, tuple | list):
@@ -141,7 +141,8 @@ def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], 
     return value[group.samples[:, None], rows.index]
 
 
-def _is_rotary(value: Any, shape: tuple[int, int]) -> bool:
+def is_rotary(value: Any, shape: tuple[int, int]) -> bool:
+    """Whether an argument is a pair of tables, cos and sin of (B or 1, T, width)."""
     pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value)
     if not pair or value[0].shape != value[1].shape or value[0].dtype != value[1].dtype:
         return False

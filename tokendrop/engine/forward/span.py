@@ -5,7 +5,6 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, N rows of all
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,7 +27,7 @@ from tokendrop.engine.plan.plan import Group, Plan, Span
 from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import packed_samples
-from tokendrop.roles import Role
+from tokendrop.roles import Attention, Role
 
 WORK = "tokendrop_work"
 
@@ -206,18 +205,24 @@ def _run(
 ) -> Any:
     spec, index, cache = binding.spec, binding.index, forward.cache
     named = named if cache is None else _cut(binding, forward, named)
-    look = partial(attention_rows, layer, spec, named, lambda: _full(forward, hidden))
-    span = forward.span
+    span, positions = forward.span, forward.positions
+
+    def look(*asked: Any) -> Attention:
+        return attention_rows(layer, spec, positions.of(named), lambda: _full(forward, hidden), *asked)
+
     if span is None or index == span.stop:
         router = dict(binding.handle.sets(index).items()).get(ROUTER)
         span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
         forward.span = span
         hidden = _enter(forward, span, hidden)
+        positions.enter(span)
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)
     frame.ran.append(span)
     shape, made = forward.plan.shape, forward.made
-    calls = group_calls(layer, spec, index, span, shape, forward.context, cache, made, named, hidden)
+    calls = group_calls(layer, spec, index, span, shape, forward.context, cache, made, positions.of(named), hidden)
+    if cache is not None:
+        positions.fill(cache, index, named)
     out = proceed(hidden, **{WORK: Work(spec, calls, binding.handle.sets(index))})
     states, rest = split_output(out)
     frame.returns_tuple = rest is not None
@@ -244,6 +249,7 @@ def _decode(
         holed_layer(cache, index, len(hidden), hidden.device)
     store = cache.layers[index] if index < len(cache.layers) else None  # a layer may keep its state elsewhere
     holed = isinstance(store, HoledLayer)
+    named = forward.positions.step(store, named, *hidden.shape[:2])
     if holed and backend not in ("sdpa", "eager"):
         raise UnsupportedError(
             f"layer {index} generates behind tokens that its cache does not hold, and the {backend!r} attention takes "
@@ -252,17 +258,18 @@ def _decode(
     arguments = decode(store, step, skips, hidden, named, mask) if holed else named
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden
-    work = Call((len(hidden), hidden.shape[1]), arguments, step.split(index), None, {}, None, None)
+    ffn = step.text_rows() if role is Role.ATTEND else None
+    work = Call((len(hidden), hidden.shape[1]), arguments, step.split(index), None, {}, None, None, ffn=ffn)
     states, rest = split_output(proceed(hidden, **{WORK: Work(binding.spec, (work,), binding.handle.sets(index))}))
-    if role is not Role.ACTIVE and step.any_image:
+    if role in (Role.CONTEXT, Role.BYPASS, Role.GONE):
         states = torch.where(step.image[:, :, None], hidden, states)
     return joined_output(states, rest)
 
 
 def _enter(forward: Forward, span: Span, full: Tensor) -> Tensor:
+    forward.full = None if span.rows is None and forward.selections.scale is None else full
     if span.rows is None:
         return full
-    forward.full = full
     forward.context = tuple(_context(full, group) for group in span.groups)
     return gather_tokens(_folded(full, span), span.rows.index)
 

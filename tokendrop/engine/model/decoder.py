@@ -257,17 +257,6 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def deepstack_layers(model: nn.Module) -> int:
-    """How many first layers a vision-language decoder adds visual features between, at full length."""
-    for module in model.modules():
-        indexes = getattr(
-            getattr(getattr(module, "config", None), "vision_config", None), "deepstack_visual_indexes", None
-        )
-        if indexes:
-            return len(indexes)
-    return 0
-
-
 def reentrant(layer: nn.Module) -> bool:
     """Whether a layer recomputes its forward inside a re-entrant backward."""
     function: Callable[..., Any] | None = getattr(layer, "_gradient_checkpointing_func", None)
