@@ -52,12 +52,12 @@ from tokendrop.schedule import Schedule
 from tokendrop.scoring import sees
 
 __all__ = [
+    "DART",
     "Allocation",
     "AppliedError",
     "AttentionAllocation",
     "BatchError",
     "Benchmark",
-    "DART",
     "DecoderError",
     "DivPrune",
     "Drop",
