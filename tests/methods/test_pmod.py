@@ -58,7 +58,7 @@ def test_one_layer_is_the_peers(name):
 
 
 @given(SAMPLES, METHODS, st.sampled_from(["left", "right"]), st.booleans(), st.booleans(), st.integers(0, 99))
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_engine_equals_reference(samples, method, side, other, recomputes, seed):
     methods = {"u": method, "g": td.HMGen("1:3") if other else method}
     made = batch(samples, "ugu"[: len(samples)], side, seed)

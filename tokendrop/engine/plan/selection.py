@@ -172,39 +172,19 @@ class Selections:
         return select in self.made and self.made[select][0].issuperset(group.members)
 
     def _select(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Tensor:
-        select, candidates = choice.select, _samples(group, self.alive)
-        router = _samples(group, router) if select.learned and router is not None else None
-        attention = self.seen.pop((select, group.members), None)
-        if select.queries is not None and attention is None:
-            attention = self._look(group, select.queries, look)
-        encoded = None
-        if select.encoder and self.encode is not None:
-            if not self.alive.any():
-                return self.alive[group.samples]
-            encoded = self._encoded(group, self.encode(select.encoder, self.plan.layout.image, self.times))
-        looks = choice.kept, attention, encoded, router
-        numbers = self._numbers(group) + self.first
-        text = _samples(group, prompt_text(self.plan.layout, self.prompt.shape[1]))
-        scoring = Scoring(
-            _samples(group, states),
-            candidates,
-            numbers,
-            select.layer,
-            select.seed,
-            self.step,
-            *looks,
-            text,
-            choice.most,
-        )
-        scores = select.score(scoring)
+        select = choice.select
+        if select.encoder and self.encode is not None and not self.alive.any():
+            return self.alive[group.samples]
+        scoring = self._scoring(group, choice, states, look, router)
+        candidates, scores = scoring.image, select.score(scoring)
         if not isinstance(scores, Tensor) or scores.shape != candidates.shape:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise MethodError(
                 f"a score returned {found}; expected one number for each token, {tuple(candidates.shape)}"
             )
         chosen = highest(scores, candidates, choice.kept)
-        if router is not None:
-            self._learn(group, select, router, candidates, chosen)
+        if scoring.router is not None:
+            self._learn(group, select, scoring.router, candidates, chosen)
         if select.merge is not None:
             merge = select.merge(scoring, chosen)
             if choice.packs is not None:
@@ -214,6 +194,28 @@ class Selections:
         if group.role is Role.GONE:
             self.alive = self.alive.index_copy(0, group.samples, kept[group.samples])
         return kept[group.samples]
+
+    def _scoring(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Scoring:
+        select, encoded = choice.select, None
+        attention = self.seen.pop((select, group.members), None)
+        if select.queries is not None and attention is None:
+            attention = self._look(group, select.queries, look)
+        if select.encoder and self.encode is not None:
+            encoded = self._encoded(group, self.encode(select.encoder, self.plan.layout.image, self.times))
+        return Scoring(
+            states=_samples(group, states),
+            image=_samples(group, self.alive),
+            samples=self._numbers(group) + self.first,
+            layer=select.layer,
+            seed=select.seed,
+            step=self.step,
+            counts=choice.kept,
+            attention=attention,
+            encoded=encoded,
+            router=_samples(group, router) if select.learned and router is not None else None,
+            text=_samples(group, prompt_text(self.plan.layout, self.prompt.shape[1])),
+            most=choice.most,
+        )
 
     def _learn(self, group: Group, select: Select, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
         if select.gate:
