@@ -32,6 +32,7 @@ METHODS: dict[str, Any] = {
     "count": td.Drop("1:3", 2, "value_norm", "gone"),
     "gone": td.Drop("1:", 0.5, "similarity", "gone"),
     "context": td.Drop("1:3", 0.5, "norm", "context"),
+    "merge": td.Drop("1:3", 0.5, "norm", "merge"),
     "attend": td.Drop("1:", 0.5, "norm", "attend"),
     "uniform": td.Drop("0:2", 0.5, "uniform"),
     "leverage": td.Drop("1:", 0.5, "leverage"),

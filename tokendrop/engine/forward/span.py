@@ -226,7 +226,7 @@ def _run(
     frame.returns_tuple = rest is not None
     if index < span.stop - 1:
         return out
-    states = _scaled(forward, _full(forward, states))
+    states = forward.selections.leave(span.stop, _scaled(forward, _full(forward, states)))
     forward.full, forward.context = None, ()
     return joined_output(states, rest)
 
