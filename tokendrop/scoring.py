@@ -85,6 +85,7 @@ class Scoring(NamedTuple):
         router: (B, T) float32, what the layer's router gives each token; None where the selection is not learned.
         text: (B, T) bool, the text of the prompt: tokens that are no image, no padding, have no label and are not
             generated.
+        most: the largest of `counts`, as a number.
     """
 
     states: Tensor
@@ -98,6 +99,7 @@ class Scoring(NamedTuple):
     encoded: Encoded | None = None
     router: Tensor | None = None
     text: Tensor | None = None
+    most: int | None = None
 
 
 class Sees(NamedTuple):
