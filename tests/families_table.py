@@ -20,6 +20,8 @@ COLUMNS = (
     "generate",
     "checkpointing",
     "compile",
+    "flash",
+    "flex",
 )
 HEAD = """# Model families
 
@@ -42,6 +44,8 @@ attention, unpadded, left- and right-padded. The columns:
 - **checkpointing**: the model's own activation checkpointing is bit-identical to none.
 - **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another
   selection, and the same logits and gradients.
+- **flash**, **flex**: FlashAttention and FlexAttention, written plainly on torch with their documented semantics, as
+  there is no GPU; HiMix or FastV, with HMGen in one batch. *not run*: what transformers itself does not run there.
 
 Some layers carry a state from row to row (linear attention, state space models, short convolutions). There a token that
 is BYPASS or GONE is no step: the others are a sequence of their own, whose decay and convolution go from one to the

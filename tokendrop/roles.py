@@ -61,6 +61,7 @@ class Select:
         of: an earlier selection; shares are of what it kept.
         encoder: layers of the vision encoder that `score` and `merge` look at.
         merge: from `Scoring` and the kept (B, T), how those that leave are merged into them.
+        restore: whether they are given, where the range ends, what those that they were merged into have been given.
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
 
     Raises:
@@ -78,6 +79,7 @@ class Select:
     encoder: tuple[int, ...] = ()
     merge: Callable[[Scoring, Tensor], Merge] | None = None
     learned: bool = False
+    restore: bool = False
 
     def __post_init__(self) -> None:
         if self.queries is not None and self.queries.layer not in (self.layer, max(0, self.layer - 1)):
