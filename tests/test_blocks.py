@@ -10,6 +10,7 @@ import lightning as L
 import prelude
 import pytest
 import torch
+import transformers
 import typer
 import yaml
 from blocks import PAGES, ROOT, blocks, read_first, run
@@ -119,3 +120,12 @@ def test_names_that_are_read_before_they_are_bound():
 def test_what_is_not_run_says_why():
     reasons = {HERE[page]: block.not_run for page, block in FOUND if block.not_run}
     assert reasons == {"docs/trainers/deepspeed.md": "needs CUDA and DeepSpeed"}
+
+
+def test_text_is_what_is_printed():
+    ((page, shown),) = [(HERE[page], block.code) for page, block in FOUND if block.language == "text"]
+    assert page == "docs/lightning.md"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 8}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=32, **sizes))
+    td.apply(model, {"understanding": td.HiMix("2:"), "generation": td.HMGen("8:24:2")})
+    assert str(td.handle(model)) == shown
