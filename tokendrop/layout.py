@@ -42,6 +42,10 @@ class TokenLayout:
         image_ids: (V,) int64, the vocabulary ids of image tokens.
         packs: (B, T) int64, the packed sample of its row that a token belongs to, any numbers; None where each row is
             one sample. What a method keeps of a sample's image tokens is kept of each packed sample.
+        images: (B, T) int64, which of its images and videos an image token belongs to, any numbers; None where each run
+            of image tokens is one.
+        frames: (B, T) int64, which frame of its video an image token belongs to, ascending; 0 for one of an image. None
+            where nobody knows.
         new: what generated tokens are where no ids say it, "text" or "image"; None for text, and for images where
             tokens come one by one as embeddings behind a prompt that came as ids.
 
@@ -63,6 +67,8 @@ class TokenLayout:
     image_ids: Tensor | None = None
     packs: Tensor | None = None
     new: Literal["text", "image"] | None = None
+    images: Tensor | None = None
+    frames: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.image, Tensor) or self.image.dtype != torch.bool or self.image.dim() != 2:
@@ -73,7 +79,8 @@ class TokenLayout:
         self._check("segments", self.segments, _INTEGERS, "integer")
         self._check("padding", self.padding, (torch.bool,), "bool")
         self._check("labels", self.labels, (torch.int64,), "int64")
-        self._check("packs", self.packs, (torch.int64,), "int64")
+        for name in ("packs", "images", "frames"):
+            self._check(name, getattr(self, name), (torch.int64,), "int64")
         self._check_values()
         self._check_task()
 

@@ -16,6 +16,7 @@ from tokendrop.errors import LayerRangeError, MethodError
 
 Layers = str | Sequence[int]
 Separate = Literal["none", "shared", "per-task"]
+Per = Literal["sample", "image", "frame"]
 
 
 class Role(IntEnum):
@@ -132,6 +133,7 @@ class Select:
         encoder: layers of the vision encoder that `score` and `merge` look at.
         merge: from `Scoring` and the kept (B, T), how those that leave are merged into them.
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
+        per: what keeps so many: a sample, each of its images, or each of their frames.
 
     Raises:
         MethodError: queries of a layer that is neither entered nor the one before.
@@ -148,6 +150,7 @@ class Select:
     encoder: tuple[int, ...] = ()
     merge: Callable[[Scoring, Tensor], Merge] | None = None
     learned: bool = False
+    per: Per = "sample"
 
     def __post_init__(self) -> None:
         if self.queries is not None and self.queries.layer not in (self.layer, max(0, self.layer - 1)):
@@ -164,8 +167,7 @@ class Select:
             2
         """
         images = images if self.of is None else self.of.count(images)
-        share = self.keep * images
-        rounded = int(share + 1e-9) if self.floor else round(share)
+        rounded = int(self.keep * images + 1e-9) if self.floor else round(self.keep * images)
         least = min(images, max(1, rounded) if isinstance(self.keep, float) else self.keep)
         return images - int(self.strength * (images - least) + 1e-9)
 
@@ -294,5 +296,4 @@ def deepest(layers: tuple[int, ...], strength: float) -> frozenset[int]:
         >>> sorted(deepest((2, 4, 6, 8), 0.5))
         [6, 8]
     """
-    count = int(strength * len(layers) + 1e-9)
-    return frozenset(layers[len(layers) - count :])
+    return frozenset(layers[len(layers) - int(strength * len(layers) + 1e-9) :])

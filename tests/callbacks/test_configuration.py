@@ -45,6 +45,7 @@ METHODS = [
     td.Drop("1:", keep=3, score="norm", then="gone", seed=4),
     td.Drop("1:", keep=0.25, then="context"),
     td.Drop("1:", keep=0.25),
+    td.Drop("1:", keep=0.25, per="frame"),
     td.RandomLTD(keep=7),
     td.MixtureOfDepths("2:", 0.25),
     td.SVDPrune(),

@@ -167,12 +167,13 @@ class _Roles:
             encoded = self.encoder.encoded(self.seen, select.encoder, self.layout.image).of(one)
             encoded = Encoded(encoded[0][:, :, tokens], encoded[1][:, :, tokens], encoded[2][:, tokens])
         router = self.sets[select.layer]["router"](states[one])[:, tokens] if select.learned else None
-        count = select.count(int(self.layout.image[sample, tokens].sum()))
-        looks = torch.tensor([count]), looks, encoded, router
+        budgets = self._budgets(sample, select, tokens)
+        looks = torch.tensor([sum(count for _, count in budgets)]), looks, encoded, router
         states, candidates = states[one][:, tokens], candidates[None, tokens]
         scoring = Scoring(states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks)
         scores = dict(zip(tokens, select.score(scoring)[0].tolist(), strict=True))
-        kept = sorted(sorted(alive, key=lambda token: (-scores[token], token))[:count])
+        best = sorted(alive, key=lambda token: (-scores[token], token))
+        kept = sorted(t for part, count in budgets for t in [one for one in best if one in part][:count])
         self.kept[sample] = self.kept[sample] + kept
         places = [tokens.index(token) for token in kept]
         if router is not None:
@@ -183,6 +184,19 @@ class _Roles:
         chosen = torch.isin(torch.arange(len(tokens)), torch.tensor(places, dtype=torch.int64))[None]
         merged = _merging(select.merge(scoring, chosen)).to(states.dtype) @ states[0]
         return row.index_copy(0, torch.tensor(tokens), merged)
+
+    def _budgets(self, sample: int, select: Select, tokens: list[int]) -> list[tuple[list[int], int]]:
+        # The image tokens that share a budget, and how many of them stay.
+        layout, parts, run = self.layout, dict[object, list[int]](), 0
+        for at, t in enumerate(tokens):
+            run += not (at and tokens[at - 1] == t - 1 and layout.image[sample, t - 1])
+            if layout.image[sample, t]:
+                image = run if layout.images is None else int(layout.images[sample, t])
+                frame = 0 if layout.frames is None else int(layout.frames[sample, t])
+                name = {"sample": None, "image": image, "frame": (image, frame)}[select.per]
+                parts.setdefault(name, []).append(t)
+        left = set(self.alive[sample])
+        return [(part, min(select.count(len(part)), len(left.intersection(part)))) for part in parts.values()]
 
     @torch.no_grad()
     def _attention(self, sample: int, queries: Queries | None, tokens: list[int]) -> Attention | None:

@@ -59,7 +59,7 @@ def check_support(
     Raises:
         UnsupportedError: with the reason, and what to use instead.
     """
-    added = deepstack_layers(model, layers)
+    added = _adding_layers(model, layers)
     for method in methods.values():
         route = method.route(len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
@@ -93,6 +93,23 @@ def check_support(
                     f"{type(model).__name__} adds visual features at full length (deepstack); start at layer "
                     f"{max(added) + 1}: layers='{max(added) + 1}:'"
                 )
+
+
+def _adding_layers(model: nn.Module, layers: nn.ModuleList) -> list[int]:
+    # The layers behind which visual features are added at full length, in a way that inspection cannot follow.
+    decoder = next((one for one in model.modules() if any(child is layers for child in one.children())), None)
+    if decoder is None or hasattr(decoder, ADDS_FEATURES):
+        return []
+    behind: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        vision = getattr(config, "vision_config", None)
+        behind.update(range(len(getattr(vision, "deepstack_visual_indexes", None) or ())))
+        # Granite 4 Vision's, which are added in front of a layer.
+        before = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
+        before += getattr(config, "spatial_target_layers", None) or ()
+        behind.update(layer - 1 for layer in before)
+    return sorted(index for index in behind if 0 <= index < len(layers) - 1)
 
 
 def _chosen_refusal(route: Route) -> str | None:

@@ -13,6 +13,7 @@ from tokendrop.roles import (
     LayerRoute,
     Layers,
     Method,
+    Per,
     Queries,
     Role,
     Route,
@@ -51,6 +52,16 @@ def check_keep(keep: int | float) -> None:
         raise MethodError(f"keep={keep!r}: expected a share in (0, 1] as a float, or a count of 0 or more")
 
 
+def check_per(per: object) -> None:
+    """Refuse what image tokens have no budget of.
+
+    Raises:
+        MethodError: with the value.
+    """
+    if not isinstance(per, str) or per not in ("sample", "image", "frame"):
+        raise MethodError(f"per={per!r} is unknown; use 'sample', 'image' or 'frame'")
+
+
 @dataclass(frozen=True)
 class Drop(Method):
     """Image tokens with the lowest scores leave where a range of layers begins.
@@ -65,9 +76,12 @@ class Drop(Method):
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
             keys and values of the state they had at its entry (CONTEXT) until its end.
         seed: of random scores.
+        per: what keeps `keep`: the "sample", each "image" (or video) of it, or each "frame" (an image is one). Images
+            and frames are those of the layout.
 
     Raises:
         LayerRangeError: `layers` is no range.
+        LayoutError: frames are asked for, and the layout does not say which they are.
         MethodError: a value that makes no sense.
 
     Example:
@@ -82,10 +96,12 @@ class Drop(Method):
     score: str | Callable[[Scoring], Tensor] = "random"
     then: Literal["rejoin", "gone", "context"] = "rejoin"
     seed: int = 0
+    per: Per = "sample"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_keep(self.keep)
+        check_per(self.per)
         check_integer("seed", self.seed)
         if not callable(self.score) and (not isinstance(self.score, str) or self.score not in SCORES):
             raise MethodError(
@@ -105,7 +121,7 @@ class Drop(Method):
             if index in inside:
                 entry = entry if index - 1 in inside else index
                 queries = Queries("answer", entry) if self.score in LOOKING else None
-                select = Select(self.keep, score, entry, self.seed, strength, queries)
+                select = Select(self.keep, score, entry, self.seed, strength, queries, per=self.per)
                 routes.append(LayerRoute(ROLES[self.then], select=select))
             else:
                 routes.append(LayerRoute())

@@ -266,28 +266,6 @@ def has_mrope(layers: nn.ModuleList) -> bool:
     return isinstance(rope, dict) and "mrope_section" in rope
 
 
-def deepstack_layers(model: nn.Module, layers: nn.ModuleList) -> list[int]:
-    """The decoder layers behind which visual features are added at full length, in a way that inspection cannot follow.
-
-    Args:
-        model: any module.
-        layers: its decoder's.
-    """
-    decoder = next((one for one in model.modules() if any(child is layers for child in one.children())), None)
-    if decoder is None or hasattr(decoder, ADDS_FEATURES):
-        return []
-    behind: set[int] = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        vision = getattr(config, "vision_config", None)
-        behind.update(range(len(getattr(vision, "deepstack_visual_indexes", None) or ())))
-        # Granite 4 Vision's, which are added in front of a layer.
-        before = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
-        before += getattr(config, "spatial_target_layers", None) or ()
-        behind.update(layer - 1 for layer in before)
-    return sorted(index for index in behind if 0 <= index < len(layers) - 1)
-
-
 def reentrant(layer: nn.Module) -> bool:
     """Whether a layer recomputes its forward inside a re-entrant backward."""
     function: Callable[..., Any] | None = getattr(layer, "_gradient_checkpointing_func", None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from tokendrop.engine.plan.packs import Packs
+from tokendrop.engine.plan.parts import highest_of_each
 from tokendrop.engine.plan.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
@@ -117,7 +118,7 @@ class Selections:
             raise MethodError(
                 f"a score returned {found}; expected one number for each token, {tuple(candidates.shape)}"
             )
-        chosen = highest(scores, candidates, choice.kept)
+        chosen = self._highest(group, choice, scores, candidates)
         if router is not None:
             self._learn(group, router, candidates, chosen)
         if select.merge is not None:
@@ -129,6 +130,13 @@ class Selections:
         if group.role is Role.GONE:
             self.alive = self.alive.index_copy(0, group.samples, kept[group.samples])
         return kept[group.samples]
+
+    def _highest(self, group: Group, choice: Choice, scores: Tensor, candidates: Tensor) -> Tensor:
+        if choice.parts is None:
+            return highest(scores, candidates, choice.kept)
+        return highest_of_each(
+            best_first(scores, candidates), candidates, choice.parts, _samples(group, choice.parts.number)
+        )
 
     def _learn(self, group: Group, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
         ones = router.new_ones(self.plan.shape) if self.scale is None else self.scale
@@ -187,10 +195,15 @@ def highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
         >>> highest(scores, candidates, torch.tensor([1])).tolist()
         [[False, True, False]]
     """
+    order = best_first(scores, candidates)
+    first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    return torch.zeros_like(candidates).scatter(1, order, first) & candidates
+
+
+def best_first(scores: Tensor, candidates: Tensor) -> Tensor:
+    """Tokens (B, T) int64 from the highest score on, those that are no candidates last, ties in their order."""
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     # Above the minus infinity of those that are no candidates, or one of them would be chosen instead.
     lowest = torch.finfo(scores.dtype).min
     scores = scores.nan_to_num(nan=lowest, neginf=lowest)
-    order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    return torch.zeros_like(candidates).scatter(1, order, first) & candidates
+    return scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
