@@ -55,18 +55,23 @@ def pivot(rows: list[Row], line: Callable[[Row], tuple[str, ...]], head: list[st
 def step(vocabulary: int = 2048) -> str:
     """A training step under each method."""
     rows = [row for row in rows_of("step") if row["config"]["vocabulary"] == vocabulary]
-    metrics = ["FLOPs ratio", "time ratio", "capture", "kept ratio", "memory ratio"]
+    metrics = ["FLOPs ratio", "time ratio", "capture", *_computed(rows), "kept ratio", "memory ratio"]
     return pivot(rows, lambda row: (row["provider"],), ["method"], metrics)
+
+
+def _computed(rows: list[Row]) -> list[str]:
+    # Rows from before it was measured have none.
+    return ["computed capture"] if any(row["metric"] == "computed capture" for row in rows) else []
 
 
 def growth() -> str:
     """How time and memory grow with tokens and layers."""
-    metrics = ["FLOPs ratio", "time ratio", "capture", "memory ratio"]
 
     def line(row: Row) -> tuple[str, ...]:
         return str(row["config"]["layers"]), str(row["config"]["tokens"]), row["provider"]
 
     rows = [row for row in rows_of("growth") if row["provider"] != "dense"]
+    metrics = ["FLOPs ratio", "time ratio", "capture", *_computed(rows), "memory ratio"]
     return pivot(rows, line, ["L", "T", "method"], metrics)
 
 

@@ -10,7 +10,17 @@ from pathlib import Path
 from families import FAMILIES, NAMES
 
 PATH = Path(__file__).parent.parent / "docs" / "families.md"
-COLUMNS = ("HiMix", "HMGen", "projections", "drop, rejoin", "drop, gone", "generate", "checkpointing", "compile")
+COLUMNS = (
+    "HiMix",
+    "HMGen",
+    "projections",
+    "drop, rejoin",
+    "drop, gone",
+    "attend",
+    "generate",
+    "checkpointing",
+    "compile",
+)
 HEAD = """# Model families
 
 Written by `make families` from the results of the test suite, which fails where a cell does not say what its test
@@ -26,6 +36,8 @@ attention, unpadded, left- and right-padded. The columns:
   first RandomLTD and MixtureOfDepths. FastV, PyramidDrop, HiDrop, DuetVLM and SVDPrune run in the same test; VScan and
   DuetVLM's vision stage in LLaVA, LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM, Idefics 3 and Janus, whose
   vision encoders can be looked into.
+- **attend**: `Drop(then="attend")`, image tokens without FFN, half of them and all; in one way for each family, its
+  steps with a cache equal to those without, and a layer equal to x + attention by the family's own code.
 - **generate**: greedy generation with a cache equals that without one, under HiMix, HMGen and `Drop(then="gone")`.
 - **checkpointing**: the model's own activation checkpointing is bit-identical to none.
 - **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another

@@ -135,6 +135,9 @@ def role_plan(method, count=LAYERS):
         return ["active"] * count, [""] * count
     if isinstance(method, td.HiMix):
         on, role, inside, outside = chosen(method.layers, count), "context", "kv", ""
+    elif isinstance(method, td.Drop):
+        assert (method.then, method.keep) == ("attend", 0)
+        return ["attend" if n in chosen(method.layers, count) else "active" for n in range(count)], [""] * count
     else:
         on, role, inside, outside = chosen(method.shallow, count), "bypass", "", "qkv"
     roles = [role if n in on else "active" for n in range(count)]

@@ -129,7 +129,22 @@ CATALOGUE = {
     "DuetVLM.vision_layer": (INDEX,),
     "MixtureOfDepths.layers": (LAYERS,),
     "MixtureOfDepths.keep": (KEEP,),
+    "DART.layer": ((td.LayerRangeError, [-1, 24, 1.5, "2", None, True]), (td.MethodError, [0])),
+    "DART.keep": (KEEP,),
+    "DART.image_pivots": (COUNT,),
+    "DART.text_pivots": (COUNT,),
+    "DivPrune.keep": (KEEP,),
+    "VisionZip.dominant": (KEEP,),
+    "VisionZip.contextual": (KEEP,),
+    "VisionZip.vision_layer": (INDEX,),
+    "sees.attention": ((td.MethodError, ["all", "Answer", 3, True, ["answer"]]),),
+    "sees.before": (FLAG,),
+    "sees.encoder": ((td.MethodError, [3, "12", None, (1.5,), ("1",), (True,)]),),
     "SVDPrune.keep": (KEEP,),
+    "SkipVision.layers": (LAYERS,),
+    "SkipVision.keep": (KEEP,),
+    "SkipVision.score": ((td.MethodError, ["loudest", 3, None, ["random"]]),),
+    "SkipVision.seed": (SEED,),
     "SVDPrune.rank": (COUNT,),
     "SVDPrune.per": (PER,),
     "SVDPrune.energy": ((td.MethodError, [0, 1, 0.0, 1.0, -0.5, NAN, "half", None, True]),),
@@ -286,6 +301,11 @@ GOOD = {
     "recipe": {"config_or_model": BASE, "task": "generation", "budget": 0.9, "text": 8, "image": 8},
     "MixtureOfDepths": {},
     "SVDPrune": {"keep": 1, "rank": 1},
+    "SkipVision": {},
+    "DART": {"layer": 1},
+    "DivPrune": {},
+    "VisionZip": {},
+    "sees": {},
     "VScan": {"text_layers": (1, 2), "text_keep": (0.5, 0.25)},
     "Drop": {"layers": "1:3", "keep": 0.5},
     "DropLayers": {"layers": list(llama().model.layers), "methods": td.HiMix()},
@@ -340,7 +360,7 @@ def call(name, kwargs):
     """The call, and for what is only checked against a model, its application to one."""
     if name in METHODS:
         method = public()[name](**kwargs)
-        if name == "VScan":  # which a Llama has no encoder for
+        if name in ("VScan", "VisionZip"):  # which a Llama has no encoder for
             return
         td.apply(BASE, {"u": method}).remove()
         return

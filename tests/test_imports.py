@@ -17,11 +17,13 @@ BELOW = {
     "errors": set(),
     "kernels": {"kernels", "errors"},
     "scores": {"scores", "errors"},
-    "roles": {"errors"},
+    "ranges": {"errors"},
+    "scoring": {"errors"},
+    "roles": {"ranges", "scoring", "errors"},
     "schedule": {"errors"},
     "config": {"engine", "methods", "roles", "schedule", "errors"},
     "layout": {"errors"},
-    "methods": {"methods", "roles", "scores", "layout", "errors"},
+    "methods": {"methods", "roles", "scoring", "scores", "layout", "errors"},
     "engine": {"engine", "roles", "layout", "kernels", "errors"},
     "synergy": {"synergy", "errors"},
 }
@@ -128,6 +130,6 @@ def code_lines(file):
 
 def test_the_package_is_small():
     # What the demo and the study train is no part of what a user's training runs.
-    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 9800
+    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 11500
     engine = [file for file in FILES if part_of(where(file)) == "engine"]
-    assert sum(map(code_lines, engine)) < 4100
+    assert sum(map(code_lines, engine)) < 5400

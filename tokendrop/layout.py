@@ -230,6 +230,14 @@ def scoring_mask(layout: TokenLayout, kind: str) -> Tensor:
     return chosen | (last & ~chosen.any(1, keepdim=True))
 
 
+def prompt_text(layout: TokenLayout, tokens: int) -> Tensor:
+    """(B, T) bool, real tokens that are no image and have no label, among the first `tokens`: the prompt's text."""
+    text = ~layout.image & (torch.arange(layout.image.shape[1], device=layout.image.device) < tokens)
+    if layout.padding is not None:
+        text = text & layout.padding
+    return text if layout.labels is None else text & (layout.labels == IGNORED)
+
+
 def packed_samples(given: Mapping[str, Any], shape: tuple[int, int], padding: Tensor | None = None) -> Tensor | None:
     """The packed sample of its row that each token belongs to, as a batch or the arguments of a model say it.
 

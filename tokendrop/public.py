@@ -31,6 +31,8 @@ from tokendrop.errors import (
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
 from tokendrop.methods import (
+    DART,
+    DivPrune,
     Drop,
     DuetVLM,
     FastV,
@@ -40,19 +42,24 @@ from tokendrop.methods import (
     MixtureOfDepths,
     PyramidDrop,
     RandomLTD,
+    SkipVision,
     SVDPrune,
+    VisionZip,
     VScan,
 )
 from tokendrop.roles import Method, Role
 from tokendrop.schedule import Schedule
+from tokendrop.scoring import sees
 
 __all__ = [
+    "DART",
     "Allocation",
     "AppliedError",
     "AttentionAllocation",
     "BatchError",
     "Benchmark",
     "DecoderError",
+    "DivPrune",
     "Drop",
     "DropLayers",
     "DuetVLM",
@@ -80,6 +87,7 @@ __all__ = [
     "SVDPrune",
     "Schedule",
     "Segment",
+    "SkipVision",
     "SynergyMonitor",
     "SynergyWarning",
     "TaskLossError",
@@ -88,6 +96,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedError",
     "VScan",
+    "VisionZip",
     "apply",
     "attention_allocation",
     "benchmark",
@@ -99,5 +108,6 @@ __all__ = [
     "methods_of",
     "recipe",
     "scatter_tokens",
+    "sees",
     "to_config",
 ]

@@ -39,6 +39,7 @@ METHODS = [
     td.Drop("1:3", 5, "attention", "context"),
     td.RandomLTD("1:-1", 0.4),
     td.MixtureOfDepths("1::2", 0.4),
+    td.SkipVision("1:", 0.4),
     td.SVDPrune(keep=3, rank=1),
     td.FastV(2, 0.5),
     td.PyramidDrop((1, 2, 3), (0.5, 0.25, 0.125)),

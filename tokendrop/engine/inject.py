@@ -15,7 +15,7 @@ from tokendrop.engine.forward.groups import run
 from tokendrop.engine.forward.span import WORK, call
 from tokendrop.engine.forward.state import frames
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model import projections, sets
+from tokendrop.engine.model import ffn, projections, sets
 from tokendrop.engine.model.decoder import (
     check_module,
     find_layers,
@@ -26,7 +26,7 @@ from tokendrop.engine.model.saved import notice_saving, take_saved
 from tokendrop.engine.model.swap import Swapped, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.model.weights import check_one_device
-from tokendrop.engine.support import Methods, check_methods, check_shared, check_support
+from tokendrop.engine.support import Methods, attending, check_methods, check_shared, check_support
 from tokendrop.errors import AppliedError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import selections
 
@@ -170,6 +170,8 @@ def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Mod
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
     if handle.splits:
         projections.settle(layers, handle.specs)
+    if any(attending(method, len(layers)) for method in handle.methods.values() if method is not None):
+        ffn.inject(layers)
     if headed is not None:
         head.inject(*headed, handle.key)
     routers.inject(handle.owner, handle.path, handle.key)

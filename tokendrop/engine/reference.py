@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokendrop.engine.forward.attention_rows import caught_attention, probabilities
 from tokendrop.engine.model.context import keys_values
 from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs, sees_both_sides
+from tokendrop.engine.model.ffn import ffn_of
 from tokendrop.engine.model.sets import make_sets
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder, Seen
@@ -47,7 +48,8 @@ def reference(
     """Run the forwards of an untouched model inside under the roles of `methods`, densely.
 
     In each layer every row computes; BYPASS and GONE columns are masked; then rows that are not ACTIVE get their
-    input back, which is also the frozen state that CONTEXT keys and values come from in the next layer.
+    input back, which is also the frozen state that CONTEXT keys and values come from in the next layer. ATTEND rows
+    compute, and what the FFN gives is zero for them.
 
     Args:
         model: an untouched model.
@@ -170,7 +172,10 @@ class _Roles:
         budgets = self._budgets(sample, select, tokens)
         looks = torch.tensor([sum(count for _, count in budgets)]), looks, encoded, router
         states, candidates = states[one][:, tokens], candidates[None, tokens]
-        scoring = Scoring(states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks)
+        text = torch.tensor([[t in self._text(sample, tokens) for t in tokens]])
+        scoring = Scoring(
+            states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks, text
+        )
         scores = dict(zip(tokens, select.score(scoring)[0].tolist(), strict=True))
         best = sorted(alive, key=lambda token: (-scores[token], token))
         kept = sorted(t for part, count in budgets for t in [one for one in best if one in part][:count])
@@ -214,11 +219,18 @@ class _Roles:
         live = live & torch.isin(torch.arange(live.shape[1]), torch.tensor(tokens))
         caught = caught_attention(lambda: type(layer).forward(layer, states, **named))
         seen, values = probabilities(caught.logits, live), caught.values
+        keys, given = keys_values(layer, type(layer).forward, states, named, spec.cache or "")
         if values is None:
-            values = keys_values(layer, type(layer).forward, states, named, spec.cache or "")[1]
+            values = given
         valid = torch.ones(1, len(rows), dtype=torch.bool)
         seen, values = seen[sample : sample + 1, :, rows][..., tokens], values[sample : sample + 1, :, tokens]
-        return Attention(seen, valid, values)
+        return Attention(seen, valid, values, keys[sample : sample + 1, :, tokens])
+
+    def _text(self, sample: int, tokens: list[int]) -> list[int]:
+        layout = self.layout
+        real = [t for t in tokens if layout.padding is None or layout.padding[sample, t]]
+        text = [t for t in real if not layout.image[sample, t]]
+        return [t for t in text if layout.labels is None or int(layout.labels[sample, t]) == IGNORED]
 
     def _rows(self, sample: int, which: str, tokens: list[int]) -> list[int]:
         layout = self.layout
@@ -241,26 +253,35 @@ def _merging(merge: Merge) -> Tensor:
 
 def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], state: _Roles) -> Iterator[Any]:
     entered: list[Tensor] = []
+    ffn = ffn_of(layer)
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         states, named = spec.bind(args, kwargs)
         roles, states = roles_of(states, named)
-        active, hidden = roles == Role.ACTIVE, (roles == Role.BYPASS) | (roles == Role.GONE)
-        entered[:] = [states, active]
+        attend, hidden = roles == Role.ATTEND, (roles == Role.BYPASS) | (roles == Role.GONE)
+        active = attend | (roles == Role.ACTIVE)
+        entered[:] = [states, active, attend]
         named = state.turned(named)
         mask, causal = named.get("attention_mask"), not sees_both_sides(module)
         named["attention_mask"] = _mask(mask, active, hidden, states, spec.backend(module), causal)
         return (states,), named
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        before, active = entered
+        before, active, _ = entered
         states = torch.where(active[:, :, None], out[0] if isinstance(out, tuple) else out, before)
         if bool((state.scale != 1).any()):
             states = before + state.scale[:, :, None] * (states - before)
         return (states, *out[1:]) if isinstance(out, tuple) else states
 
+    def skip(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        made = out[0] if isinstance(out, tuple) else out
+        made = made.masked_fill(entered[2].view(*made.shape[:-1], 1), 0)
+        return (made, *out[1:]) if isinstance(out, tuple) else made
+
+    if ffn is not None:
+        yield ffn.register_forward_hook(skip)
     yield layer.register_forward_pre_hook(before, with_kwargs=True)
     yield layer.register_forward_hook(after)
 

@@ -12,18 +12,20 @@ from torch import nn
 from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.roles import Method, Role, Route
 
+_NAMES = {Role.ATTEND: "ATTEND (without FFN)"}
 IMAGES = 576  # of a sample that is spoken of; what a method counts in is said of as many as LLaVA-1.5 has
 
 
 def computed_share(route: Route, images: int = IMAGES) -> float:
-    """The share of image token-layers that is computed, for a sample of so many image tokens.
+    """The share of image token-layers that is computed, with an FFN or without, for a sample of so many image tokens.
 
     Example:
         >>> from tokendrop.roles import LayerRoute
         >>> computed_share((LayerRoute(), LayerRoute(Role.BYPASS)))
         0.5
     """
-    return sum(_stay(route, images)) / (images * len(route))
+    stays = zip(route, _stay(route, images), strict=True)
+    return sum(images if one.image is Role.ATTEND else stay for one, stay in stays) / (images * len(route))
 
 
 def in_words(route: Route) -> str:
@@ -39,7 +41,7 @@ def in_words(route: Route) -> str:
         if one.image is not Role.ACTIVE:
             kinds.setdefault((one.image, stay), []).append(index)
     found = [
-        f"{role.name} in {_layers(indices)}" + (f" but for {stay} of {IMAGES}" if stay else "")
+        f"{_NAMES.get(role, role.name)} in {_layers(indices)}" + (f" but for {stay} of {IMAGES}" if stay else "")
         for (role, stay), indices in kinds.items()
     ]
     return ", ".join(found) or "compute everywhere"

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokendrop.engine.model.decoder import LayerSpec, deepstack_layers, has_mrope, is_sharded
+from tokendrop.engine.model.decoder import LayerSpec, attention_of, is_sharded
+from tokendrop.engine.model.deepstack import deepstack_layers
+from tokendrop.engine.model.wiring import skip_refusal
 from tokendrop.errors import MethodError, UnsupportedError
 from tokendrop.roles import Method, Role, Route
 
@@ -35,6 +37,11 @@ def check_methods(methods: Methods) -> dict[str | None, Method | None]:
     return dict(methods)
 
 
+def attending(method: Method, num_layers: int) -> list[int]:
+    """The layers in which image tokens are ATTEND."""
+    return [index for index, layer in enumerate(method.route(num_layers)) if layer.image is Role.ATTEND]
+
+
 def check_shared(layers: nn.ModuleList, path: str) -> None:
     """Refuse a layer that stands in the list twice: it would not know which of its calls comes when.
 
@@ -59,10 +66,11 @@ def check_support(
     Raises:
         UnsupportedError: with the reason, and what to use instead.
     """
-    added = _adding_layers(model, layers)
+    added = deepstack_layers(model, layers)
     for method in methods.values():
         route = method.route(len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
+        _check_skipping(layers, specs, method)
         if refusal := _chosen_refusal(route) or _numbered_refusal(route, layers):
             raise UnsupportedError(f"{method} {refusal}")
         if refusal := _refusal(layers, specs, context):
@@ -95,21 +103,13 @@ def check_support(
                 )
 
 
-def _adding_layers(model: nn.Module, layers: nn.ModuleList) -> list[int]:
-    # The layers behind which visual features are added at full length, in a way that inspection cannot follow.
-    decoder = next((one for one in model.modules() if any(child is layers for child in one.children())), None)
-    if decoder is None or hasattr(decoder, ADDS_FEATURES):
-        return []
-    behind: set[int] = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        vision = getattr(config, "vision_config", None)
-        behind.update(range(len(getattr(vision, "deepstack_visual_indexes", None) or ())))
-        # Granite 4 Vision's, which are added in front of a layer.
-        before = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
-        before += getattr(config, "spatial_target_layers", None) or ()
-        behind.update(layer - 1 for layer in before)
-    return sorted(index for index in behind if 0 <= index < len(layers) - 1)
+def _check_skipping(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method) -> None:
+    for index in attending(method, len(layers)):
+        if refusal := skip_refusal(layers[index], specs[index]):
+            raise UnsupportedError(
+                f"{method} makes image tokens ATTEND, without an FFN, but {refusal}; use BYPASS, as Drop with "
+                "then='rejoin'"
+            )
 
 
 def _chosen_refusal(route: Route) -> str | None:
@@ -118,14 +118,17 @@ def _chosen_refusal(route: Route) -> str | None:
     for index, layer in enumerate(route):
         if layer.select is not None and layer.separate:
             return f"selects image tokens in layer {index} and has projections of their own there; do one of them"
-        if layer.select is not None and layer.image is Role.CONTEXT and gone:
-            return f"selects image tokens in layer {index}, the others CONTEXT, behind others that are GONE; use BYPASS"
+        if layer.select is not None and layer.image in (Role.CONTEXT, Role.ATTEND) and gone:
+            role = layer.image.name
+            return f"selects image tokens in layer {index}, the others {role}, behind others that are GONE; use BYPASS"
         gone = gone or layer.image is Role.GONE
     return None
 
 
 def _numbered_refusal(route: Route, layers: nn.ModuleList) -> str | None:
-    if not any(layer.renumber for layer in route) or not has_mrope(layers):
+    config = next((one.config for one in map(attention_of, layers) if hasattr(one, "config")), None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not any(layer.renumber for layer in route) or not isinstance(rope, dict) or "mrope_section" not in rope:
         return None
     return "numbers tokens anew, but under M-RoPE those of an image have a row and a column; use positions='keep'"
 

@@ -1,5 +1,7 @@
 """One file per published method: a frozen dataclass that returns roles and knows no model."""
 
+from tokendrop.methods.dart import DART
+from tokendrop.methods.div_prune import DivPrune
 from tokendrop.methods.drop import Drop
 from tokendrop.methods.duet_vlm import DuetVLM
 from tokendrop.methods.fastv import FastV
@@ -9,10 +11,14 @@ from tokendrop.methods.hmgen import HMGen
 from tokendrop.methods.mixture_of_depths import MixtureOfDepths
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
+from tokendrop.methods.skip_vision import SkipVision
 from tokendrop.methods.svd_prune import SVDPrune
+from tokendrop.methods.vision_zip import VisionZip
 from tokendrop.methods.vscan import VScan
 
 __all__ = [
+    "DART",
+    "DivPrune",
     "Drop",
     "DuetVLM",
     "FastV",
@@ -23,5 +29,7 @@ __all__ = [
     "PyramidDrop",
     "RandomLTD",
     "SVDPrune",
+    "SkipVision",
     "VScan",
+    "VisionZip",
 ]

@@ -22,6 +22,7 @@ from tokendrop.roles import (
     check_layers,
     layer_indices,
 )
+from tokendrop.scoring import seen_by, sees
 
 SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "random": lambda s: scores.random(s.image, s.samples, s.layer, s.seed, s.step),
@@ -29,11 +30,10 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "norm": lambda s: scores.norm(s.states),
     "similarity": lambda s: scores.similarity(s.states, s.image),
     "leverage": lambda s: scores.leverage(s.states, s.image),
-    "attention": lambda s: scores.attention(*_attention(s)[:2]),
-    "value_norm": lambda s: scores.value_norm(_attention(s).values),
+    "attention": sees("answer")(lambda s: scores.attention(*_attention(s)[:2])),
+    "value_norm": sees("answer")(lambda s: scores.value_norm(_attention(s).values)),
 }
-LOOKING = ("attention", "value_norm")
-ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT}
+ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "attend": Role.ATTEND}
 
 
 def _attention(scoring: Scoring) -> Attention:
@@ -72,9 +72,10 @@ class Drop(Method):
         layers: the range; with then="gone" only its first layer counts.
         keep: share of the sample's image tokens, or a count.
         score: "random", "uniform", "norm", "similarity", "leverage", "attention" or "value_norm", or a function from
-            `Scoring` to (B, T) float; higher is kept.
+            `Scoring` to (B, T) float; higher is kept. It sees attention, keys and the encoder where `td.sees` asks so.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
-            keys and values of the state they had at its entry (CONTEXT) until its end.
+            keys and values of the state they had at its entry (CONTEXT) until its end, "attend" lets them go on without
+            an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too.
         seed: of random scores.
         per: what keeps `keep`: the "sample", each "image" (or video) of it, or each "frame" (an image is one). Images
             and frames are those of the layout.
@@ -94,7 +95,7 @@ class Drop(Method):
     layers: Layers
     keep: int | float
     score: str | Callable[[Scoring], Tensor] = "random"
-    then: Literal["rejoin", "gone", "context"] = "rejoin"
+    then: Literal["rejoin", "gone", "context", "attend"] = "rejoin"
     seed: int = 0
     per: Per = "sample"
 
@@ -108,20 +109,26 @@ class Drop(Method):
                 f"score={self.score!r} is unknown; use one of {', '.join(map(repr, SCORES))}, or a function"
             )
         if self.then not in tuple(ROLES):
-            raise MethodError(f"then={self.then!r} is unknown; use 'rejoin', 'gone' or 'context'")
+            raise MethodError(f"then={self.then!r} is unknown; use one of {', '.join(map(repr, ROLES))}")
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
         chosen = layer_indices(self.layers, num_layers)
-        gone = self.then == "gone"
+        gone, none = self.then == "gone", self.then == "attend" and self.keep == 0 and strength == 1
         inside = range(chosen[0], num_layers) if gone else chosen
         routes = []
         entry, score = chosen[0], SCORES[self.score] if isinstance(self.score, str) else self.score
+        asked = seen_by(score)
         for index in range(num_layers):
             if index in inside:
                 entry = entry if index - 1 in inside else index
-                queries = Queries("answer", entry) if self.score in LOOKING else None
-                select = Select(self.keep, score, entry, self.seed, strength, queries, per=self.per)
+                rows, layer = asked.attention, max(0, entry - asked.before)
+                queries = None if rows is None else Queries(rows, layer)
+                select = Select(
+                    self.keep, score, entry, self.seed, strength, queries, encoder=asked.encoder, per=self.per
+                )
+                # With none to choose, a token that is generated is like those of the prompt.
+                select = None if none else select
                 routes.append(LayerRoute(ROLES[self.then], select=select))
             else:
                 routes.append(LayerRoute())

@@ -2,19 +2,24 @@
 
 from tokendrop.scores.attention import attention, value_norm
 from tokendrop.scores.features import leverage, similarity
+from tokendrop.scores.greedy import diverse, pivots, unlike
 from tokendrop.scores.simple import norm, random, uniform
-from tokendrop.scores.vision import capped_scan, dominant, nearest, scan
+from tokendrop.scores.vision import capped_scan, dominant, nearest, scan, spread
 
 __all__ = [
     "attention",
     "capped_scan",
+    "diverse",
     "dominant",
     "leverage",
     "nearest",
     "norm",
+    "pivots",
     "random",
     "scan",
     "similarity",
+    "spread",
     "uniform",
+    "unlike",
     "value_norm",
 ]

@@ -81,6 +81,7 @@ def plans(layers: int) -> dict[str, Plan]:
         "U 2:, G 2:5 skipped": _joint(late, middle),
         "U 3:, G 1:5 skipped": _joint(HiMix(at(3)), HMGen(at(1, 5))),
         "U 1:, G 2:4 skipped": _joint(HiMix(at(1)), HMGen(at(2, 4))),
+        "U 2:, G dense": _joint(late, None),
         # Image tokens that stay visible for G, too, in its own layers or in those of U.
         "U 2:, G 2:5 visible": _joint(late, HiMix(at(2, 5))),
         "both 2:5 visible": twice(HiMix(at(2, 5))),
@@ -93,5 +94,8 @@ def plans(layers: int) -> dict[str, Plan]:
             HiMix(), alternate, lambda updates: Schedule(steps=round(0.9 * updates), direction="out")
         ),
         "both 1:5 visible, dense end": twice(HiMix(at(1, 5)), _tail(0.2)),
+        "U 2:, G 2:5 skipped, growing": _joint(
+            late, middle, lambda updates: Schedule(steps=round(0.8 * updates), direction="out")
+        ),
         "U 2:, G 2:5 skipped, each 5th dense": _joint(late, middle, lambda updates: Schedule(dense_every=5)),
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from families import FAMILIES, batch, model
 from helpers import Spy, checkpointed, close, dropped, engine_step, llama, reference_step
 from helpers import batch as written
@@ -221,7 +222,7 @@ def test_autocast_keeps_the_gradients_of_the_layers_looked_into(attention: str) 
     grads = []
     for method in (Looking(Spy(), 1), Looking(Spy(), 2), None):
         drop = td.apply(module, {"u": method})
-        with drop.layout(made.layout()), torch.autocast("cpu", torch.bfloat16):
+        with drop.layout(made.layout()), torch.autocast(DEVICE.type, torch.bfloat16):
             module(made.ids, labels=made.labels, use_cache=False).loss.backward()
         grads.append({name: parameter.grad for name, parameter in module.named_parameters()})
         module.zero_grad(set_to_none=True)

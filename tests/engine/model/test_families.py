@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens, L layers.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ VISION: dict[str, dict[str, Any]] = {
     "svd_prune_mixed": {"u": td.SVDPrune(3, energy=0.5), "g": td.HMGen("1:4:2")},
     "vscan": {"u": td.VScan(0.5, (2,), (0.5,), -1, -1, 1)},
     "vscan_mixed": {"u": td.VScan(3, (), (), -1, -1, 2), "g": td.HMGen("1:4:2")},
+    "vision_zip": {"u": td.VisionZip(0.25, 0.25, -1)},
     "duet_vlm": {"u": td.DuetVLM((2, 4), (0.5, 0), 0.25, 0.25, 2, -1)},
 }
 # Those with a vision encoder whose patches, or squares of them, are the image tokens.
@@ -199,6 +201,28 @@ def test_methods_before_the_first_layer(name: str, method: str, attention: str, 
     assert found.error(expected) < TOLERANCE
     assert found.gradient_error(expected) < TOLERANCE
     assert dense.error(expected) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_without_ffn(name: str, cell: Any) -> None:
+    """Half of the image tokens, and all beside a task that leaves some layers; image rows are trained."""
+    family = FAMILIES[name]
+    methods = {"g": td.Drop(f"{family.first}:", 0.5, then="attend"), "u": td.HiMix(f"{max(family.first, 1)}:")}
+    for at, task in enumerate("gu"):
+        attention, padding = family.pairs()[(len(name) + at) % len(family.pairs())]
+        case = Case(name, "rejoin", attention, padding)
+        if name == "gpt2" and attention == "eager":
+            case.skip_old_gpt2()
+        none = methods | {"g": td.Drop(f"{family.first}:{family.first + 2}", 0, then="attend")}
+        case.methods = {"g": methods["g"]} if task == "g" else none
+        case.layout = replace(case.layout, task=("g", task), labels=case.data.trained([True, task == "g"]))
+        case.labels = case.layout.labels
+        dense, (found, drop) = case.run(case.base), case.dropped()
+        expected = case.expected(drop)
+        assert found.error(expected) < TOLERANCE
+        assert found.gradient_error(expected) < TOLERANCE
+        assert dense.error(expected) > 1000 * TOLERANCE
+    cell(name, "attend")
 
 
 @pytest.mark.parametrize("score", ["attention", "value_norm", "similarity", "leverage"])

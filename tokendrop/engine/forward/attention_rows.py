@@ -136,7 +136,7 @@ def attention_rows(
     logits = logits.reshape(len(states), -1, rows.index.shape[1], logits.shape[-1])
     # What a cache is given for values may be something they are made of, as in latent attention.
     values = values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:])
-    return Attention(probabilities(logits, live), rows.valid, values)
+    return Attention(probabilities(logits, live), rows.valid, values, keys)
 
 
 def _check_mask(mask: Any, tokens: int) -> None:

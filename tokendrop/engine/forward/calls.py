@@ -75,7 +75,7 @@ def group_calls(
         arguments = _once(made, group, "active", named, active)
         shape = (len(group.samples), group.size)
         if context is None:
-            calls.append(Call(shape, arguments, group.split, None, {}, None, None))
+            calls.append(Call(shape, arguments, group.split, None, {}, None, None, ffn=group.ffn))
             continue
 
         def chosen(one: dict[str, Any], group: Group = group) -> dict[str, Any]:

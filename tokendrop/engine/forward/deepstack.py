@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward.state import Forward, frames
-from tokendrop.engine.model.decoder import ADDS_FEATURES
+from tokendrop.engine.model.deepstack import ADDS_FEATURES
 from tokendrop.engine.model.swap import Swapped, swap
 from tokendrop.kernels import gather_tokens
 

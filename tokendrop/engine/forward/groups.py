@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tokendrop.engine.forward.split_attention import split_attention
 from tokendrop.engine.model.context import ContextKeys, keys_values
 from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.ffn import some_rows
 from tokendrop.engine.model.projections import settle, touch, using
-from tokendrop.engine.plan.rows import Split
+from tokendrop.engine.plan.rows import Rows, Split
 
 
 class Call(NamedTuple):
@@ -28,6 +29,7 @@ class Call(NamedTuple):
         context_split: which projections these use.
         order: (B, T), puts the keys of computing rows and of context rows into token order for a cache; or None.
         late: what the rows behind the image see, where attention is split there; or None.
+        ffn: of the computing rows, those whose FFN runs; None for all.
     """
 
     shape: tuple[int, int]
@@ -38,6 +40,7 @@ class Call(NamedTuple):
     context_split: Split | None
     order: Tensor | None
     late: Tensor | None = None
+    ffn: Rows | None = None
 
 
 class Work(NamedTuple):
@@ -84,7 +87,7 @@ def run(
         if (call.split is not None or call.context is not None) and not torch.compiler.is_compiling():
             settle((layer,), (work.spec,))  # an adapter may have come or gone since the layout was entered
         arguments = _arguments(layer, forward, call, work)
-        with using(call.split, work.sets), split_attention(call.late):
+        with using(call.split, work.sets), split_attention(call.late), some_rows(call.ffn, call.shape[1]):
             out, rest = split_output(forward(layer, x, **arguments))
         outs.append(out)
     out = outs[0] if len(outs) == 1 else torch.cat([out.reshape(1, -1, out.shape[-1]) for out in outs], 1)

@@ -258,17 +258,18 @@ def _decode(
     arguments = decode(store, step, skips, hidden, named, mask) if holed else named
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden
-    work = Call((len(hidden), hidden.shape[1]), arguments, step.split(index), None, {}, None, None)
+    ffn = step.text_rows() if role is Role.ATTEND else None
+    work = Call((len(hidden), hidden.shape[1]), arguments, step.split(index), None, {}, None, None, ffn=ffn)
     states, rest = split_output(proceed(hidden, **{WORK: Work(binding.spec, (work,), binding.handle.sets(index))}))
-    if role is not Role.ACTIVE and step.any_image:
+    if role in (Role.CONTEXT, Role.BYPASS, Role.GONE):
         states = torch.where(step.image[:, :, None], hidden, states)
     return joined_output(states, rest)
 
 
 def _enter(forward: Forward, span: Span, full: Tensor) -> Tensor:
+    forward.full = None if span.rows is None and forward.selections.scale is None else full
     if span.rows is None:
         return full
-    forward.full = full
     forward.context = tuple(_context(full, group) for group in span.groups)
     return gather_tokens(_folded(full, span), span.rows.index)
 

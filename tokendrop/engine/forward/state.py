@@ -103,8 +103,8 @@ class Frame:
     def start(self, plan: Plan, cache: Any = None, step: Step | None = None, prompt: Plan | None = None) -> Forward:
         """Begin a forward on rows of `prompt`, by default of the layout's own plan, and on what follows them."""
         self.ran = []
-        times, scoring = plan.shape[0] // len(self.layout.image), (prompt or self.plan).scoring
-        selections = Selections(plan, scoring, self.step, self.first, times, self.encode)
+        times = plan.shape[0] // len(self.layout.image)
+        selections = Selections(plan, prompt or self.plan, self.step, self.first, times, self.encode)
         return Forward(plan, selections, Positions(plan), cache, step)
 
     def one_by_one(self, reach: int) -> bool:

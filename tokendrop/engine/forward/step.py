@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokendrop.engine.forward.arguments import columns_of, is_bias
-from tokendrop.engine.plan.rows import Split, split_rows
+from tokendrop.engine.plan.rows import Rows, Split, split_rows
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError
 from tokendrop.roles import Role, Route
 
@@ -63,6 +63,12 @@ class Step:
         pairs = zip(self.names, self.routes, strict=True)
         names = tuple(name if route[index].separate else None for name, route in pairs)
         return split_rows(self.image, names) if self.any_image and any(names) else None
+
+    def text_rows(self) -> Rows:
+        """The new tokens that are no images, of each row; none where all are."""
+        at = torch.arange(self.image.shape[1], device=self.image.device).expand(self.image.shape)
+        rows = Rows(at, ~self.image)
+        return Rows(rows.index[:, :0], rows.valid[:, :0]) if self.all_images else rows
 
     def role(self, index: int) -> Role:
         """The role of new image tokens in layer `index`; a selection concerns the prompt only.

@@ -20,8 +20,6 @@ _MASKS = ("attention_mask", "attn_mask", "mask", "src_mask")
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _FUSED = ("qkv_proj", "c_attn", "query_key_value")
 _OUTPUTS = ("o_proj", "dense", "c_proj", "out_proj")
-# What transformers calls the method that adds visual features (DeepStack) between two layers of a decoder.
-ADDS_FEATURES = "_deepstack_process"
 
 
 @dataclass(frozen=True)
@@ -257,13 +255,6 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     """The attention of a layer, if it has one."""
     found = next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None)
     return found if isinstance(found, nn.Module) else None
-
-
-def has_mrope(layers: nn.ModuleList) -> bool:
-    """Whether positions are of three numbers, as in M-RoPE."""
-    config = next((one for one in map(_config, layers) if one is not None), None)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    return isinstance(rope, dict) and "mrope_section" in rope
 
 
 def reentrant(layer: nn.Module) -> bool:

@@ -5,14 +5,15 @@ groups, L layers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 import torch
 from torch import Tensor
 
+from tokendrop.engine.plan.choice import Choice
 from tokendrop.engine.plan.packs import Packs
-from tokendrop.engine.plan.parts import Budgets, Parts
+from tokendrop.engine.plan.parts import Budgets
 from tokendrop.engine.plan.rows import (
     Rows,
     Split,
@@ -27,27 +28,6 @@ from tokendrop.engine.plan.rows import (
 )
 from tokendrop.layout import TokenLayout, scoring_mask
 from tokendrop.roles import LayerRoute, Role, Route, Select, selections
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """A selection to make when a span is entered.
-
-    Args:
-        select: which image tokens stay ACTIVE.
-        kept: (P,) int64, how many of them in each sample.
-        counts: (B,) int64, how many rows compute then.
-        context_size: M, the context rows of each sample then: those not chosen, where they are CONTEXT.
-        packs: the P samples, where rows hold several.
-        parts: how many stay of each image or frame, where each has a budget.
-    """
-
-    select: Select
-    kept: Tensor
-    counts: Tensor
-    context_size: int
-    packs: Packs | None = None
-    parts: Parts | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +48,8 @@ class Group:
         choice: which image tokens stay ACTIVE all the same.
         late: (K - P, K + M) bool, what the computing rows behind the image see, where all P rows before it see no image
             at all: one image at one place in every sample, without padding. None elsewhere.
+        ffn_size: of the K rows of each sample, those whose FFN runs; None where it runs on all.
+        ffn: which; None for every row, or until `choice` is made.
     """
 
     role: Role
@@ -82,6 +64,13 @@ class Group:
     context_split: Split | None = None
     choice: Choice | None = None
     late: Tensor | None = None
+    ffn_size: int | None = None
+    ffn: Rows | None = None
+
+    @property
+    def ffn_rows(self) -> int:
+        """The rows of each sample whose FFN runs."""
+        return self.size if self.ffn_size is None else self.ffn_size
 
     @property
     def context_size(self) -> int:
@@ -209,7 +198,7 @@ class Planner:
             layers = list(run)
             spans.append(self._span(layers[0], layers[-1] + 1, roles))
         span_of = tuple(span for span in spans for _ in range(span.start, span.stop))
-        dense = not any(span.rows or span.selects or any(one.split for one in span.groups) for span in spans)
+        dense = not any(span.rows or span.selects or any(one.split or one.ffn for one in span.groups) for span in spans)
         has_context = any(group.context_size for span in spans for group in span.groups)
         more = dense, self.routed, has_context, self.needed_rows, self.scoring, self.packs
         return Plan((len(self.layout.image), self.tokens), self.layout, self.computing, tuple(spans), span_of, *more)
@@ -255,8 +244,12 @@ class Planner:
             each = torch.tensor([one for own in kept.values() for one in own], device=chosen.device)
             packs = self.packs and self.packs.within(samples)
             choice = Choice(select, each, counts, context_size, packs, parts)
-            return Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
+            group = Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
+            return replace(group, size=self.tokens, ffn_size=size) if role is Role.ATTEND else group
         active = choose_rows(self.computing[chosen], counts, size)
+        if role is Role.ATTEND:
+            split, every = self._split(image, samples, owns), (self.tokens, None, None)
+            return Group(role, number, samples, chosen, whole, *every, split, ffn_size=size, ffn=active)
         if role is not Role.CONTEXT:
             return Group(role, number, samples, chosen, whole, size, active, None)
         context = choose_rows(image, image.sum(1), context_size)
@@ -265,8 +258,8 @@ class Planner:
         return Group(role, number, samples, chosen, whole, size, active, context, None, split, late=late)
 
     def _simplest(self, role: Role, select: Select | None, samples: Sequence[int]) -> tuple[Role, Select | None]:
-        # All of the image tokens compute where none is left to be CONTEXT, and none is chosen where none is kept.
-        if role is not Role.CONTEXT or (select is not None and (select.learned or select.merge)):
+        # All of the image tokens compute where none is left in the role, and none is chosen where none is kept.
+        if role not in (Role.CONTEXT, Role.ATTEND) or (select is not None and (select.learned or select.merge)):
             return role, select
         kept = {sample: sum(own) for sample, own in self.budgets.kept(select, samples).items()}
         if all(count == self.images[sample] for sample, count in kept.items()):

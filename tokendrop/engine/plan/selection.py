@@ -3,7 +3,7 @@
 Shape letters: B batch, T tokens, P samples (packed ones count each), R scoring rows, D hidden.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from tokendrop.engine.plan.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
 from tokendrop.kernels import merge_tokens
+from tokendrop.layout import prompt_text
 from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select
 
 # From a group, its scoring rows and its live tokens (P, T), to what these rows look at in the layer about to be called.
@@ -29,7 +30,7 @@ class Selections:
 
     Args:
         plan: of the forward.
-        scoring: rows whose attention scores, of the prompt or of the batch that is trained.
+        prompt: that of the prompt, or of the batch that is trained: whose rows score, and whose text is seen.
         step: (2,) int64, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
         times: rows of each sample, which a search repeats.
@@ -40,10 +41,8 @@ class Selections:
         scale: (B, T) float32, what scales the update of each token in the span entered last; None where nothing does.
     """
 
-    def __init__(
-        self, plan: Plan, scoring: Mapping[str, Rows], step: Tensor, first: int, times: int, encode: Encode | None
-    ) -> None:
-        self.plan, self.scoring, self.step, self.first, self.times = plan, scoring, step, first, times
+    def __init__(self, plan: Plan, prompt: Plan, step: Tensor, first: int, times: int, encode: Encode | None) -> None:
+        self.plan, self.prompt, self.step, self.first, self.times = plan, prompt, step, first, times
         self.losses: list[Tensor] = []
         self.scale: Tensor | None = None
         self.encode = encode
@@ -92,7 +91,9 @@ class Selections:
         if key not in self.made:  # a span cut by another task's goes on with the same tokens
             self.made[key] = self._select(group, choice, states, look, router)
         kept = self.made[key]
-        active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.size)
+        active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.ffn_rows)
+        if group.role is Role.ATTEND:
+            return replace(group, ffn=active)
         if choice.context_size == 0:
             return replace(group, active=active)
         left = self.plan.layout.image[group.samples] & ~kept
@@ -111,7 +112,10 @@ class Selections:
             encoded = self._encoded(group, self.encode(select.encoder, self.plan.layout.image, self.times))
         looks = choice.kept, attention, encoded, router
         numbers = self._numbers(group) + self.first
-        scoring = Scoring(_samples(group, states), candidates, numbers, select.layer, select.seed, self.step, *looks)
+        text = _samples(group, prompt_text(self.plan.layout, self.prompt.shape[1]))
+        scoring = Scoring(
+            _samples(group, states), candidates, numbers, select.layer, select.seed, self.step, *looks, text
+        )
         scores = select.score(scoring)
         if not isinstance(scores, Tensor) or scores.shape != candidates.shape:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -154,7 +158,7 @@ class Selections:
         return packs.number if (packs := _packs(group)) else group.samples // self.times
 
     def _look(self, group: Group, queries: Queries, look: Look) -> Attention:
-        rows = self.scoring[queries.rows].of(self._numbers(group))
+        rows = self.prompt.scoring[queries.rows].of(self._numbers(group))
         live = _samples(group, self.plan.computing | self.alive)
         if packs := _packs(group):
             group = replace(group, samples=packs.row, whole=False, active=packs.tokens)

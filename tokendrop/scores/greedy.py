@@ -1,0 +1,111 @@
+"""Image tokens chosen one after another, or one pivot's share after another.
+
+Shape letters: B batch, T tokens, P pivots, G heads of keys, D hidden.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def diverse(states: Tensor, image: Tensor, counts: Tensor) -> Tensor:
+    """Tokens as far from one another as can be, chosen greedily.
+
+    d[t, u] = 1 - cos(x[t], x[u]); first the token whose nearest other is farthest, then always the one whose nearest
+    chosen one is farthest
+
+    Args:
+        states: (B, T, D).
+        image: (B, T) bool, the tokens to choose from.
+        counts: (B,) int64, how many are chosen.
+
+    Returns:
+        (B, T) float32, minus the place in the order of choice; minus infinity for those not chosen.
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.2]]])
+        >>> diverse(x, torch.ones(1, 4, dtype=torch.bool), torch.tensor([2])).topk(2).indices.tolist()
+        [[2, 0]]
+
+    Source: arXiv 2503.02175 (DivPrune), github.com/vbdi/divprune.
+    """
+    unit = F.normalize(states.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=-1)
+    # Sample by sample, so that one T x T matrix is there at a time.
+    nearest = torch.stack([_nearest_other(*one) for one in zip(unit, image, strict=True)])
+    score = torch.full(image.shape, -torch.inf, device=image.device)
+    for order in range(int(counts.max()) if len(counts) else 0):
+        free = image & score.isinf()
+        best = nearest.masked_fill(~free, -torch.inf).argmax(1, keepdim=True)
+        take = free.gather(1, best) & (order < counts[:, None])
+        score = score.scatter(1, best, torch.where(take, -float(order), score.gather(1, best)))
+        apart = 1 - (unit @ unit.gather(1, best[:, :, None].expand(-1, -1, unit.shape[-1])).mT)[:, :, 0]
+        nearest = apart if order == 0 else torch.minimum(nearest, apart)
+    return score
+
+
+def _nearest_other(unit: Tensor, image: Tensor) -> Tensor:
+    apart = (1 - unit @ unit.T).masked_fill(~image, torch.inf)
+    return apart.fill_diagonal_(torch.inf).amin(1)
+
+
+def pivots(keys: Tensor, image: Tensor, text: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor]:
+    """The image tokens, then the text behind them, whose keys are longest.
+
+    s[t] = sum over all heads and features of |k[t]|
+
+    Args:
+        keys: (B, G, T, D / H).
+        image: (B, T) bool, the tokens to choose image pivots from.
+        text: (B, T) bool, those to choose text pivots from; what stands before the last image token does not count.
+        images: image pivots.
+        texts: text pivots.
+
+    Returns:
+        (B, P) int64, by falling length, image pivots first; (B, P) bool, False where a sample has fewer.
+
+    Source: DART (arXiv 2502.11494), as in github.com/ModelTC/LightCompress.
+    """
+    length = keys.detach().float().abs().sum((1, 3))
+    behind = text & (image.flip(1).cumsum(1).flip(1) == 0)
+    chosen = []
+    for among, most in ((image, images), (behind, texts)):
+        some = length.nan_to_num(nan=0.0).masked_fill(~among, -1)
+        order = some.argsort(dim=1, descending=True, stable=True)[:, : min(most, length.shape[1])]
+        chosen.append((order, some.gather(1, order) >= 0))
+    (one, valid), (other, real) = chosen
+    return torch.cat([one, other], 1), torch.cat([valid, real], 1)
+
+
+def unlike(states: Tensor, image: Tensor, counts: Tensor, pivots: Tensor, valid: Tensor) -> Tensor:
+    """Image pivots, and an equal share for each pivot of the other image tokens: those least like it.
+
+    Pivot by pivot, the floor(n / P) remaining tokens (one more for the first n mod P) with the lowest cosine to it, of
+    n = counts less image pivots.
+
+    Args:
+        states: (B, T, D).
+        image: (B, T) bool, the tokens to choose from.
+        counts: (B,) int64, how many are chosen.
+        pivots: (B, P) int64, in the order in which they choose.
+        valid: (B, P) bool, False for those that do not.
+
+    Returns:
+        (B, T) float32, 1 and more for image pivots by their order, 1 for those chosen, 0 for others.
+
+    Source: DART (arXiv 2502.11494), as in github.com/ModelTC/LightCompress.
+    """
+    unit = F.normalize(states.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=-1)
+    own = valid & image.gather(1, pivots)
+    place = torch.arange(pivots.shape[1], 0, -1, device=image.device, dtype=torch.float32).expand_as(pivots)
+    score = torch.zeros(image.shape, device=image.device).scatter_reduce(1, pivots, place * own, "amax")
+    score = torch.where(score > 0, 1 + score, score)
+    shares = (counts - own.sum(1)).clamp(min=0)
+    size, more = shares // valid.sum(1).clamp(min=1), shares % valid.sum(1).clamp(min=1)
+    for at in range(pivots.shape[1]):
+        like = (unit @ unit.gather(1, pivots[:, at, None, None].expand(-1, -1, unit.shape[-1])).mT)[:, :, 0]
+        free = image & (score == 0)
+        order = like.masked_fill(~free, torch.inf).argsort(dim=1, stable=True)
+        take = torch.where(valid[:, at], size + (valid[:, :at].sum(1) < more), 0)
+        first = torch.arange(image.shape[1], device=image.device) < take[:, None]
+        score = score + torch.zeros_like(image).scatter(1, order, first).logical_and(free)
+    return score
