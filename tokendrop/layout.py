@@ -241,10 +241,11 @@ def prompt_text(layout: TokenLayout, tokens: int) -> Tensor:
 def packed_samples(given: Mapping[str, Any], shape: tuple[int, int], padding: Tensor | None = None) -> Tensor | None:
     """The packed sample of its row that each token belongs to, as a batch or the arguments of a model say it.
 
-    A sample begins where `cu_seq_lens_q` says, in a batch of one row; else where `position_ids` begin again.
+    A sample begins where `cu_seq_lens_q` says, in a batch of one row; else where `seq_idx` changes, or where
+    `position_ids` begin again: behind a higher one, or at 0.
 
     Args:
-        given: `position_ids` (B or 1, T), or (3 or 4, B, T) as M-RoPE has them; `cu_seq_lens_q` (N + 1,).
+        given: `cu_seq_lens_q`, N + 1 integers; `seq_idx` (B, T); `position_ids` (B or 1, T), or (3 or 4, B, T).
         shape: (B, T).
         padding: (B, T) bool, True for real tokens.
 
@@ -252,26 +253,37 @@ def packed_samples(given: Mapping[str, Any], shape: tuple[int, int], padding: Te
         (B, T) int64, from 0 up in each row; None where each row is one sample, or nothing is said.
 
     Example:
-        >>> packed_samples({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, (1, 5)).tolist()
-        [[0, 0, 0, 1, 1]]
+        >>> packed_samples({"position_ids": torch.tensor([[0, 1, 2, 0, 0, 1]])}, (1, 6)).tolist()
+        [[0, 0, 0, 1, 2, 2]]
     """
-    lengths = next((given[name] for name in _LENGTHS if isinstance(given.get(name), Tensor)), None)
+    lengths = next((given[name] for name in _LENGTHS if isinstance(given.get(name), Tensor | list | tuple)), None)
+    if isinstance(lengths, list | tuple):
+        device = next((x.device for x in (padding, *given.values()) if isinstance(x, Tensor)), None)
+        lengths = torch.tensor(lengths, device=device)
     if lengths is not None and lengths.dim() == 1 and shape[0] == 1:
         tokens = torch.arange(shape[1], device=lengths.device)
-        return torch.bucketize(tokens, lengths[1:], right=True)[None] if len(lengths) > 2 else None
-    at = given.get("position_ids")
-    if not isinstance(at, Tensor) or at.dim() not in (2, 3) or at.shape[-1] != shape[1]:
+        return torch.bucketize(tokens, lengths[1:].long(), right=True)[None] if len(lengths) > 2 else None
+    begins = _begins(given, shape)
+    if begins is None:
         return None
-    text = at.dim() == 2 or len(at) == 4  # of three, the first is time, which stands still within an image
-    at = at if at.dim() == 2 else at[0]
-    begins = at.diff(dim=1) < 0
-    if text:  # behind a sample of one token; zeros in a row are padding
-        begins[:, :-1] |= (at[:, 1:-1] == 0) & (at[:, 2:] == 1)
     if padding is not None:
         begins = begins & padding[:, 1:] & padding[:, :-1]
     if len(begins) not in (1, shape[0]) or not begins.any():
         return None
     return torch.cat([torch.zeros_like(begins[:, :1]), begins], 1).cumsum(1).expand(shape)
+
+
+def _begins(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    # (B or 1, T - 1) bool, the tokens behind the first with which a packed sample begins.
+    numbers, at = given.get("seq_idx"), given.get("position_ids")
+    if isinstance(numbers, Tensor) and numbers.shape == shape:
+        return numbers.diff(dim=1) != 0
+    if not isinstance(at, Tensor) or at.dim() not in (2, 3) or at.shape[-1] != shape[1]:
+        return None
+    text = at.dim() == 2 or len(at) == 4  # of three, the first is time, which stands still within an image
+    at = at if at.dim() == 2 else at[0]
+    begins = at.diff(dim=1) < 0
+    return begins | (at[:, 1:] == 0) if text else begins
 
 
 def id_tensor(image_ids: object) -> Tensor:

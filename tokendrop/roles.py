@@ -62,6 +62,7 @@ class Select:
         of: an earlier selection; shares are of what it kept.
         encoder: layers of the vision encoder that `score` and `merge` look at.
         merge: from `Scoring` and the kept (B, T), how those that leave are merged into them.
+        restore: whether they are given, where the range ends, what those that they were merged into have been given.
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
         per: what keeps so many: a sample, each of its images, or each of their frames.
 
@@ -80,6 +81,7 @@ class Select:
     encoder: tuple[int, ...] = ()
     merge: Callable[[Scoring, Tensor], Merge] | None = None
     learned: bool = False
+    restore: bool = False
     per: Per = "sample"
 
     def __post_init__(self) -> None:

@@ -59,6 +59,7 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         "HMGen first half": (td.HMGen(f":{sizes.layers // 2}"), {}),
         "Drop rejoin 25%": (td.Drop(f"1:{last}", keep=0.25), {}),
         "Drop gone 25%": (td.Drop("2:", keep=0.25, then="gone"), {}),
+        "Drop merge 25%": (td.Drop(f"1:{last}", keep=0.25, score="norm", then="merge"), {}),
         "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
         "SkipVision 25%": (td.SkipVision(keep=0.25), {}),
         "MixtureOfDepths": (td.MixtureOfDepths(), {}),

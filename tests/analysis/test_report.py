@@ -19,6 +19,7 @@ from tokendrop.analysis.allocation_plot import plot
 from tokendrop.analysis.labels import spread
 from tokendrop.analysis.report import Grid, Image, Section, Table, lines_png, pixels_png, render
 from tokendrop.analysis.segments import SEGMENTS, HeatMap
+from tokendrop.analysis.where import foot, made_where
 
 EVIL = '<script>alert("1")</script>'
 
@@ -110,3 +111,10 @@ def test_pixels_come_back_with_ink_black():
 def test_image_uri_is_the_png():
     image = Image("x", b"\x89PNG")
     assert base64.b64decode(image.uri.removeprefix("data:image/png;base64,")) == image.png
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    made = made_where(("torch", "a-package-that-nobody-has"))
+    assert made["versions"].keys() == {"torch", "python"}
+    assert foot("m", made | {"device": "GPU", "commit": "abc"})[1].startswith("Where and when: GPU, 20")
+    assert foot("m", made | {"commit": "abc"})[1].endswith(", commit abc.")

@@ -44,6 +44,7 @@ METHODS = [
     td.HMGen((1, 2)),
     td.Drop("1:", keep=3, score="norm", then="gone", seed=4),
     td.Drop("1:", keep=0.25, then="context"),
+    td.Drop("1:", keep=0.25, then="merge"),
     td.Drop("1:", keep=0.25),
     td.Drop("1:", keep=0.25, per="frame"),
     td.RandomLTD(keep=7),

@@ -20,6 +20,7 @@ METHODS = [
     td.Drop("1:3", keep=0.5, score="value_norm"),
     td.Drop("1:3", keep=0.5, score="leverage"),
     td.Drop("1:3", keep=0.5, score="norm", then="context"),
+    td.Drop("1:3", keep=0.5, score="norm", then="merge"),
     td.SkipVision("1:3", keep=2, score="norm"),
     td.SVDPrune(keep=3, rank=2),
     td.DivPrune(keep=3),

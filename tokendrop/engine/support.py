@@ -76,7 +76,7 @@ def check_support(
         if refusal := _refusal(layers, specs, context):
             raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
         looked = {one.select.queries.layer for one in route if one.select is not None and one.select.queries}
-        if refusal := _refusal(layers, specs, sorted(looked)):
+        if refusal := _refusal(layers, specs, sorted(looked), looks=True):
             raise UnsupportedError(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
@@ -133,12 +133,14 @@ def _numbered_refusal(route: Route, layers: nn.ModuleList) -> str | None:
     return "numbers tokens anew, but under M-RoPE those of an image have a row and a column; use positions='keep'"
 
 
-def _refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec], wanted: Sequence[int]) -> str | None:
-    # Why rows of some layer cannot be keys and values only, and in which layers they can.
+def _refusal(
+    layers: nn.ModuleList, specs: Sequence[LayerSpec], wanted: Sequence[int], looks: bool = False
+) -> str | None:
+    # Why rows of some layer cannot be keys and values only, or look at others, and in which layers they can.
     for index in wanted:
-        refusal = specs[index].context_refusal(layers[index])
+        refusal = specs[index].context_refusal(layers[index], looks)
         if refusal is not None:
-            able = [at for at, spec in enumerate(specs) if spec.context_refusal(layers[at]) is None]
+            able = [at for at, spec in enumerate(specs) if spec.context_refusal(layers[at], looks) is None]
             where = f"; layers {able} can" if able else ""
             return refusal if all(one == specs[0] for one in specs) else f"in layer {index} {refusal}{where}"
     return None

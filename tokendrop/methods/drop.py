@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from tokendrop.roles import (
     Attention,
     LayerRoute,
     Layers,
+    Merge,
     Method,
     Per,
     Queries,
@@ -33,11 +35,16 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "attention": sees("answer")(lambda s: scores.attention(*_attention(s)[:2])),
     "value_norm": sees("answer")(lambda s: scores.value_norm(_attention(s).values)),
 }
-ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "attend": Role.ATTEND}
+ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "attend": Role.ATTEND, "merge": Role.BYPASS}
 
 
 def _attention(scoring: Scoring) -> Attention:
     return cast(Attention, scoring.attention)  # such a selection has queries
+
+
+def _average(scoring: Scoring, kept: Tensor) -> Merge:
+    into, sizes = scores.nearest(scoring.states, scoring.image & ~kept, kept)
+    return Merge(into, 1 / sizes)
 
 
 def check_keep(keep: int | float) -> None:
@@ -75,7 +82,8 @@ class Drop(Method):
             `Scoring` to (B, T) float; higher is kept. It sees attention, keys and the encoder where `td.sees` asks so.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
             keys and values of the state they had at its entry (CONTEXT) until its end, "attend" lets them go on without
-            an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too.
+            an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too; "merge" makes each kept
+            token the mean of itself and those most like it by cosine, and at the end gives all of these its update.
         seed: of random scores.
         per: what keeps `keep`: the "sample", each "image" (or video) of it, or each "frame" (an image is one). Images
             and frames are those of the layout.
@@ -95,7 +103,7 @@ class Drop(Method):
     layers: Layers
     keep: int | float
     score: str | Callable[[Scoring], Tensor] = "random"
-    then: Literal["rejoin", "gone", "context", "attend"] = "rejoin"
+    then: Literal["rejoin", "gone", "context", "attend", "merge"] = "rejoin"
     seed: int = 0
     per: Per = "sample"
 
@@ -124,9 +132,9 @@ class Drop(Method):
                 entry = entry if index - 1 in inside else index
                 rows, layer = asked.attention, max(0, entry - asked.before)
                 queries = None if rows is None else Queries(rows, layer)
-                select = Select(
-                    self.keep, score, entry, self.seed, strength, queries, encoder=asked.encoder, per=self.per
-                )
+                merge = _average if self.then == "merge" else None
+                kept = partial(Select, encoder=asked.encoder, merge=merge, restore=merge is not None, per=self.per)
+                select = kept(self.keep, score, entry, self.seed, strength, queries)
                 # With none to choose, a token that is generated is like those of the prompt.
                 select = None if none else select
                 routes.append(LayerRoute(ROLES[self.then], select=select))

@@ -25,6 +25,7 @@ METHODS: dict[str, Any] = {
     "hmgen_shared": td.HMGen("1:4:2", separate="shared"),
     "rejoin": td.Drop("0:3", 0.5),
     "gone": td.Drop("1:", 0.5, then="gone"),
+    "merge": td.Drop("1:3", 0.5, "norm", "merge"),
     "context": td.Drop("1:3", 0.5, then="context"),
     "context_last": td.Drop("2:", 2, "norm", "context"),
     "attend": td.Drop("1:", 0, then="attend"),

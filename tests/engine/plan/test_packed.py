@@ -32,6 +32,7 @@ METHODS: dict[str, Any] = {
     "count": td.Drop("1:3", 2, "value_norm", "gone"),
     "gone": td.Drop("1:", 0.5, "similarity", "gone"),
     "context": td.Drop("1:3", 0.5, "norm", "context"),
+    "merge": td.Drop("1:3", 0.5, "norm", "merge"),
     "attend": td.Drop("1:", 0.5, "norm", "attend"),
     "uniform": td.Drop("0:2", 0.5, "uniform"),
     "leverage": td.Drop("1:", 0.5, "leverage"),
@@ -298,15 +299,16 @@ def test_what_the_encoder_says_is_cut_into_samples() -> None:
 
 @pytest.mark.parametrize("what", ["cu_seq_lens_q", "position ids that restart"])
 def test_packed_sequences_that_an_attention_tells_apart_itself_are_refused(what: str) -> None:
+    """An attention that nobody knows; FlashAttention is told of them again."""
     model, drop = dropped(llama(), td.HMGen("1:3"))
-    model.config._attn_implementation = "flash_attention_2"
+    model.config._attn_implementation = "of_their_own"
     _, together, positions = packed()
     layer, rotary = model.model.layers[0], model.model.rotary_emb
     states = torch.zeros(1, positions.shape[1], 32)
     given = {"attention_mask": None, "position_embeddings": rotary(states, positions)}
     given |= {"cu_seq_lens_q": torch.tensor([0, 9])} if what == "cu_seq_lens_q" else {"position_ids": positions}
     layout = td.TokenLayout(together["image"])
-    with drop.layout(layout), pytest.raises(td.UnsupportedError, match=rf"{what}.*'flash_attention_2'.*'sdpa'"):
+    with drop.layout(layout), pytest.raises(td.UnsupportedError, match=rf"{what}.*'of_their_own'.*'sdpa'"):
         layer(states, **given)
 
 

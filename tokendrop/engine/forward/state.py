@@ -51,7 +51,7 @@ class Forward:
     full: Tensor | None = None
     context: tuple[Tensor | None, ...] = ()
     made: Made = field(default_factory=dict)
-    cut: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    cut: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @dataclass(eq=False)

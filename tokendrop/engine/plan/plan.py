@@ -46,7 +46,7 @@ class Group:
         split: how the computing rows use projections; None where all use the layer's own.
         context_split: likewise, for context rows.
         choice: which image tokens stay ACTIVE all the same.
-        late: (K - P, K + M) bool, what the computing rows behind the image see, where all P rows before it see no image
+        late: (K - P, M + K) bool, what the computing rows behind the image see, where all P rows before it see no image
             at all: one image at one place in every sample, without padding. None elsewhere.
         ffn_size: of the K rows of each sample, those whose FFN runs; None where it runs on all.
         ffn: which; None for every row, or until `choice` is made.

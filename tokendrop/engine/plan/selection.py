@@ -1,10 +1,10 @@
 """Selections, made where a span is entered.
 
-Shape letters: B batch, T tokens, P samples (packed ones count each), R scoring rows, D hidden.
+Shape letters: B batch, N samples of a group, T tokens, P samples (packed ones count each), R scoring rows, D hidden.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from tokendrop.engine.plan.parts import highest_of_each
 from tokendrop.engine.plan.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
-from tokendrop.kernels import merge_tokens
+from tokendrop.kernels import gather_tokens, merge_tokens
 from tokendrop.layout import prompt_text
 from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select
 
@@ -23,6 +23,44 @@ from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, S
 Look = Callable[[Group, Rows, Tensor], Attention]
 # From layers of the vision encoder, the image tokens (B, T) and how often each row is repeated, what it says of them.
 Encode = Callable[[tuple[int, ...], Tensor, int], Encoded]
+
+
+@dataclass(eq=False)
+class Merged:
+    """Tokens merged where a selection was made, to be restored where it ends.
+
+    Args:
+        select: it.
+        members: positions of its N samples in the batch.
+        samples: (N,) int64, the same.
+        into: (N, T) int64, the token that each was added to; itself where it stayed.
+        before: (N, T, D), the hidden states before they were merged.
+        after: (N, T, D), then.
+        on: the samples that are merged still.
+    """
+
+    select: Select
+    members: tuple[int, ...]
+    samples: Tensor
+    into: Tensor
+    before: Tensor
+    after: Tensor
+    on: set[int]
+
+    def restored(self, states: Tensor, on: set[int]) -> Tensor:
+        """`states` (B, T, D), where in samples that are not `on` each token has what the one it went to has been given.
+
+        x[t] + y[into[t]] - m[into[t]], of x before the merge, m behind it, and y at the end
+        """
+        ends, self.on = [sample in self.on and sample not in on for sample in self.members], self.on & on
+        if not any(ends):
+            return states
+        now, own = states[self.samples], torch.arange(states.shape[1], device=states.device)
+        leaves = self.into != own
+        touched = leaves | (torch.zeros_like(self.into).scatter_add(1, self.into, leaves.long()) > 0)
+        touched = touched & torch.tensor(ends, device=states.device)[:, None]
+        update = gather_tokens(now - self.after, self.into)
+        return states.index_copy(0, self.samples, (self.before + update).where(touched[:, :, None], now))
 
 
 class Selections:
@@ -46,10 +84,11 @@ class Selections:
         self.losses: list[Tensor] = []
         self.scale: Tensor | None = None
         self.encode = encode
-        self.merges: list[tuple[Tensor, Merge]] = []
+        self.merges: list[tuple[Group, Select, Merge]] = []
+        self.merged: list[Merged] = []
         self.alive = plan.layout.image
         self.seen: dict[tuple[Select, tuple[int, ...]], Attention] = {}
-        self.made: dict[tuple[Select, tuple[int, ...]], Tensor] = {}
+        self.made: dict[Select, tuple[frozenset[int], Tensor]] = {}
 
     def enter(self, span: Span, states: Tensor, look: Look, router: nn.Module | None) -> tuple[Span, Tensor]:
         """The span with its rows chosen, and the hidden states with tokens that leave merged into others.
@@ -67,10 +106,24 @@ class Selections:
         groups = tuple(
             one if one.choice is None else self._chosen(one, one.choice, states, look, scores) for one in span.groups
         )
-        for samples, merge in self.merges:
+        for group, select, merge in self.merges:
+            before, samples = states, group.samples
             states = states.index_copy(0, samples, merge_tokens(states[samples], *merge))
+            if select.restore:
+                pair = before[samples], states[samples]
+                self.merged.append(Merged(select, group.members, samples, merge.into, *pair, set(group.members)))
         self.merges.clear()
         return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1])), states
+
+    def leave(self, stop: int, states: Tensor) -> Tensor:
+        """The hidden states (B, T, D) that enter layer `stop`, tokens restored that are merged there no more."""
+        following = self.plan.span_of[stop].groups if self.merged and stop < len(self.plan.span_of) else ()
+        for merged in self.merged:
+            groups = [one for one in following if one.choice and one.choice.select == merged.select]
+            on = {sample for one in groups for sample in one.members}
+            states = merged.restored(states, on)
+        self.merged = [merged for merged in self.merged if merged.on]
+        return states
 
     def before(self, span: Span, look: Look) -> None:
         """Remember what selections at the entry of `span` look at in the layer before it.
@@ -81,16 +134,17 @@ class Selections:
         """
         for group in span.groups:
             select = None if group.choice is None else group.choice.select
-            if select is None or select.queries is None or (select, group.members) in self.made:
+            if select is None or select.queries is None or self._done(group, select):
                 continue
             if select.queries.layer < span.start:
                 self.seen[select, group.members] = self._look(group, select.queries, look)
 
     def _chosen(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Group:
-        key = (choice.select, group.members)
-        if key not in self.made:  # a span cut by another task's goes on with the same tokens
-            self.made[key] = self._select(group, choice, states, look, router)
-        kept = self.made[key]
+        if not self._done(group, choice.select):  # a span cut by another task's goes on with the same tokens
+            chosen = self._select(group, choice, states, look, router)
+            done, kept = self.made.get(choice.select, (frozenset(), torch.zeros_like(self.alive)))
+            self.made[choice.select] = done | set(group.members), kept.index_copy(0, group.samples, chosen)
+        kept = self.made[choice.select][1][group.samples]
         active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.ffn_rows)
         if group.role is Role.ATTEND:
             return replace(group, ffn=active)
@@ -98,6 +152,9 @@ class Selections:
             return replace(group, active=active)
         left = self.plan.layout.image[group.samples] & ~kept
         return replace(group, active=active, context=choose_rows(left, left.sum(1), choice.context_size))
+
+    def _done(self, group: Group, select: Select) -> bool:
+        return select in self.made and self.made[select][0].issuperset(group.members)
 
     def _select(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Tensor:
         select, candidates = choice.select, _samples(group, self.alive)
@@ -129,7 +186,7 @@ class Selections:
             merge = select.merge(scoring, chosen)
             if choice.packs is not None:
                 merge = Merge(*(part[group.samples] for part in choice.packs.merge(merge, self.alive)))
-            self.merges.append((group.samples, merge))
+            self.merges.append((group, select, merge))
         kept = _rows(group, torch.zeros_like(self.alive), chosen)
         if group.role is Role.GONE:
             self.alive = self.alive.index_copy(0, group.samples, kept[group.samples])
