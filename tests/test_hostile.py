@@ -139,6 +139,7 @@ CATALOGUE = {
     "VisionZip.vision_layer": (INDEX,),
     "sees.attention": ((td.MethodError, ["all", "Answer", 3, True, ["answer"]]),),
     "sees.before": (FLAG,),
+    "sees.frames": (FLAG,),
     "sees.encoder": ((td.MethodError, [3, "12", None, (1.5,), ("1",), (True,)]),),
     "SVDPrune.keep": (KEEP,),
     "SkipVision.layers": (LAYERS,),

@@ -65,6 +65,7 @@ class Select:
         restore: whether they are given, where the range ends, what those that they were merged into have been given.
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
         per: what keeps so many: a sample, each of its images, or each of their frames.
+        frames: whether `score` sees which image and frame a token belongs to.
 
     Raises:
         MethodError: queries of a layer that is neither entered nor the one before.
@@ -83,6 +84,7 @@ class Select:
     learned: bool = False
     restore: bool = False
     per: Per = "sample"
+    frames: bool = False
 
     def __post_init__(self) -> None:
         if self.queries is not None and self.queries.layer not in (self.layer, max(0, self.layer - 1)):

@@ -136,6 +136,68 @@ def test_packed_samples_and_their_images():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+TEMPORAL = {
+    "gone": td.Drop("1:", 0.6, "temporal", "gone"),
+    "of frames": td.Drop("1:3", 1, "temporal", per="frame"),
+    "context": td.Drop("0:2", 0.4, "temporal", "context", per="image"),
+}
+
+
+class Twice:
+    """Half of the tokens are GONE, then half of those by what stood still."""
+
+    separate = "none"
+
+    def route(self, num_layers, strength=1.0):
+        first = td.Drop("0:", 0.7, "norm", "gone").route(num_layers)
+        return (first[0], *td.Drop("1:", 0.4, "temporal", "gone").route(num_layers)[1:])
+
+
+@pytest.mark.parametrize("method", [*TEMPORAL, "behind others"])
+def test_what_stands_still_between_frames_leaves(method):
+    made, methods, base = texts(SAMPLES, "uuuu"), {"u": TEMPORAL.get(method, Twice())}, llama()
+    layout = made.layout(frames=numbers(made, ["00011220000", *FRAMES[1:]]))
+    model, drop = dropped(base, methods, multiple=4)
+    with drop.layout(layout):
+        found = run(model, made)
+    expected = copy.deepcopy(base)
+    with reference(expected, methods, layout):
+        theirs = run(expected, made)
+    assert close(found, theirs, made.real, 1e-5)
+    with pytest.raises(td.LayoutError, match=r"a score compares frames.*give TokenLayout\(frames="):
+        drop.plan(made.layout())
+
+
+def test_frames_that_stand_still():
+    # Two frames of three tokens, equal but for one of them; first frames stay before all others.
+    made = texts(["tiiiiiitt"], "u")
+    made.ids[0, 4:7] = made.ids[0, 1:4]
+    made.ids[0, 5] = 1 + made.ids[0, 2] % 40
+    layout = TokenLayout(made.image, ["u"], frames=torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0]]))
+    assert kept(td.Drop("0:", 4, "temporal", "gone"), made, layout) == [{1, 2, 3, 5}]
+    assert kept(td.Drop("0:", 1, "temporal", "gone", per="frame"), made, layout) == [{1, 5}]
+
+
+def test_a_score_of_ones_own_sees_frames():
+    made, seen = texts(SAMPLES, "uuuu"), []
+
+    @td.sees(frames=True)
+    def score(scoring):
+        seen.append(scoring)
+        return scoring.frames.float()
+
+    module, drop = dropped(llama(), {"u": td.Drop("1:", 0.5, score, "gone")}, multiple=1)
+    layout = made.layout(frames=numbers(made), images=numbers(made) * -7)
+    with drop.layout(layout):
+        run(module, made)
+    image = layout.image[[0, 1, 3]]
+    assert torch.equal(seen[0].images >= 0, image)
+    assert torch.equal(seen[0].frames[image], layout.frames[[0, 1, 3]][image])
+    same = layout.images[[0, 1, 3], :, None] == layout.images[[0, 1, 3], None]
+    both = image[:, :, None] & image[:, None]
+    assert torch.equal((seen[0].images[:, :, None] == seen[0].images[:, None])[both], same[both])
+
+
 RISING = {
     "shares": td.PyramidDrop((1, 2), (0.3, 0.6)),
     "a share, then a count": td.PyramidDrop((1, 2), (0.1, 5)),
@@ -211,7 +273,7 @@ def test_generation_with_a_cache_equals_without(search):
 def test_frames_that_nobody_knows_are_refused():
     made = texts(SAMPLES, "uuuu")
     _, drop = dropped(llama(), {"u": td.Drop("1:", 0.5, per="frame")})
-    with pytest.raises(td.LayoutError, match=r"per='frame'.*give TokenLayout\(frames=.*video_grid_thw.*per='image'"):
+    with pytest.raises(td.LayoutError, match=r"per='frame'.*give TokenLayout\(frames=.*batch_layout.*video_grid_thw"):
         drop.plan(made.layout())
     drop.plan(made.layout(frames=torch.zeros_like(made.ids)))
     assert td.flops(llama().config, td.Drop("1:", 0.5, per="frame"), text=4, image=4).ratio < 1

@@ -120,8 +120,9 @@ class Roles:
         looks = torch.tensor([sum(count for _, count in budgets)]), looks, encoded, router
         states, candidates = states[one][:, tokens], candidates[None, tokens]
         text = torch.tensor([[t in self._text(sample, tokens) for t in tokens]])
+        named = text, *(self._frames(sample, tokens) if select.frames else ())
         scoring = Scoring(
-            states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks, text
+            states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks, *named
         )
         scores = dict(zip(tokens, select.score(scoring)[0].tolist(), strict=True))
         best = sorted(alive, key=lambda token: (-scores[token], token))
@@ -140,16 +141,28 @@ class Roles:
         merged = _merging(merge).to(states.dtype) @ states[0]
         return row.index_copy(0, torch.tensor(tokens), merged)
 
-    def _budgets(self, sample: int, select: Select, tokens: list[int]) -> list[tuple[list[int], int]]:
-        # The image tokens that share a budget, and how many of them stay.
-        layout, parts, run = self.layout, dict[object, list[int]](), 0
+    def _named(self, sample: int, tokens: list[int]) -> dict[int, tuple[int, int]]:
+        # Of each image token the image, by the layout or by runs, and the frame.
+        layout, run, named = self.layout, 0, {}
         for at, t in enumerate(tokens):
             run += not (at and tokens[at - 1] == t - 1 and layout.image[sample, t - 1])
             if layout.image[sample, t]:
                 image = run if layout.images is None else int(layout.images[sample, t])
-                frame = 0 if layout.frames is None else int(layout.frames[sample, t])
-                name = {"sample": None, "image": image, "frame": (image, frame)}[select.per]
-                parts.setdefault(name, []).append(t)
+                named[t] = image, 0 if layout.frames is None else int(layout.frames[sample, t])
+        return named
+
+    def _frames(self, sample: int, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        named = self._named(sample, tokens)
+        numbers = sorted({image for image, _ in named.values()})
+        images = [numbers.index(named[t][0]) if t in named else -1 for t in tokens]
+        return torch.tensor([images]), torch.tensor([[named.get(t, (0, 0))[1] for t in tokens]])
+
+    def _budgets(self, sample: int, select: Select, tokens: list[int]) -> list[tuple[list[int], int]]:
+        # The image tokens that share a budget, and how many of them stay.
+        parts: dict[object, list[int]] = {}
+        for t, (image, frame) in self._named(sample, tokens).items():
+            name = {"sample": None, "image": image, "frame": (image, frame)}[select.per]
+            parts.setdefault(name, []).append(t)
         left = set(self.alive[sample])
         return [(part, min(select.count(len(part)), len(left.intersection(part)))) for part in parts.values()]
 

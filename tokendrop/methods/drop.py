@@ -34,6 +34,7 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "leverage": lambda s: scores.leverage(s.states, s.image),
     "attention": sees("answer")(lambda s: scores.attention(*_attention(s)[:2])),
     "value_norm": sees("answer")(lambda s: scores.value_norm(_attention(s).values)),
+    "temporal": sees(frames=True)(lambda s: scores.temporal(s.states, cast(Tensor, s.images), cast(Tensor, s.frames))),
 }
 ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "attend": Role.ATTEND, "merge": Role.BYPASS}
 
@@ -78,8 +79,9 @@ class Drop(Method):
     Args:
         layers: the range; with then="gone" only its first layer counts.
         keep: share of the sample's image tokens, or a count.
-        score: "random", "uniform", "norm", "similarity", "leverage", "attention" or "value_norm", or a function from
-            `Scoring` to (B, T) float; higher is kept. It sees attention, keys and the encoder where `td.sees` asks so.
+        score: "random", "uniform", "norm", "similarity", "leverage", "attention", "value_norm" or "temporal"; or a
+            function from `Scoring` to (B, T) float, higher is kept, which sees attention, keys, the encoder and frames
+            where `td.sees` asks so.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
             keys and values of the state they had at its entry (CONTEXT) until its end, "attend" lets them go on without
             an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too; "merge" makes each kept
@@ -133,7 +135,8 @@ class Drop(Method):
                 rows, layer = asked.attention, max(0, entry - asked.before)
                 queries = None if rows is None else Queries(rows, layer)
                 merge = _average if self.then == "merge" else None
-                kept = partial(Select, encoder=asked.encoder, merge=merge, restore=merge is not None, per=self.per)
+                kept = partial(Select, encoder=asked.encoder, merge=merge, restore=merge is not None)
+                kept = partial(kept, per=self.per, frames=asked.frames)
                 select = kept(self.keep, score, entry, self.seed, strength, queries)
                 # With none to choose, a token that is generated is like those of the prompt.
                 select = None if none else select

@@ -49,6 +49,8 @@ class Budgets:
 
     def kept(self, select: Select | None, samples: Sequence[int]) -> dict[int, list[int]]:
         """How many each sample of some rows keeps: the row itself, or those packed into it."""
+        if select is not None and select.frames:
+            known_frames(self.layout, "a score compares frames")
         kept: dict[int, list[int]] = {sample: [] for sample in samples}
         for at, owner in enumerate(self.owners):
             if select is not None and owner in kept:
@@ -115,19 +117,28 @@ def part_numbers(layout: TokenLayout, per: str) -> Tensor:
     """
     image, names = layout.image, [image_numbers(layout)]
     if per == "frame":
-        if layout.frames is None:
-            raise LayoutError(
-                "per='frame' keeps a share of each frame, and the layout does not say which frame an image token "
-                "belongs to; give TokenLayout(frames=...), (B, T) int64, 0 throughout where there is no video, or make "
-                "it with tokendrop.callbacks.batch.batch_layout of a batch with image_grid_thw, video_grid_thw or "
-                "pixel_values_videos; per='image' needs none"
-            )
-        names.append(layout.frames)
+        names.append(known_frames(layout, "per='frame' keeps a share of each frame"))
     row = torch.arange(len(image), device=image.device)[:, None].expand_as(image)
     table = torch.stack([one[image] for one in (row, *names)], 1)
     found, inverse = table.unique(dim=0, return_inverse=True)
     first = torch.searchsorted(found[:, 0].contiguous(), row[:, 0].contiguous())
     return torch.full_like(row, -1).index_put((image,), inverse - first[table[:, 0]])
+
+
+def known_frames(layout: TokenLayout, asks: str) -> Tensor:
+    """(B, T) int64, the frame of each image token.
+
+    Raises:
+        LayoutError: the layout does not say it, with what `asks`.
+    """
+    if layout.frames is None:
+        raise LayoutError(
+            f"{asks}, and the layout does not say which frame an image token belongs to; give TokenLayout(frames=...), "
+            "(B, T) int64, 0 throughout where there is no video, or make the layout with "
+            "tokendrop.callbacks.batch.batch_layout of a batch with image_grid_thw, video_grid_thw or "
+            "pixel_values_videos"
+        )
+    return layout.frames
 
 
 def image_numbers(layout: TokenLayout) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from tokendrop.engine.plan.packs import Packs
-from tokendrop.engine.plan.parts import highest_of_each
+from tokendrop.engine.plan.parts import highest_of_each, known_frames, part_numbers
 from tokendrop.engine.plan.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
@@ -170,8 +170,9 @@ class Selections:
         looks = choice.kept, attention, encoded, router
         numbers = self._numbers(group) + self.first
         text = _samples(group, prompt_text(self.plan.layout, self.prompt.shape[1]))
+        named = text, *(self._frames(group) if select.frames else ())
         scoring = Scoring(
-            _samples(group, states), candidates, numbers, select.layer, select.seed, self.step, *looks, text
+            _samples(group, states), candidates, numbers, select.layer, select.seed, self.step, *looks, *named
         )
         scores = select.score(scoring)
         if not isinstance(scores, Tensor) or scores.shape != candidates.shape:
@@ -191,6 +192,12 @@ class Selections:
         if group.role is Role.GONE:
             self.alive = self.alive.index_copy(0, group.samples, kept[group.samples])
         return kept[group.samples]
+
+    def _frames(self, group: Group) -> tuple[Tensor, Tensor]:
+        # The image and the frame of every image token, also of one that is GONE.
+        layout = self.plan.layout
+        images = _samples(group, part_numbers(layout, "image")).where(_samples(group, layout.image), -1)
+        return images, _samples(group, known_frames(layout, "a score compares frames"))
 
     def _highest(self, group: Group, choice: Choice, scores: Tensor, candidates: Tensor) -> Tensor:
         if choice.parts is None:
