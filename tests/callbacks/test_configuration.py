@@ -46,6 +46,7 @@ METHODS = [
     td.Drop("1:", keep=0.25, then="context"),
     td.Drop("1:", keep=0.25, then="merge"),
     td.Drop("1:", keep=0.25),
+    td.Drop("1:", keep=0.25, per="frame"),
     td.RandomLTD(keep=7),
     td.SkipVision("1:", keep=0.25, score="random", seed=2),
     td.Drop("1:", keep=3, then="attend"),

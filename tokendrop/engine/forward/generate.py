@@ -91,7 +91,7 @@ def by_ids(layout: TokenLayout, routes: Sequence[Route], ids: Ids, shape: tuple[
     images = new_images(layout, ids, *shape, False)
     if bool(layout.image.any() | images[:, 0].any()) or (_selects(routes) and bool(images.any())):
         return layout
-    return replace(layout, image=layout.image[:, :1], padding=None, segments=None)
+    return replace(layout, image=layout.image[:, :1], padding=None, segments=None, images=None, frames=None)
 
 
 def row_order(layout: TokenLayout, routes: Sequence[Route], ids: Ids, hidden: Tensor) -> list[int]:
@@ -215,4 +215,7 @@ def grown(layout: TokenLayout, routes: Sequence[Route], order: Sequence[int], ne
     task = layout.task
     if task is not None and not isinstance(task, str):
         task = tuple(task[row] for row in rows)
-    return replace(layout, image=image, task=task, padding=padding, segments=None)
+    behind = torch.full(new.shape, -1, device=device)  # new images are no part of a selection
+    images, frames = (None if x is None else torch.cat([x[rows], behind], 1) for x in (layout.images, layout.frames))
+    more = {"images": images, "frames": frames, "segments": None}
+    return replace(layout, image=image, task=task, padding=padding, **more)

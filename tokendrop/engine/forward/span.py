@@ -14,13 +14,13 @@ from torch._subclasses import FakeTensor
 from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
-from tokendrop.engine.forward.block_masks import first_columns, has_columns
 from tokendrop.engine.forward.calls import Site, group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.ids import check_rows, generating
 from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, told_packs, unkept
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.forward.step import Step, decode
+from tokendrop.engine.model.block_masks import first_columns, has_columns
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.sets import ROUTER

@@ -4,17 +4,19 @@ Shape letters: B batch, N samples of a group, T tokens, P samples (packed ones c
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from tokendrop.engine.plan.merged import Merged
 from tokendrop.engine.plan.packs import Packs
+from tokendrop.engine.plan.parts import highest_of_each, known_frames, part_numbers
 from tokendrop.engine.plan.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
-from tokendrop.kernels import gather_tokens, merge_tokens
+from tokendrop.kernels import merge_tokens
 from tokendrop.layout import prompt_text
 from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select
 
@@ -22,44 +24,6 @@ from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, S
 Look = Callable[[Group, Rows, Tensor], Attention]
 # From layers of the vision encoder, the image tokens (B, T) and how often each row is repeated, what it says of them.
 Encode = Callable[[tuple[int, ...], Tensor, int], Encoded]
-
-
-@dataclass(eq=False)
-class Merged:
-    """Tokens merged where a selection was made, to be restored where it ends.
-
-    Args:
-        select: it.
-        members: positions of its N samples in the batch.
-        samples: (N,) int64, the same.
-        into: (N, T) int64, the token that each was added to; itself where it stayed.
-        before: (N, T, D), the hidden states before they were merged.
-        after: (N, T, D), then.
-        on: the samples that are merged still.
-    """
-
-    select: Select
-    members: tuple[int, ...]
-    samples: Tensor
-    into: Tensor
-    before: Tensor
-    after: Tensor
-    on: set[int]
-
-    def restored(self, states: Tensor, on: set[int]) -> Tensor:
-        """`states` (B, T, D), where in samples that are not `on` each token has what the one it went to has been given.
-
-        x[t] + y[into[t]] - m[into[t]], of x before the merge, m behind it, and y at the end
-        """
-        ends, self.on = [sample in self.on and sample not in on for sample in self.members], self.on & on
-        if not any(ends):
-            return states
-        now, own = states[self.samples], torch.arange(states.shape[1], device=states.device)
-        leaves = self.into != own
-        touched = leaves | (torch.zeros_like(self.into).scatter_add(1, self.into, leaves.long()) > 0)
-        touched = touched & torch.tensor(ends, device=states.device)[:, None]
-        update = gather_tokens(now - self.after, self.into)
-        return states.index_copy(0, self.samples, (self.before + update).where(touched[:, :, None], now))
 
 
 class Selections:
@@ -182,7 +146,7 @@ class Selections:
             raise MethodError(
                 f"a score returned {found}; expected one number for each token, {tuple(candidates.shape)}"
             )
-        chosen = highest(scores, candidates, choice.kept)
+        chosen = self._highest(group, choice, scores, candidates)
         if scoring.router is not None:
             self._learn(group, select, scoring.router, candidates, chosen)
         if select.merge is not None:
@@ -202,6 +166,7 @@ class Selections:
             attention = self._look(group, select.queries, look)
         if select.encoder and self.encode is not None:
             encoded = self._encoded(group, self.encode(select.encoder, self.plan.layout.image, self.times))
+        images, frames = self._frames(group) if select.frames else (None, None)
         return Scoring(
             states=_samples(group, states),
             image=_samples(group, self.alive),
@@ -214,7 +179,22 @@ class Selections:
             encoded=encoded,
             router=_samples(group, router) if select.learned and router is not None else None,
             text=_samples(group, prompt_text(self.plan.layout, self.prompt.shape[1])),
+            images=images,
+            frames=frames,
             most=choice.most,
+        )
+
+    def _frames(self, group: Group) -> tuple[Tensor, Tensor]:
+        # The image and the frame of every image token, also of one that is GONE.
+        layout = self.plan.layout
+        images = _samples(group, part_numbers(layout, "image")).where(_samples(group, layout.image), -1)
+        return images, _samples(group, known_frames(layout, "a score compares frames"))
+
+    def _highest(self, group: Group, choice: Choice, scores: Tensor, candidates: Tensor) -> Tensor:
+        if choice.parts is None:
+            return highest(scores, candidates, choice.kept)
+        return highest_of_each(
+            best_first(scores, candidates), candidates, choice.parts, _samples(group, choice.parts.number)
         )
 
     def _learn(self, group: Group, select: Select, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
@@ -278,10 +258,15 @@ def highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
         >>> highest(scores, candidates, torch.tensor([1])).tolist()
         [[False, True, False]]
     """
+    order = best_first(scores, candidates)
+    first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    return torch.zeros_like(candidates).scatter(1, order, first) & candidates
+
+
+def best_first(scores: Tensor, candidates: Tensor) -> Tensor:
+    """Tokens (B, T) int64 from the highest score on, those that are no candidates last, ties in their order."""
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     # Above the minus infinity of those that are no candidates, or one of them would be chosen instead.
     lowest = torch.finfo(scores.dtype).min
     scores = scores.nan_to_num(nan=lowest, neginf=lowest)
-    order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    return torch.zeros_like(candidates).scatter(1, order, first) & candidates
+    return scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
