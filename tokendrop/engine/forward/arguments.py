@@ -197,6 +197,8 @@ def _sight(padding: Tensor | None, group: Group, form: Form) -> Sight:
     seen, packs = places(group, form), form.packs
     fills = form.both and group.active is not None  # which those before them would see
     causal = not fills and padding is None and packs is None and group.context is None and not form.merged
+    if group.late is not None and padding is None and packs is None and not form.merged and not form.both:
+        seen.before = group.size - len(group.late)
     if padding is not None:
         real = padding.bool().expand(form.shape[0], -1)[group.samples].gather(1, seen.columns)
         seen.valid = real if seen.valid is None else seen.valid & real
