@@ -58,7 +58,8 @@ output have all rows that ran, with those that only fill up. gpt-oss and Gemma 2
 
 Qwen3-VL adds features of its vision encoder to image tokens behind its first decoder layers (DeepStack). That is no
 part of a layer: a token that skips layers, or is CONTEXT, gets them all the same, and those of a token that is GONE go
-with it. A decoder that adds them in a way of its own (Granite 4 Vision) is refused across these layers.
+with it; one that is merged for a range has those of the token it went to. A decoder that adds them in a way of its own
+(Granite 4 Vision) is refused across these layers.
 
 """
 

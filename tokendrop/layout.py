@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tokendrop.errors import LayoutError, LayoutTypeError
+from tokendrop.places import places as places
+from tokendrop.places import window_by_window as window_by_window
 
 IGNORED = -100
 # Keys of a batch that are for us and not for the model.
@@ -42,6 +44,10 @@ class TokenLayout:
         image_ids: (V,) int64, the vocabulary ids of image tokens.
         packs: (B, T) int64, the packed sample of its row that a token belongs to, any numbers; None where each row is
             one sample. What a method keeps of a sample's image tokens is kept of each packed sample.
+        images: (B, T) int64, which of its images and videos an image token belongs to, any numbers; None where each run
+            of image tokens is one.
+        frames: (B, T) int64, which frame of its video an image token belongs to, ascending; 0 for one of an image. None
+            where nobody knows.
         new: what generated tokens are where no ids say it, "text" or "image"; None for text, and for images where
             tokens come one by one as embeddings behind a prompt that came as ids.
 
@@ -63,6 +69,8 @@ class TokenLayout:
     image_ids: Tensor | None = None
     packs: Tensor | None = None
     new: Literal["text", "image"] | None = None
+    images: Tensor | None = None
+    frames: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.image, Tensor) or self.image.dtype != torch.bool or self.image.dim() != 2:
@@ -73,7 +81,8 @@ class TokenLayout:
         self._check("segments", self.segments, _INTEGERS, "integer")
         self._check("padding", self.padding, (torch.bool,), "bool")
         self._check("labels", self.labels, (torch.int64,), "int64")
-        self._check("packs", self.packs, (torch.int64,), "int64")
+        for name in ("packs", "images", "frames"):
+            self._check(name, getattr(self, name), (torch.int64,), "int64")
         self._check_values()
         self._check_task()
 
@@ -157,40 +166,6 @@ class TokenLayout:
         values = id_tensor(image_ids).to(input_ids.device)
         padding = None if attention_mask is None else attention_mask != 0
         return cls(torch.isin(input_ids, values), task, None, padding, labels, values)
-
-
-def places(sizes: Iterable[Sequence[int]], device: torch.device) -> Tensor:
-    """Where the V tokens of some images lie, image by image and row by row.
-
-    Args:
-        sizes: frames, rows and columns of each, in tokens.
-        device: of the result.
-
-    Returns:
-        (V, 3) int64: the number of its image or frame, row and column.
-
-    Example:
-        >>> places([(1, 1, 2), (1, 2, 1)], torch.device("cpu")).tolist()
-        [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0]]
-    """
-    found = [torch.zeros(0, 3, dtype=torch.int64)]
-    for frames, rows, columns in sizes:
-        found += [
-            torch.cartesian_prod(torch.tensor([len(found) - 1 + frame]), torch.arange(rows), torch.arange(columns))
-            for frame in range(frames)
-        ]
-    return torch.cat(found).to(device)
-
-
-def window_by_window(place: Tensor, side: int) -> Tensor:
-    """The order of tokens at `place` (..., V, 3) int64 by windows of `side` rows and columns; (..., V) int64.
-
-    Example:
-        >>> window_by_window(places([(1, 2, 4)], torch.device("cpu")), 2).tolist()
-        [0, 1, 4, 5, 2, 3, 6, 7]
-    """
-    cells = place // place.new_tensor([1, side, side])
-    return ((cells[..., 0] << 40) + (cells[..., 1] << 20) + cells[..., 2]).argsort(dim=-1, stable=True)
 
 
 def scoring_mask(layout: TokenLayout, kind: str) -> Tensor:

@@ -20,6 +20,7 @@ from tokendrop.scoring import Encoded as Encoded
 from tokendrop.scoring import Merge, Scoring
 
 Separate = Literal["none", "shared", "per-task"]
+Per = Literal["sample", "image", "frame"]
 
 
 class Role(IntEnum):
@@ -61,8 +62,12 @@ class Select:
         of: an earlier selection; shares are of what it kept.
         encoder: layers of the vision encoder that `score` and `merge` look at.
         merge: from `Scoring` and the kept (B, T), how those that leave are merged into them.
+        gate: above 0, the router r has a bias and begins at 0, and 1 + gate tanh(r) scales what the FFN gives to a
+            token that is kept and the state of one that is not, in place of what the layer adds.
         restore: whether they are given, where the range ends, what those that they were merged into have been given.
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
+        per: what keeps so many: a sample, each of its images, or each of their frames.
+        frames: whether `score` sees which image and frame a token belongs to.
 
     Raises:
         MethodError: queries of a layer that is neither entered nor the one before.
@@ -80,6 +85,9 @@ class Select:
     merge: Callable[[Scoring, Tensor], Merge] | None = None
     learned: bool = False
     restore: bool = False
+    gate: float = 0.0
+    per: Per = "sample"
+    frames: bool = False
 
     def __post_init__(self) -> None:
         if self.queries is not None and self.queries.layer not in (self.layer, max(0, self.layer - 1)):
@@ -96,8 +104,7 @@ class Select:
             2
         """
         images = images if self.of is None else self.of.count(images)
-        share = self.keep * images
-        rounded = int(share + 1e-9) if self.floor else round(share)
+        rounded = int(self.keep * images + 1e-9) if self.floor else round(self.keep * images)
         least = min(images, max(1, rounded) if isinstance(self.keep, float) else self.keep)
         return images - int(self.strength * (images - least) + 1e-9)
 

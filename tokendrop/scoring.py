@@ -85,6 +85,10 @@ class Scoring(NamedTuple):
         router: (B, T) float32, what the layer's router gives each token; None where the selection is not learned.
         text: (B, T) bool, the text of the prompt: tokens that are no image, no padding, have no label and are not
             generated.
+        images: (B, T) int64, the image or video that each image token belongs to, also one that has left; -1 for other
+            tokens. None where the score does not ask for frames.
+        frames: (B, T) int64, its frame, likewise.
+        most: the largest of `counts`, as a number.
     """
 
     states: Tensor
@@ -98,6 +102,9 @@ class Scoring(NamedTuple):
     encoded: Encoded | None = None
     router: Tensor | None = None
     text: Tensor | None = None
+    images: Tensor | None = None
+    frames: Tensor | None = None
+    most: int | None = None
 
 
 class Sees(NamedTuple):
@@ -106,10 +113,14 @@ class Sees(NamedTuple):
     attention: Literal["answer", "prompt"] | None = None
     before: bool = False
     encoder: tuple[int, ...] = ()
+    frames: bool = False
 
 
 def sees(
-    attention: Literal["answer", "prompt"] | None = None, before: bool = False, encoder: Sequence[int] = ()
+    attention: Literal["answer", "prompt"] | None = None,
+    before: bool = False,
+    encoder: Sequence[int] = (),
+    frames: bool = False,
 ) -> Callable[[Score], Score]:
     """Let a score function of one's own see what costs something to look at; without it, a score sees the rest.
 
@@ -119,6 +130,7 @@ def sees(
             image ("prompt").
         before: whether that is of the layer before the one that is entered.
         encoder: layers of the vision encoder; fills `scoring.encoded`.
+        frames: fills `scoring.images` and `scoring.frames`; a layout that does not say them is refused.
 
     Raises:
         MethodError: a value that makes no sense.
@@ -136,10 +148,11 @@ def sees(
     if attention is not None and (not isinstance(attention, str) or attention not in ("answer", "prompt")):
         raise MethodError(f"attention={attention!r} is unknown; use 'answer', 'prompt' or None")
     check_flag("before", before)
+    check_flag("frames", frames)
     layers = tuple(encoder) if isinstance(encoder, Sequence) else ()
     if not isinstance(encoder, Sequence) or any(type(one) is not int for one in layers):
         raise MethodError(f"encoder={encoder!r}: expected indices of layers of the vision encoder")
-    asked = Sees(attention, before, layers)
+    asked = Sees(attention, before, layers, frames)
 
     def mark(score: Score) -> Score:
         if not callable(score):

@@ -23,7 +23,7 @@ class Roles:
 
     def __init__(self, routes: list[Route], layout: TokenLayout, step: tuple[int, int], sets: Sequence[Any]) -> None:
         self.routes, self.layout, self.step, self.sets = routes, layout, torch.tensor(step), sets
-        self.scale = torch.ones(layout.image.shape)
+        self.scale, self.weight = torch.ones(layout.image.shape), torch.ones(layout.image.shape)
         self.alive: list[list[int]] = []
         self.kept: list[list[int]] = []
         self.inputs: list[tuple[nn.Module, LayerSpec, Tensor, dict[str, Any]]] = []
@@ -40,7 +40,7 @@ class Roles:
             self.kept = [[] for _ in self.routes]
             self.places = [list(range(row.numel())) for row in self.layout.image]
         roles, rows = torch.zeros(self.layout.image.shape, dtype=torch.int64), list(states)
-        self.scale = torch.ones(self.layout.image.shape)
+        self.scale, self.weight = (torch.ones(self.layout.image.shape) for _ in range(2))
         for sample, route in enumerate(self.routes):
             select = route[index].select
             if select is not None and (index == 0 or route[index - 1].select != select):
@@ -116,18 +116,33 @@ class Roles:
             encoded = self.encoder.encoded(self.seen, select.encoder, self.layout.image).of(one)
             encoded = Encoded(encoded[0][:, :, tokens], encoded[1][:, :, tokens], encoded[2][:, tokens])
         router = self.sets[select.layer]["router"](states[one])[:, tokens] if select.learned else None
-        count = select.count(int(self.layout.image[sample, tokens].sum()))
-        looks = torch.tensor([count]), looks, encoded, router
+        budgets = self._budgets(sample, select, tokens)
+        looks = torch.tensor([sum(count for _, count in budgets)]), looks, encoded, router
         states, candidates = states[one][:, tokens], candidates[None, tokens]
         text = torch.tensor([[t in self._text(sample, tokens) for t in tokens]])
+        named = text, *(self._frames(sample, tokens) if select.frames else ())
         scoring = Scoring(
-            states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks, text
+            states,
+            candidates,
+            torch.tensor([number]),
+            select.layer,
+            select.seed,
+            self.step,
+            *looks,
+            *named,
+            most=sum(count for _, count in budgets),
         )
         scores = dict(zip(tokens, select.score(scoring)[0].tolist(), strict=True))
-        kept = sorted(sorted(alive, key=lambda token: (-scores[token], token))[:count])
+        best = sorted(alive, key=lambda token: (-scores[token], token))
+        kept = sorted(t for part, count in budgets for t in [one for one in best if one in part][:count])
         self.kept[sample] = self.kept[sample] + kept
         places = [tokens.index(token) for token in kept]
-        if router is not None:
+        if router is not None and select.gate:
+            weights = 1 + select.gate * router[0].tanh()
+            for t in alive:
+                at = torch.tensor(sample), torch.tensor(t)
+                self.weight = self.weight.to(router.dtype).index_put(at, weights[tokens.index(t)])
+        elif router is not None:
             at = torch.tensor([sample]), torch.tensor(kept, dtype=torch.int64)
             self.scale = self.scale.to(router.dtype).index_put(at, router[0, places])
         if select.merge is None:
@@ -138,6 +153,31 @@ class Roles:
             into[token] = tokens[target]
         merged = _merging(merge).to(states.dtype) @ states[0]
         return row.index_copy(0, torch.tensor(tokens), merged)
+
+    def _named(self, sample: int, tokens: list[int]) -> dict[int, tuple[int, int]]:
+        # Of each image token the image, by the layout or by runs, and the frame.
+        layout, run, named = self.layout, 0, {}
+        for at, t in enumerate(tokens):
+            run += not (at and tokens[at - 1] == t - 1 and layout.image[sample, t - 1])
+            if layout.image[sample, t]:
+                image = run if layout.images is None else int(layout.images[sample, t])
+                named[t] = image, 0 if layout.frames is None else int(layout.frames[sample, t])
+        return named
+
+    def _frames(self, sample: int, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        named = self._named(sample, tokens)
+        numbers = sorted({image for image, _ in named.values()})
+        images = [numbers.index(named[t][0]) if t in named else -1 for t in tokens]
+        return torch.tensor([images]), torch.tensor([[named.get(t, (0, 0))[1] for t in tokens]])
+
+    def _budgets(self, sample: int, select: Select, tokens: list[int]) -> list[tuple[list[int], int]]:
+        # The image tokens that share a budget, and how many of them stay.
+        parts: dict[object, list[int]] = {}
+        for t, (image, frame) in self._named(sample, tokens).items():
+            name = {"sample": None, "image": image, "frame": (image, frame)}[select.per]
+            parts.setdefault(name, []).append(t)
+        left = set(self.alive[sample])
+        return [(part, min(select.count(len(part)), len(left.intersection(part)))) for part in parts.values()]
 
     @torch.no_grad()
     def _attention(self, sample: int, queries: Queries | None, tokens: list[int]) -> Attention | None:

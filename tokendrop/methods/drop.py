@@ -15,6 +15,7 @@ from tokendrop.roles import (
     Layers,
     Merge,
     Method,
+    Per,
     Queries,
     Role,
     Route,
@@ -33,6 +34,7 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "leverage": lambda s: scores.leverage(s.states, s.image),
     "attention": sees("answer")(lambda s: scores.attention(*_attention(s)[:2])),
     "value_norm": sees("answer")(lambda s: scores.value_norm(_attention(s).values)),
+    "temporal": sees(frames=True)(lambda s: scores.temporal(s.states, cast(Tensor, s.images), cast(Tensor, s.frames))),
 }
 ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "attend": Role.ATTEND, "merge": Role.BYPASS}
 
@@ -58,6 +60,16 @@ def check_keep(keep: int | float) -> None:
         raise MethodError(f"keep={keep!r}: expected a share in (0, 1] as a float, or a count of 0 or more")
 
 
+def check_per(per: object) -> None:
+    """Refuse what image tokens have no budget of.
+
+    Raises:
+        MethodError: with the value.
+    """
+    if not isinstance(per, str) or per not in ("sample", "image", "frame"):
+        raise MethodError(f"per={per!r} is unknown; use 'sample', 'image' or 'frame'")
+
+
 @dataclass(frozen=True)
 class Drop(Method):
     """Image tokens with the lowest scores leave where a range of layers begins.
@@ -67,16 +79,20 @@ class Drop(Method):
     Args:
         layers: the range; with then="gone" only its first layer counts.
         keep: share of the sample's image tokens, or a count.
-        score: "random", "uniform", "norm", "similarity", "leverage", "attention" or "value_norm", or a function from
-            `Scoring` to (B, T) float; higher is kept. It sees attention, keys and the encoder where `td.sees` asks so.
+        score: "random", "uniform", "norm", "similarity", "leverage", "attention", "value_norm" or "temporal"; or a
+            function from `Scoring` to (B, T) float, higher is kept, which sees attention, keys, the encoder and frames
+            where `td.sees` asks so.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
             keys and values of the state they had at its entry (CONTEXT) until its end, "attend" lets them go on without
             an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too; "merge" makes each kept
             token the mean of itself and those most like it by cosine, and at the end gives all of these its update.
         seed: of random scores.
+        per: what keeps `keep`: the "sample", each "image" (or video) of it, or each "frame" (an image is one). Images
+            and frames are those of the layout.
 
     Raises:
         LayerRangeError: `layers` is no range.
+        LayoutError: frames are asked for, and the layout does not say which they are.
         MethodError: a value that makes no sense.
 
     Example:
@@ -91,10 +107,12 @@ class Drop(Method):
     score: str | Callable[[Scoring], Tensor] = "random"
     then: Literal["rejoin", "gone", "context", "attend", "merge"] = "rejoin"
     seed: int = 0
+    per: Per = "sample"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_keep(self.keep)
+        check_per(self.per)
         check_integer("seed", self.seed)
         if not callable(self.score) and (not isinstance(self.score, str) or self.score not in SCORES):
             raise MethodError(
@@ -118,6 +136,7 @@ class Drop(Method):
                 queries = None if rows is None else Queries(rows, layer)
                 merge = _average if self.then == "merge" else None
                 kept = partial(Select, encoder=asked.encoder, merge=merge, restore=merge is not None)
+                kept = partial(kept, per=self.per, frames=asked.frames)
                 select = kept(self.keep, score, entry, self.seed, strength, queries)
                 # With none to choose, a token that is generated is like those of the prompt.
                 select = None if none else select

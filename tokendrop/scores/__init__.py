@@ -2,6 +2,7 @@
 
 from tokendrop.scores.attention import attention, value_norm
 from tokendrop.scores.features import leverage, similarity
+from tokendrop.scores.frames import temporal
 from tokendrop.scores.greedy import diverse, pivots, unlike
 from tokendrop.scores.simple import norm, random, uniform
 from tokendrop.scores.vision import capped_scan, dominant, nearest, scan, spread
@@ -19,6 +20,7 @@ __all__ = [
     "scan",
     "similarity",
     "spread",
+    "temporal",
     "uniform",
     "unlike",
     "value_norm",

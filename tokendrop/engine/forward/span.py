@@ -226,7 +226,8 @@ def _run(
     frame.returns_tuple = rest is not None
     if index < span.stop - 1:
         return out
-    states = forward.selections.leave(span.stop, _scaled(forward, _full(forward, states)))
+    states = forward.selections.scaled(span, forward.full, _full(forward, states))
+    states = forward.selections.leave(span.stop, states)
     forward.full, forward.context = None, ()
     return joined_output(states, rest)
 
@@ -280,13 +281,6 @@ def _full(forward: Forward, states: Tensor) -> Tensor:
         return states
     rows, folded = span.rows, _folded(forward.full, span)
     return scatter_tokens(folded, states.to(folded.dtype), rows.index, rows.valid).view(forward.full.shape)
-
-
-def _scaled(forward: Forward, states: Tensor) -> Tensor:
-    scale = forward.selections.scale
-    if scale is None or forward.full is None:
-        return states
-    return torch.lerp(forward.full, states, scale[:, :, None].to(states.dtype))  # exact where the scale is 1
 
 
 def _folded(full: Tensor, span: Span) -> Tensor:
