@@ -118,6 +118,8 @@ def flash_attn_varlen_func(
 
 def _flex(calls: Calls, query: Tensor, key: Tensor, value: Tensor, training: bool = False, **given: Any) -> Tensor:
     mask = given["block_mask"]
+    if mask is None:  # nothing is masked
+        mask = create_block_mask(lambda b, h, q, k: b >= 0, len(query), 1, query.shape[2], key.shape[2], device="cpu")
     assert mask.shape == (len(query), 1, query.shape[2], key.shape[2])
     calls.flex.append({"q": tuple(query.shape), "k": tuple(key.shape), "mask": mask})
     rule = given["score_mod"]

@@ -30,6 +30,7 @@ METHODS = [
     td.VScan(0.25, (2,), (0.5,), local_layer=1, global_layer=-1, window=2, merge=False),
     td.SVDPrune(0.5, rank=4),
     td.DivPrune(12),
+    td.PMoD(0.25),
     td.DART(2, 0.25),
     td.VisionZip(9, 3),
 ]

@@ -29,6 +29,7 @@ STAGES = (
 )
 KEEPS = (td.MethodError, [(0.5,), (0.5, 1.5), (0.5, -1), (0.5, NAN), (0.5, "1"), (), None, 0.5])
 KEEP = (td.MethodError, [0.0, 1.5, -1, -0.5, True, NAN, "half", None, [0.5]])
+SHARE = (td.MethodError, [0, 1, 0.0, -0.5, 1.5, NAN, "half", None, True])
 PER = (td.MethodError, ["video", "Frame", "", None, 1, ["image"]])
 SEED = (td.MethodError, [1.5, "0", None, True])
 COUNT = (td.MethodError, [0, -4, 1.5, "64", True, [64]])
@@ -141,6 +142,10 @@ CATALOGUE = {
     "sees.before": (FLAG,),
     "sees.frames": (FLAG,),
     "sees.encoder": ((td.MethodError, [3, "12", None, (1.5,), ("1",), (True,)]),),
+    "PMoD.shift": ((td.MethodError, [-1.5, 1.5, NAN, "half", None, True]),),
+    "PMoD.most": (SHARE, (td.MethodError, [0.1])),
+    "PMoD.least": (SHARE, (td.MethodError, [0.9])),
+    "PMoD.gate": (SHARE,),
     "SVDPrune.keep": (KEEP,),
     "SkipVision.layers": (LAYERS,),
     "SkipVision.keep": (KEEP,),
@@ -301,6 +306,7 @@ GOOD = {
     "flops": {"model_or_config": BASE, "methods": {"u": td.HiMix()}, "text": 8, "image": 8},
     "recipe": {"config_or_model": BASE, "task": "generation", "budget": 0.9, "text": 8, "image": 8},
     "MixtureOfDepths": {},
+    "PMoD": {},
     "SVDPrune": {"keep": 1, "rank": 1},
     "SkipVision": {},
     "DART": {"layer": 1},

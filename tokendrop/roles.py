@@ -62,6 +62,8 @@ class Select:
         of: an earlier selection; shares are of what it kept.
         encoder: layers of the vision encoder that `score` and `merge` look at.
         merge: from `Scoring` and the kept (B, T), how those that leave are merged into them.
+        gate: above 0, the router r has a bias and begins at 0, and 1 + gate tanh(r) scales what the FFN gives to a
+            token that is kept and the state of one that is not, in place of what the layer adds.
         restore: whether they are given, where the range ends, what those that they were merged into have been given.
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
         per: what keeps so many: a sample, each of its images, or each of their frames.
@@ -83,6 +85,7 @@ class Select:
     merge: Callable[[Scoring, Tensor], Merge] | None = None
     learned: bool = False
     restore: bool = False
+    gate: float = 0.0
     per: Per = "sample"
     frames: bool = False
 

@@ -88,6 +88,7 @@ class Scoring(NamedTuple):
         images: (B, T) int64, the image or video that each image token belongs to, also one that has left; -1 for other
             tokens. None where the score does not ask for frames.
         frames: (B, T) int64, its frame, likewise.
+        most: the largest of `counts`, as a number.
     """
 
     states: Tensor
@@ -103,6 +104,7 @@ class Scoring(NamedTuple):
     text: Tensor | None = None
     images: Tensor | None = None
     frames: Tensor | None = None
+    most: int | None = None
 
 
 class Sees(NamedTuple):

@@ -63,6 +63,7 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
         "SkipVision 25%": (td.SkipVision(keep=0.25), {}),
         "MixtureOfDepths": (td.MixtureOfDepths(), {}),
+        "PMoD": (td.PMoD(), {}),
     }
     if sizes.layers < 4:  # too few for stages
         return found

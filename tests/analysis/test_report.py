@@ -20,6 +20,7 @@ from tokendrop.analysis.labels import spread
 from tokendrop.analysis.report import Grid, Image, Section, Table, lines_png, pixels_png, render
 from tokendrop.analysis.segments import SEGMENTS, HeatMap
 from tokendrop.analysis.where import foot, made_where
+from tokendrop.synergy import heat_map
 
 EVIL = '<script>alert("1")</script>'
 
@@ -100,6 +101,16 @@ def test_no_label_of_an_allocation_is_over_another(depth):
     maps = {"understanding": heat, "generation": heat}
     for given_maps in ({}, maps):
         assert faults(plot(share, tuple(maps), SEGMENTS, given_maps, ("generation",))) == ([], [])
+
+
+@pytest.mark.parametrize("count", [1, 7, 15, 40, 300])
+def test_no_label_of_alignment_by_layer_is_over_another(count):
+    names = [f"model.model.layers.{layer}/{kind}" for layer in range(8) for kind in ("attention", "mlp", "norm")]
+    groups = {"names": names, "alignment": {"u/g": [0.1] * len(names)}}
+    events = [{"step": 10_000 + 25 * at, "groups": groups} for at in range(count)]
+    figure = heat_map(events, "u/g")
+    FigureCanvasAgg(figure)
+    assert faults(figure) == ([], [])
 
 
 def test_pixels_come_back_with_ink_black():

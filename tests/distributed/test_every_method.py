@@ -24,6 +24,7 @@ METHODS = [
     td.SkipVision("1:3", keep=2, score="norm"),
     td.SVDPrune(keep=3, rank=2),
     td.DivPrune(keep=3),
+    td.PMoD(0.2),
     td.DART(2, keep=0.5, image_pivots=1, text_pivots=2),
     td.MixtureOfDepths("1:3", keep=0.4),
 ]

@@ -28,7 +28,7 @@ OTHERS = st.sampled_from(
 
 
 @given(SAMPLES, METHODS, OTHERS, st.sampled_from(["left", "right"]), st.integers(0, 99))
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_engine_equals_reference(samples, method, other, side, seed):
     """Also where another task cuts the range, or has a part of the same one."""
     methods = {"u": method, "g": other or method}

@@ -15,6 +15,7 @@ from tokendrop.analysis.labels import end_labels
 
 MARKERS = "osD^vPX*"
 DPI = 130
+NBSP = "\N{NO-BREAK SPACE}"
 WORDS = 34  # characters, more than a figure with its interval has
 
 
@@ -94,7 +95,13 @@ def render(title: str, sections: Sequence[Section], foot: Sequence[str] = ()) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["figure"] = _figure
     return environment.get_template("report.html.j2").render(title=title, sections=sections, foot=foot)
+
+
+def _figure(cell: str) -> str:
+    # It breaks before its interval, where there is no room for both, and nowhere else.
+    return cell.replace(" ", NBSP).replace(f"{NBSP}(", " (").replace(f"{NBSP}±", " ±")
 
 
 def lines_png(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> bytes:

@@ -26,7 +26,7 @@ from tokendrop.engine.model.saved import notice_saving, take_saved
 from tokendrop.engine.model.swap import Swapped, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.model.weights import check_one_device
-from tokendrop.engine.support import Methods, attending, check_methods, check_shared, check_support
+from tokendrop.engine.support import Methods, attending, check_methods, check_shared, check_support, weighing
 from tokendrop.errors import AppliedError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import selections
 
@@ -170,7 +170,8 @@ def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Mod
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
     if handle.splits:
         projections.settle(layers, handle.specs)
-    if any(attending(method, len(layers)) for method in handle.methods.values() if method is not None):
+    given = [method for method in handle.methods.values() if method is not None]
+    if any(attending(method, len(layers)) or weighing(method, len(layers)) for method in given):
         ffn.inject(layers)
     if headed is not None:
         head.inject(*headed, handle.key)

@@ -102,12 +102,14 @@ def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], stat
         states = torch.where(active[:, :, None], out[0] if isinstance(out, tuple) else out, before)
         if bool((state.scale != 1).any()):
             states = before + state.scale[:, :, None] * (states - before)
+        states = torch.where(active[:, :, None], states, state.weight[:, :, None] * states)
         states = state.restored(len(state.inputs) - 1, states)
         return (states, *out[1:]) if isinstance(out, tuple) else states
 
     def skip(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         made = out[0] if isinstance(out, tuple) else out
         made = made.masked_fill(entered[2].view(*made.shape[:-1], 1), 0)
+        made = made * state.weight.view(*made.shape[:-1], 1)
         return (made, *out[1:]) if isinstance(out, tuple) else made
 
     if ffn is not None:

@@ -23,7 +23,7 @@ class Roles:
 
     def __init__(self, routes: list[Route], layout: TokenLayout, step: tuple[int, int], sets: Sequence[Any]) -> None:
         self.routes, self.layout, self.step, self.sets = routes, layout, torch.tensor(step), sets
-        self.scale = torch.ones(layout.image.shape)
+        self.scale, self.weight = torch.ones(layout.image.shape), torch.ones(layout.image.shape)
         self.alive: list[list[int]] = []
         self.kept: list[list[int]] = []
         self.inputs: list[tuple[nn.Module, LayerSpec, Tensor, dict[str, Any]]] = []
@@ -40,7 +40,7 @@ class Roles:
             self.kept = [[] for _ in self.routes]
             self.places = [list(range(row.numel())) for row in self.layout.image]
         roles, rows = torch.zeros(self.layout.image.shape, dtype=torch.int64), list(states)
-        self.scale = torch.ones(self.layout.image.shape)
+        self.scale, self.weight = (torch.ones(self.layout.image.shape) for _ in range(2))
         for sample, route in enumerate(self.routes):
             select = route[index].select
             if select is not None and (index == 0 or route[index - 1].select != select):
@@ -122,14 +122,27 @@ class Roles:
         text = torch.tensor([[t in self._text(sample, tokens) for t in tokens]])
         named = text, *(self._frames(sample, tokens) if select.frames else ())
         scoring = Scoring(
-            states, candidates, torch.tensor([number]), select.layer, select.seed, self.step, *looks, *named
+            states,
+            candidates,
+            torch.tensor([number]),
+            select.layer,
+            select.seed,
+            self.step,
+            *looks,
+            *named,
+            most=sum(count for _, count in budgets),
         )
         scores = dict(zip(tokens, select.score(scoring)[0].tolist(), strict=True))
         best = sorted(alive, key=lambda token: (-scores[token], token))
         kept = sorted(t for part, count in budgets for t in [one for one in best if one in part][:count])
         self.kept[sample] = self.kept[sample] + kept
         places = [tokens.index(token) for token in kept]
-        if router is not None:
+        if router is not None and select.gate:
+            weights = 1 + select.gate * router[0].tanh()
+            for t in alive:
+                at = torch.tensor(sample), torch.tensor(t)
+                self.weight = self.weight.to(router.dtype).index_put(at, weights[tokens.index(t)])
+        elif router is not None:
             at = torch.tensor([sample]), torch.tensor(kept, dtype=torch.int64)
             self.scale = self.scale.to(router.dtype).index_put(at, router[0, places])
         if select.merge is None:

@@ -42,6 +42,12 @@ def attending(method: Method, num_layers: int) -> list[int]:
     return [index for index, layer in enumerate(method.route(num_layers)) if layer.image is Role.ATTEND]
 
 
+def weighing(method: Method, num_layers: int) -> list[int]:
+    """The layers in which a router weighs what the FFN gives."""
+    selects = [layer.select for layer in method.route(num_layers)]
+    return [index for index, select in enumerate(selects) if select is not None and select.gate]
+
+
 def check_shared(layers: nn.ModuleList, path: str) -> None:
     """Refuse a layer that stands in the list twice: it would not know which of its calls comes when.
 
@@ -71,6 +77,7 @@ def check_support(
         route = method.route(len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
         _check_skipping(layers, specs, method)
+        _check_weighing(layers, specs, method)
         if refusal := _chosen_refusal(route) or _numbered_refusal(route, layers):
             raise UnsupportedError(f"{method} {refusal}")
         if refusal := _refusal(layers, specs, context):
@@ -112,12 +119,20 @@ def _check_skipping(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: M
             )
 
 
+def _check_weighing(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method) -> None:
+    for index in weighing(method, len(layers)):
+        if refusal := skip_refusal(layers[index], specs[index], adds=0.5):
+            raise UnsupportedError(f"{method} weighs what an FFN gives, but {refusal}; use MixtureOfDepths")
+
+
 def _chosen_refusal(route: Route) -> str | None:
     # What a selection cannot be combined with.
     gone = False
     for index, layer in enumerate(route):
         if layer.select is not None and layer.separate:
             return f"selects image tokens in layer {index} and has projections of their own there; do one of them"
+        if layer.select is not None and layer.select.gate and layer.image is not Role.BYPASS:
+            return f"weighs what image tokens get in layer {index}, where the others are {layer.image.name}; use BYPASS"
         if layer.select is not None and layer.image in (Role.CONTEXT, Role.ATTEND) and gone:
             role = layer.image.name
             return f"selects image tokens in layer {index}, the others {role}, behind others that are GONE; use BYPASS"

@@ -9,6 +9,7 @@ from tokendrop.methods.hidrop import HiDrop
 from tokendrop.methods.himix import HiMix
 from tokendrop.methods.hmgen import HMGen
 from tokendrop.methods.mixture_of_depths import MixtureOfDepths
+from tokendrop.methods.pmod import PMoD
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
 from tokendrop.methods.skip_vision import SkipVision
@@ -26,6 +27,7 @@ __all__ = [
     "HiDrop",
     "HiMix",
     "MixtureOfDepths",
+    "PMoD",
     "PyramidDrop",
     "RandomLTD",
     "SVDPrune",

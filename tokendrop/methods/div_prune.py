@@ -11,7 +11,7 @@ from tokendrop.roles import Method, Route, Scoring, Select
 
 
 def _diverse(scoring: Scoring) -> Tensor:
-    return scores.diverse(scoring.states, scoring.image, scoring.counts)
+    return scores.diverse(scoring.states, scoring.image, scoring.counts, scoring.most)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def diverse(states: Tensor, image: Tensor, counts: Tensor) -> Tensor:
+def diverse(states: Tensor, image: Tensor, counts: Tensor, most: int | None = None) -> Tensor:
     """Tokens as far from one another as can be, chosen greedily.
 
     d[t, u] = 1 - cos(x[t], x[u]); first the token whose nearest other is farthest, then always the one whose nearest
@@ -18,6 +18,7 @@ def diverse(states: Tensor, image: Tensor, counts: Tensor) -> Tensor:
         states: (B, T, D).
         image: (B, T) bool, the tokens to choose from.
         counts: (B,) int64, how many are chosen.
+        most: the largest of these; None to ask the device.
 
     Returns:
         (B, T) float32, minus the place in the order of choice; minus infinity for those not chosen.
@@ -33,7 +34,7 @@ def diverse(states: Tensor, image: Tensor, counts: Tensor) -> Tensor:
     # Sample by sample, so that one T x T matrix is there at a time.
     nearest = torch.stack([_nearest_other(*one) for one in zip(unit, image, strict=True)])
     score = torch.full(image.shape, -torch.inf, device=image.device)
-    for order in range(int(counts.max()) if len(counts) else 0):
+    for order in range(int(counts.max()) if most is None else most):
         free = image & score.isinf()
         best = nearest.masked_fill(~free, -torch.inf).argmax(1, keepdim=True)
         take = free.gather(1, best) & (order < counts[:, None])

@@ -35,6 +35,7 @@ METHODS: dict[str, Any] = {
     "renumbered": td.PyramidDrop((1, 2, 4), (0.8, 0.5, 0.2), "renumber"),
     "hidrop": td.HiDrop(1, (2, 3), (0.6, 2), 4),
     "duet_vlm": td.DuetVLM((1, 3), (0.5, 0)),
+    "pmod": td.PMoD(0.2),
     "dart": td.DART(2, 0.6, 1, 2),
     "div_prune": td.DivPrune(0.5),
     "svd_prune": td.SVDPrune(0.5, rank=2),

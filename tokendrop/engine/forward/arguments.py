@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokendrop.engine.forward.block_masks import compact_block, is_block_mask
+from tokendrop.engine.model.block_masks import compact_block, is_block_mask
 from tokendrop.engine.model.sight import Sight, additive
 from tokendrop.engine.plan.plan import Group
 from tokendrop.engine.plan.rows import Rows

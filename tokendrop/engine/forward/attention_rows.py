@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokendrop.engine.forward.arguments import Form, compact, select
-from tokendrop.engine.forward.block_masks import is_block_mask, rows_of_block
 from tokendrop.engine.forward.packing import form_of
 from tokendrop.engine.model.attention import choosing, settle
+from tokendrop.engine.model.block_masks import is_block_mask, rows_of_block
 from tokendrop.engine.model.context import keys_values
 from tokendrop.engine.model.decoder import LayerSpec, attention_of
 from tokendrop.engine.model.logits import SOFTMAX, products

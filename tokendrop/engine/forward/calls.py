@@ -88,7 +88,7 @@ def _call(site: Site, form: Form, group: Group, context: Tensor | None, named: d
     arguments = _once(site.made, group, kind, named, lambda one: compact(one, group, form))
     shape = (len(group.samples), group.size)
     if context is None:
-        return Call(shape, arguments, group.split, None, {}, None, None, ffn=group.ffn)
+        return Call(shape, arguments, group.split, None, {}, None, None, ffn=group.ffn, gate=group.gate)
 
     def chosen(one: dict[str, Any]) -> dict[str, Any]:
         return {name: select(value, group, group.context, form.shape, name) for name, value in one.items()}

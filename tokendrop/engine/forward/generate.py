@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import Role, Route
+from tokendrop.roles import Role, Route, selections
 
 
 class Ids(NamedTuple):
@@ -51,12 +51,13 @@ def check_length(layout: TokenLayout, ids: Ids, length: int, follows: bool) -> N
 
 
 def refuse_routers(routes: Sequence[Route]) -> None:
-    """Refuse to generate where a layer has a router.
+    """Refuse to generate where a layer has a router that ranks generated tokens too.
 
     Raises:
         UnsupportedError: with the reason.
     """
-    if any(layer.select is not None and layer.select.learned for route in routes for layer in route):
+    learned = [select for select in selections(routes) if select.learned and not select.gate]
+    if learned:
         raise UnsupportedError(
             "a router keeps the highest of all image tokens, which a token that is being generated cannot know: how "
             "many compute would then depend on the data. Generate inside drop.disabled(), or pass use_cache=False for "

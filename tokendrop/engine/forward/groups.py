@@ -14,7 +14,7 @@ from tokendrop.engine.model.attention import choosing
 from tokendrop.engine.model.attention import settle as settle_attention
 from tokendrop.engine.model.context import ContextKeys, keys_values
 from tokendrop.engine.model.decoder import LayerSpec, attention_of
-from tokendrop.engine.model.ffn import some_rows
+from tokendrop.engine.model.ffn import gated, some_rows
 from tokendrop.engine.model.projections import settle, touch, using
 from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.rows import Rows, Split
@@ -33,6 +33,7 @@ class Call(NamedTuple):
         order: (B, T), puts the keys of context rows and of computing rows into token order for a cache; or None.
         late: what the rows behind the image see, where attention is split there; or None.
         ffn: of the computing rows, those whose FFN runs; None for all.
+        gate: (B, K), what scales the FFN's output; or None.
     """
 
     shape: tuple[int, int]
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     order: Tensor | None
     late: Tensor | None = None
     ffn: Rows | None = None
+    gate: Tensor | None = None
 
 
 class Work(NamedTuple):
@@ -91,7 +93,8 @@ def run(
             settle((layer,), (work.spec,))  # an adapter may have come or gone since the layout was entered
         arguments = _arguments(layer, forward, call, work)
         ours = choosing(_chosen(layer, work, arguments))
-        with using(call.split, work.sets), split_attention(call.late), some_rows(call.ffn, call.shape[1]), ours:
+        ffn = some_rows(call.ffn, call.shape[1]), gated(call.gate)
+        with using(call.split, work.sets), split_attention(call.late), ffn[0], ffn[1], ours:
             out, rest = split_output(forward(layer, x, **arguments))
         outs.append(out)
     out = outs[0] if len(outs) == 1 else torch.cat([out.reshape(1, -1, out.shape[-1]) for out in outs], 1)

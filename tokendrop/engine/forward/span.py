@@ -14,13 +14,13 @@ from torch._subclasses import FakeTensor
 from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
-from tokendrop.engine.forward.block_masks import first_columns, has_columns
 from tokendrop.engine.forward.calls import Site, group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.ids import check_rows, generating
 from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, told_packs, unkept
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.forward.step import Step, decode
+from tokendrop.engine.model.block_masks import first_columns, has_columns
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.sets import ROUTER
@@ -226,7 +226,8 @@ def _run(
     frame.returns_tuple = rest is not None
     if index < span.stop - 1:
         return out
-    states = forward.selections.leave(span.stop, _scaled(forward, _full(forward, states)))
+    states = forward.selections.scaled(span, forward.full, _full(forward, states))
+    states = forward.selections.leave(span.stop, states)
     forward.full, forward.context = None, ()
     return joined_output(states, rest)
 
@@ -280,13 +281,6 @@ def _full(forward: Forward, states: Tensor) -> Tensor:
         return states
     rows, folded = span.rows, _folded(forward.full, span)
     return scatter_tokens(folded, states.to(folded.dtype), rows.index, rows.valid).view(forward.full.shape)
-
-
-def _scaled(forward: Forward, states: Tensor) -> Tensor:
-    scale = forward.selections.scale
-    if scale is None or forward.full is None:
-        return states
-    return torch.lerp(forward.full, states, scale[:, :, None].to(states.dtype))  # exact where the scale is 1
 
 
 def _folded(full: Tensor, span: Span) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokendrop.engine.forward.arguments import columns_of, is_bias
-from tokendrop.engine.forward.block_masks import compact_block, is_block_mask
+from tokendrop.engine.model.block_masks import compact_block, is_block_mask
 from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.rows import Rows, Split, split_rows
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError

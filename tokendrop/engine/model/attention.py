@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.model import swap
+from tokendrop.engine.model.block_masks import is_block_mask, rows_of_block
 from tokendrop.engine.model.sight import Sight, additive, pick_keys
 from tokendrop.engine.model.swap import Swapped
 
@@ -134,6 +135,17 @@ def settle(attention: nn.Module | None) -> None:
             swap.swap(attention, _ChosenAttention if looks_up(attention) else _MaskedAttention)
 
 
+def settled(attention: nn.Module) -> bool:
+    """Whether the class of an attention is swapped."""
+    return isinstance(attention, _ChosenAttention)
+
+
+def unseen(attention: nn.Module) -> bool:
+    """Whether an attention runs a kernel that nobody can look into."""
+    name = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "sdpa"
+    return kind(name) not in ("sdpa", "eager")
+
+
 def restore(layers: nn.ModuleList) -> None:
     """Give attentions their own classes back."""
     for module in layers.modules():
@@ -151,7 +163,7 @@ def _attend(
     within = window is None or (isinstance(sight, Sight) and window >= sight.tokens)
     with choosing(False):
         if not isinstance(sight, Sight) or sight.own is None or not within:
-            mask = sight.mask(None if within else window) if isinstance(sight, Sight) else sight
+            mask = sight.mask(None if within else window) if isinstance(sight, Sight) else _tensor(sight)
             return _masked(module, query, key, value, mask, kwargs)
         config: Any = module.config
         own: Any = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
@@ -167,8 +179,16 @@ def _attend(
         return own(module, query, key, value, None, **kwargs)
 
 
+def _tensor(mask: Any) -> Tensor | None:
+    # As a mask tensor, what FlashAttention is told of padding (B, C), and a BlockMask.
+    if is_block_mask(mask):
+        at = [torch.arange(count, device=mask.kv_indices.device) for count in (mask.shape[0], mask.shape[2])]
+        return rows_of_block(mask, at[0], at[1].expand(len(at[0]), -1))
+    return mask[:, None, None].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else mask
+
+
 def _masked(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, kwargs: dict[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -176,6 +196,6 @@ def _masked(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:  # which sdpa leaves out
         homes = (sys.modules.get(one.__module__) for one in type(module).__mro__)
         attend = next(home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward"))
-        if mask.dtype == torch.bool:
+        if mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, query.dtype)
     return attend(module, query, key, value, mask, **kwargs)

@@ -43,6 +43,7 @@ class _Running(threading.local):
     rows: Rows | None = None
     tokens: int = 0
     ran: bool = False
+    gate: Tensor | None = None
 
 
 _running = _Running()
@@ -70,17 +71,38 @@ def some_rows(rows: Rows | None, tokens: int) -> Generator[None]:
         )
 
 
+@contextmanager
+def gated(gate: Tensor | None) -> Generator[None]:
+    """Inside, what the FFN of a layer gives to its (B, K) rows is scaled by `gate` (B, K); None leaves it.
+
+    Raises:
+        UnsupportedError: the layer ran without its FFN.
+    """
+    if gate is None:
+        yield
+        return
+    _running.gate, _running.ran = gate, False
+    try:
+        yield
+    finally:
+        _running.gate = None
+    if not _running.ran:
+        raise UnsupportedError("a layer ran without a call of its FFN as a module, which a router's weight scales")
+
+
 class _RoutedFFN(Swapped):
-    """Mixin of a layer's FFN: it runs on some rows, and the others get nothing added."""
+    """Mixin of a layer's FFN: it runs on some rows, and the others get nothing added; or what it gives is scaled."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if "forward" in self.__dict__ and _running.rows is not None:
+        if "forward" in self.__dict__ and (_running.rows is not None or _running.gate is not None):
             return reach(self, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         reached(self)
         rows, tokens = _running.rows, _running.tokens
+        if rows is None and _running.gate is not None:
+            return _scaled(super().forward(*args, **kwargs), _running.gate)
         if rows is None:
             return super().forward(*args, **kwargs)
         _running.ran = True
@@ -102,6 +124,17 @@ class _RoutedFFN(Swapped):
             full = scatter_tokens(full, made.reshape(*rows.index.shape, -1), rows.index, rows.valid)
         full = full.view(*given[0].shape[:-1], -1)
         return full if rest is None else (full, *rest)
+
+
+def _scaled(out: Any, gate: Tensor) -> Any:
+    _running.ran = True
+    made, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, None)
+    if made.numel() != gate.numel() * made.shape[-1]:
+        raise UnsupportedError(
+            f"an FFN gives {tuple(made.shape)} for {tuple(gate.shape)} rows that a router weighs; expected one for each"
+        )
+    made = made * gate.to(made.dtype).view(*made.shape[:-1], 1)
+    return made if rest is None else (made, *rest)
 
 
 def _chosen(x: Tensor, rows: Rows) -> Tensor:

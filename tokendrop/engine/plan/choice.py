@@ -19,6 +19,7 @@ class Choice:
     Args:
         select: which image tokens stay ACTIVE.
         kept: (P,) int64, how many of them in each sample.
+        most: the largest of these.
         counts: (B,) int64, how many rows compute then.
         context_size: M, the context rows of each sample then: those not chosen, where they are CONTEXT.
         packs: the P samples, where rows hold several.
@@ -27,6 +28,7 @@ class Choice:
 
     select: Select
     kept: Tensor
+    most: int
     counts: Tensor
     context_size: int
     packs: Packs | None = None

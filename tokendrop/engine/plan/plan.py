@@ -50,6 +50,7 @@ class Group:
             at all: one image at one place in every sample, without padding. None elsewhere.
         ffn_size: of the K rows of each sample, those whose FFN runs; None where it runs on all.
         ffn: which; None for every row, or until `choice` is made.
+        gate: (B, K), what a router scales the FFN's output by; None where none does.
     """
 
     role: Role
@@ -66,6 +67,7 @@ class Group:
     late: Tensor | None = None
     ffn_size: int | None = None
     ffn: Rows | None = None
+    gate: Tensor | None = None
 
     @property
     def ffn_rows(self) -> int:
@@ -241,9 +243,9 @@ class Planner:
         if role is Role.GONE:
             self.budgets.leave(select, samples)
         if select is not None:
-            each = torch.tensor([one for own in kept.values() for one in own], device=chosen.device)
-            packs = self.packs and self.packs.within(samples)
-            choice = Choice(select, each, counts, context_size, packs, parts)
+            each = [one for own in kept.values() for one in own]
+            packs, most = self.packs and self.packs.within(samples), max(each)
+            choice = Choice(select, torch.tensor(each, device=chosen.device), most, counts, context_size, packs, parts)
             group = Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
             return replace(group, size=self.tokens, ffn_size=size) if role is Role.ATTEND else group
         active = choose_rows(self.computing[chosen], counts, size)

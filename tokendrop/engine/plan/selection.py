@@ -4,18 +4,19 @@ Shape letters: B batch, N samples of a group, T tokens, P samples (packed ones c
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from tokendrop.engine.plan.merged import Merged
 from tokendrop.engine.plan.packs import Packs
 from tokendrop.engine.plan.parts import highest_of_each, known_frames, part_numbers
 from tokendrop.engine.plan.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
-from tokendrop.kernels import gather_tokens, merge_tokens
+from tokendrop.kernels import merge_tokens
 from tokendrop.layout import prompt_text
 from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select
 
@@ -23,44 +24,6 @@ from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, S
 Look = Callable[[Group, Rows, Tensor], Attention]
 # From layers of the vision encoder, the image tokens (B, T) and how often each row is repeated, what it says of them.
 Encode = Callable[[tuple[int, ...], Tensor, int], Encoded]
-
-
-@dataclass(eq=False)
-class Merged:
-    """Tokens merged where a selection was made, to be restored where it ends.
-
-    Args:
-        select: it.
-        members: positions of its N samples in the batch.
-        samples: (N,) int64, the same.
-        into: (N, T) int64, the token that each was added to; itself where it stayed.
-        before: (N, T, D), the hidden states before they were merged.
-        after: (N, T, D), then.
-        on: the samples that are merged still.
-    """
-
-    select: Select
-    members: tuple[int, ...]
-    samples: Tensor
-    into: Tensor
-    before: Tensor
-    after: Tensor
-    on: set[int]
-
-    def restored(self, states: Tensor, on: set[int]) -> Tensor:
-        """`states` (B, T, D), where in samples that are not `on` each token has what the one it went to has been given.
-
-        x[t] + y[into[t]] - m[into[t]], of x before the merge, m behind it, and y at the end
-        """
-        ends, self.on = [sample in self.on and sample not in on for sample in self.members], self.on & on
-        if not any(ends):
-            return states
-        now, own = states[self.samples], torch.arange(states.shape[1], device=states.device)
-        leaves = self.into != own
-        touched = leaves | (torch.zeros_like(self.into).scatter_add(1, self.into, leaves.long()) > 0)
-        touched = touched & torch.tensor(ends, device=states.device)[:, None]
-        update = gather_tokens(now - self.after, self.into)
-        return states.index_copy(0, self.samples, (self.before + update).where(touched[:, :, None], now))
 
 
 class Selections:
@@ -77,12 +40,14 @@ class Selections:
     Attributes:
         losses: of the routers so far.
         scale: (B, T) float32, what scales the update of each token in the span entered last; None where nothing does.
+        weight: (B, T) float32, what scales the FFN's output for a token of it that is kept, and the state of another.
     """
 
     def __init__(self, plan: Plan, prompt: Plan, step: Tensor, first: int, times: int, encode: Encode | None) -> None:
         self.plan, self.prompt, self.step, self.first, self.times = plan, prompt, step, first, times
         self.losses: list[Tensor] = []
         self.scale: Tensor | None = None
+        self.weight: Tensor | None = None
         self.encode = encode
         self.merges: list[tuple[Group, Select, Merge]] = []
         self.merged: list[Merged] = []
@@ -99,7 +64,7 @@ class Selections:
             look: gives the attention of scoring rows in the layer that is entered.
             router: of that layer, if it has one.
         """
-        self.scale = None
+        self.scale = self.weight = None
         if not span.selects:
             return span, states
         scores = None if router is None else router(states)
@@ -114,6 +79,18 @@ class Selections:
                 self.merged.append(Merged(select, group.members, samples, merge.into, *pair, set(group.members)))
         self.merges.clear()
         return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1])), states
+
+    def scaled(self, span: Span, full: Tensor | None, states: Tensor) -> Tensor:
+        """The hidden states (B, T, D) behind a span, its updates of `full` scaled, and what it skipped."""
+        if self.scale is not None and full is not None:
+            states = torch.lerp(full, states, self.scale[:, :, None].to(states.dtype))  # exact where the scale is 1
+        for group in span.groups if self.weight is not None else ():
+            if group.gate is None or group.active is None or self.weight is None:
+                continue
+            ran = torch.zeros_like(self.alive[group.samples]).scatter(1, group.active.index, group.active.valid)
+            weight = self.weight[group.samples].masked_fill(ran, 1.0)[:, :, None]
+            states = states.index_copy(0, group.samples, states[group.samples] * weight.to(states.dtype))
+        return states
 
     def leave(self, stop: int, states: Tensor) -> Tensor:
         """The hidden states (B, T, D) that enter layer `stop`, tokens restored that are merged there no more."""
@@ -149,7 +126,9 @@ class Selections:
         if group.role is Role.ATTEND:
             return replace(group, ffn=active)
         if choice.context_size == 0:
-            return replace(group, active=active)
+            weight = self.weight if choice.select.gate else None
+            gate = None if weight is None else weight[group.samples].gather(1, active.index)
+            return replace(group, active=active, gate=gate)
         left = self.plan.layout.image[group.samples] & ~kept
         return replace(group, active=active, context=choose_rows(left, left.sum(1), choice.context_size))
 
@@ -157,32 +136,19 @@ class Selections:
         return select in self.made and self.made[select][0].issuperset(group.members)
 
     def _select(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Tensor:
-        select, candidates = choice.select, _samples(group, self.alive)
-        router = _samples(group, router) if select.learned and router is not None else None
-        attention = self.seen.pop((select, group.members), None)
-        if select.queries is not None and attention is None:
-            attention = self._look(group, select.queries, look)
-        encoded = None
-        if select.encoder and self.encode is not None:
-            if not self.alive.any():
-                return self.alive[group.samples]
-            encoded = self._encoded(group, self.encode(select.encoder, self.plan.layout.image, self.times))
-        looks = choice.kept, attention, encoded, router
-        numbers = self._numbers(group) + self.first
-        text = _samples(group, prompt_text(self.plan.layout, self.prompt.shape[1]))
-        named = text, *(self._frames(group) if select.frames else ())
-        scoring = Scoring(
-            _samples(group, states), candidates, numbers, select.layer, select.seed, self.step, *looks, *named
-        )
-        scores = select.score(scoring)
+        select = choice.select
+        if select.encoder and self.encode is not None and not self.alive.any():
+            return self.alive[group.samples]
+        scoring = self._scoring(group, choice, states, look, router)
+        candidates, scores = scoring.image, select.score(scoring)
         if not isinstance(scores, Tensor) or scores.shape != candidates.shape:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise MethodError(
                 f"a score returned {found}; expected one number for each token, {tuple(candidates.shape)}"
             )
         chosen = self._highest(group, choice, scores, candidates)
-        if router is not None:
-            self._learn(group, router, candidates, chosen)
+        if scoring.router is not None:
+            self._learn(group, select, scoring.router, candidates, chosen)
         if select.merge is not None:
             merge = select.merge(scoring, chosen)
             if choice.packs is not None:
@@ -192,6 +158,31 @@ class Selections:
         if group.role is Role.GONE:
             self.alive = self.alive.index_copy(0, group.samples, kept[group.samples])
         return kept[group.samples]
+
+    def _scoring(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Scoring:
+        select, encoded = choice.select, None
+        attention = self.seen.pop((select, group.members), None)
+        if select.queries is not None and attention is None:
+            attention = self._look(group, select.queries, look)
+        if select.encoder and self.encode is not None:
+            encoded = self._encoded(group, self.encode(select.encoder, self.plan.layout.image, self.times))
+        images, frames = self._frames(group) if select.frames else (None, None)
+        return Scoring(
+            states=_samples(group, states),
+            image=_samples(group, self.alive),
+            samples=self._numbers(group) + self.first,
+            layer=select.layer,
+            seed=select.seed,
+            step=self.step,
+            counts=choice.kept,
+            attention=attention,
+            encoded=encoded,
+            router=_samples(group, router) if select.learned and router is not None else None,
+            text=_samples(group, prompt_text(self.plan.layout, self.prompt.shape[1])),
+            images=images,
+            frames=frames,
+            most=choice.most,
+        )
 
     def _frames(self, group: Group) -> tuple[Tensor, Tensor]:
         # The image and the frame of every image token, also of one that is GONE.
@@ -206,7 +197,11 @@ class Selections:
             best_first(scores, candidates), candidates, choice.parts, _samples(group, choice.parts.number)
         )
 
-    def _learn(self, group: Group, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
+    def _learn(self, group: Group, select: Select, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
+        if select.gate:
+            ones = router.new_ones(self.plan.shape) if self.weight is None else self.weight
+            self.weight = _rows(group, ones, (1 + select.gate * router.tanh()).where(candidates, 1.0))
+            return
         ones = router.new_ones(self.plan.shape) if self.scale is None else self.scale
         self.scale = _rows(group, ones, router.where(kept, 1.0))
         each = binary_cross_entropy_with_logits(router, kept.to(router.dtype), reduction="none")
