@@ -9,12 +9,16 @@ Shape letters: B batch, T tokens, L layers.
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from tokendrop.analysis.report import Table
-from tokendrop.study import synergy_summary
+from tokendrop.study import frontier_summary, synergy_summary
+from tokendrop.study import summary as demo_summary
+from tokendrop.study.frontier import SCALES
 from tokendrop.study.synergy import SynergyStudy
 
 MEMORY = 80e9  # of a GPU, as in benchmarks/scale.py
@@ -116,14 +120,65 @@ def monitor() -> str:
     )
 
 
+def demo(*names: str) -> str:
+    """The demo's runs, all or those named."""
+    made = demo_summary.table(json.loads((RESULTS / "demo.json").read_text()))
+    return markdown(replace(made, rows=[row for row in made.rows if not names or row[0] in names]))
+
+
+PAPERS = {  # as the sweep at equal FLOPs names a method -> as the step benchmark does
+    "HiMix, layers 3:": "HiMix",
+    "HMGen, layers 3:": "HMGen alternating",
+    "FastV, layer 2": "FastV 50%",
+    "PyramidDrop, layers 1 3 5": "PyramidDrop",
+    "HiDrop, entry 1, layers 2 3, exit 5": "HiDrop",
+    "DuetVLM text stages, layers 2 4": "DuetVLM",
+    "SVDPrune, layer 0": "SVDPrune 25%",
+    "RandomLTD": "RandomLTD 25%",
+    "MixtureOfDepths": "MixtureOfDepths",
+    "Drop random, layer 2": "Drop gone 25%",
+}
+
+
+def papers() -> str:
+    """What each method does to quality at equal FLOPs, and to the time of a step."""
+    quality = {row["provider"]: row for row in rows_of("methods") if row["metric"] == "exact"}
+    steps = [row for row in rows_of("step") if row["config"]["vocabulary"] == 2048 and row["metric"] == "time ratio"]
+    times = {row["provider"]: row for row in steps}
+    lines = ["| method | exact | of a step: | time ratio |", "| --- | --- | --- | --- |"]
+    lines.append(f"| dense | {figure(quality['dense'])} | dense | {figure(times['dense'])} |")
+    lines += [f"| {one} | {figure(quality[one])} | {step} | {figure(times[step])} |" for one, step in PAPERS.items()]
+    return "\n".join(lines) + "\n"
+
+
 def _synergy(make: Callable[[list[Row], dict[str, float]], Table]) -> str:
     found = json.loads((RESULTS / "synergy-study.json").read_text())
-    made = make(found["rows"], found["flops"])
+    return markdown(make(found["rows"], found["flops"]))
+
+
+def markdown(made: Table) -> str:
+    """A table in Markdown."""
     lines = [made.header, ["---"] * len(made.header), *made.rows]
     return "".join(f"| {' | '.join(one)} |\n" for one in lines)
 
 
-FLOPS = {  # of docs/configs: image tokens of an image
+def frontier_rows(scale: str, split: str) -> list[Row]:
+    """The rows of the study of the frontier at one scale and split."""
+    return [row for row in rows_of("frontier/rows") if (row["scale"], row["split"]) == (scale, split)]
+
+
+def frontier(scale: str, split: str) -> str:
+    """Every run at one scale."""
+    return markdown(frontier_summary.quality_table(frontier_rows(scale, split)))
+
+
+def frontier_differences(scale: str, split: str) -> str:
+    """Each joint run beside dense joint training; what is chosen is chosen on validation."""
+    chosen = frontier_rows(scale, "val")
+    return markdown(frontier_summary.differences_table(frontier_rows(scale, split), chosen))
+
+
+FLOPS = {  # of tokendrop/configs: image tokens of an image
     "vila-u-like": 256,
     "llava-1.5-7b": 576,
     "janus-pro-7b": 576,
@@ -150,7 +205,7 @@ def flops() -> str:
 
     lines = ["| model | image tokens | method | dense TFLOPs | dropped TFLOPs | ratio |", "|---|---|---|---|---|---|"]
     for name, image in FLOPS.items():
-        model = model_from_config(PAGES[0].parent / "docs" / "configs" / f"{name}.json")
+        model = model_from_config(PAGES[0].parent / "tokendrop" / "configs" / f"{name}.json")
         for text in FLOPS_METHODS:
             found = flops(model, method_from_text(text), text=64, image=image, before=32)
             cells = name, image, f"`{text}`", *(f"{one / 1e12:.2f}" for one in (found.dense, found.dropped))
@@ -242,9 +297,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "synergy-configurations": lambda: _synergy(lambda rows, _: synergy_summary.configurations(rows, SynergyStudy())),
     "synergy-correlations": lambda: _synergy(lambda rows, _: synergy_summary.correlations(rows, SynergyStudy())),
     "flops": flops,
+    "demo": demo,
+    "demo-short": lambda: demo("unified", "share-all", "late"),
+    "papers": papers,
     "scale": scale,
     "scale-states": scale_states,
 }
+for _scale in SCALES:
+    for _split in ("val", "test"):
+        _name = f"frontier-{_scale.replace(', ', '-').replace(' ', '-')}-{_split}"
+        TABLES[_name] = partial(frontier, _scale, _split)
+        TABLES[f"{_name}-differences"] = partial(frontier_differences, _scale, _split)
 
 
 def written(page: str) -> str:

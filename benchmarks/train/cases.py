@@ -59,13 +59,19 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         "HMGen first half": (td.HMGen(f":{sizes.layers // 2}"), {}),
         "Drop rejoin 25%": (td.Drop(f"1:{last}", keep=0.25), {}),
         "Drop gone 25%": (td.Drop("2:", keep=0.25, then="gone"), {}),
+        "Drop merge 25%": (td.Drop(f"1:{last}", keep=0.25, score="norm", then="merge"), {}),
         "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
+        "SkipVision 25%": (td.SkipVision(keep=0.25), {}),
         "MixtureOfDepths": (td.MixtureOfDepths(), {}),
+        "PMoD": (td.PMoD(), {}),
     }
     if sizes.layers < 4:  # too few for stages
         return found
     stages = (sizes.layers // 4, (sizes.layers // 3, sizes.layers // 2), (0.4, 0.02), last)
     return found | {
+        "CDPruner 25%": (td.CDPruner(keep=0.25), {}),
+        "DivPrune 25%": (td.DivPrune(keep=0.25), {}),
+        "DART 25%": (td.DART(2, keep=0.25), {}),
         "SVDPrune 25%": (td.SVDPrune(keep=0.25), {}),
         "FastV 50%": (td.FastV(), {}),
         "PyramidDrop": (td.PyramidDrop(tuple(sizes.layers * quarter // 4 for quarter in (1, 2, 3))), {}),

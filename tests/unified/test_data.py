@@ -10,7 +10,7 @@ import tokendrop as td
 from tokendrop.unified.data import TASKS, Scenes, layout_of, mix
 from tokendrop.unified.datamodule import UnifiedData
 from tokendrop.unified.images import DataError
-from tokendrop.unified.vocabulary import Vocabulary
+from tokendrop.unified.vocabulary import DIGITS, Vocabulary
 
 CODES = 16
 GRIDS = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -153,3 +153,70 @@ def test_bad_choices():
         UnifiedData(scenes, update="summed")
     with pytest.raises(DataError, match="the task 'sing' is unknown"):
         scenes.batch("sing", scenes.draw("val", 1, seed=(0,)))
+
+
+def indices(batches, scenes, split="train"):
+    """The images of the split that stand in batches, found by their codes."""
+    codes = scenes.bank.splits[split].codes.reshape(len(scenes.bank.splits[split]), -1)
+    found = torch.cat([one["input_ids"][one["image_mask"]] for one in batches]).view(-1, codes.shape[1]).numpy()
+    return [set((codes == image).all(1).nonzero()[0].tolist()) for image in found]
+
+
+def test_few_images_are_for_understanding_and_the_others_for_generation():
+    scenes = Scenes("digits", (1, 2), CODES, few=5)
+    train = list(UnifiedData(scenes, TASKS, 6, 8, seed=2).train_dataloader())
+    understood, generated = (indices([one for one in train if one["task"] == task], scenes) for task in TASKS)
+    assert all(one & set(range(5)) for one in understood)
+    assert all(one - set(range(5)) for one in generated)
+    assert len(set().union(*understood) & set(range(5))) == 5
+    # Evaluation is as without it, and so is the choice of scenes that are nobody's.
+    whole = Scenes("digits", (1, 2), CODES)
+    for split in ("val", "test"):
+        assert (scenes.draw(split, 9, (3,), TASKS[0]) == whole.draw(split, 9, (3,))).all()
+    assert (scenes.draw("train", 9, (3,)) == whole.draw("train", 9, (3,), TASKS[1])).all()
+
+
+def test_understanding_may_be_asked_one_digit():
+    scenes = Scenes("digits", (2, 2), CODES, question="digit")
+    rows = scenes.draw("val", 5, seed=(1,))
+    batch, digits = scenes.batch("understanding", rows, "val"), scenes.bank.splits["val"]
+    kinds, counts = torch.unique_consecutive(batch["segments"][0], return_counts=True)
+    assert kinds.tolist() == [td.Segment.SYSTEM, td.Segment.IMAGE, td.Segment.INSTRUCTION, td.Segment.OUTPUT]
+    assert counts.tolist() == [3, 64, 2, 1]
+    places = ("top-left", "top-right", "bottom-left", "bottom-right")
+    for scene, ids in zip(rows, batch["input_ids"].numpy(), strict=True):
+        cell = sum(scene) % 4
+        digit = Vocabulary(CODES, (2, 2)).text(ids[-1:])
+        assert Vocabulary(CODES, (2, 2)).text(ids[67:69]) == f"describe {places[cell]}"
+        assert digit == DIGITS[digits.label[scene[cell]]]
+    with pytest.raises(DataError, match="question='digit': batches of understanding hold no captions"):
+        scenes.captions_in(batch)
+    told = Scenes("digits", (2, 2), CODES)
+    made = [one.batch("generation", rows, "val") for one in (scenes, told)]
+    assert same(*made)
+
+
+def test_placebo_gives_generation_the_captions_of_others_in_training_only():
+    real, placebo = (Scenes("digits", (1, 2), CODES, placebo=one) for one in (False, True))
+    rows = real.draw("train", 6, seed=(1,))
+    true, shuffled = (one.batch("generation", rows) for one in (real, placebo))
+    assert torch.equal(true["labels"], shuffled["labels"])
+    assert torch.equal(placebo.captions_in(shuffled), real.captions_in(true).roll(1, 0))
+    assert not torch.equal(placebo.captions_in(shuffled), real.captions_in(true))
+    assert same(*(one.batch("understanding", rows) for one in (real, placebo)))
+    assert same(*(one.batch("generation", rows % 50, "val") for one in (real, placebo)))
+
+
+def test_what_is_chosen_is_tested_on_validation():
+    scenes = Scenes("digits", (1, 2), CODES)
+    (batch,) = UnifiedData(scenes, TASKS[:1], test_scenes=7, tested="val").test_dataloader()
+    assert same(batch, scenes.batch(TASKS[0], scenes.draw("val", 7, seed=(0,)), "val"))
+
+
+def test_bad_regimes():
+    with pytest.raises(DataError, match="few: found 1258; give a number of training images from 0 to 1257"):
+        Scenes("digits", (1, 2), CODES, few=1258)
+    with pytest.raises(DataError, match="question: found 'colour'"):
+        Scenes("digits", (1, 2), CODES, question="colour")
+    with pytest.raises(DataError, match="tested: found 'train'"):
+        UnifiedData(Scenes("digits", (1, 2), CODES), tested="train")

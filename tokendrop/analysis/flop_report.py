@@ -207,7 +207,7 @@ def _layout(text: int, image: int, before: int, task: str | None) -> TokenLayout
     if _count("before", before) > text:
         raise LayoutError(f"before={before}: expected at most the {text} text tokens, which it is a part of")
     at = torch.arange(total)[None]
-    return TokenLayout((at >= before) & (at < before + image), task)
+    return TokenLayout((at >= before) & (at < before + image), task, frames=torch.zeros_like(at))
 
 
 def _weightless(source: Any) -> nn.Module:
@@ -253,7 +253,7 @@ def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) 
             PROJECTIONS: times * (group.size * cost.attention_row + group.context_size * cost.context_row - own),
             OWN: times * own,
             ATTENTION: pairs * (cost.pair + (cost.pair_backward if backward else 0)),
-            FFN: times * group.size * (cost.row - cost.attention_row),
+            FFN: times * (group.size * (cost.row - cost.attention_row) - (group.size - group.ffn_rows) * cost.ffn_row),
             SCORING: 0,
         }
         found.append(parts)

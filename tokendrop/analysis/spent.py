@@ -5,6 +5,7 @@ Shape letters: B batch, T tokens, D hidden, L layers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -72,11 +73,11 @@ class _Costs:
     head_backward: int
     refusal: str | None
 
-    def run(self, start: int, stop: int, rows: int, context: int = 0, pairs: int | None = None) -> tuple[int, int]:
-        """Forward and backward of layers `start` to `stop`."""
+    def run(self, start: int, stop: int, *rows: Any) -> tuple[int, int]:
+        """Forward and backward of layers `start` to `stop`, on rows as `LayerCost.forward` takes them."""
         layers, reached = self.layers[start:stop], self.reached[start:stop]
-        forward = sum(layer.forward(rows, context, pairs) for layer in layers)
-        made = (layer.backward(rows, context, pairs) for layer, one in zip(layers, reached, strict=True) if one)
+        forward = sum(layer.forward(*rows) for layer in layers)
+        made = (layer.backward(*rows) for layer, one in zip(layers, reached, strict=True) if one)
         return forward, sum(made)
 
     def hidden(self, start: int, stop: int, counted: int, seen: Callable[[int | None], list[int]]) -> list["Pass"]:
@@ -119,7 +120,8 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
         routed, learning = _routing(handle, plan, span)
         for group in span.groups:
             pairs = group.pairs if eager is None else None
-            forward, backward = made.run(span.start, span.stop, group.size, group.context_size, pairs)
+            attend = group.size - group.ffn_rows
+            forward, backward = made.run(span.start, span.stop, group.size, group.context_size, pairs, attend)
             # A span cut by another task's goes on with the same tokens.
             choice, forward = None if group.choice is None else (group.choice.select, group.members), forward + routed
             if choice is not None and choice not in looked:

@@ -104,11 +104,10 @@ class SynergyMonitor(L.Callback):
         self.window, self.next_step, self.events = window, every_n_steps or 1, 0
         self._drop: TokenDrop | None = None
         self._seen: set[str | None] = set()
-        self._warned: set[str] = set()
+        self._warned, self._logged = set[str](), set[str]()
         self._clock: tuple[float, int] | None = None
         self.progress = Progress()
         self._given: Any = None  # this step's batch, before the step
-        self._logged: set[str] = set()
         self._undrawn = False  # whether events have come since the last picture
 
     @override

@@ -10,37 +10,46 @@ import typer
 from tokendrop.cli.screen import check_folder, console, one_line_errors, print_table
 from tokendrop.errors import MethodError
 
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        help="package.module:function(tasks, methods, seed) that returns (module, datamodule, trainer arguments); "
+        "without it, the paper's Table 3 on the demo's model."
+    ),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Of your own module, TASK=METHOD each: together one joint dropped run, until a task comes again; a "
+        "method without a task is for all. By default HiMix, and HMGen in every second layer but the last."
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help="Its tasks; by default those of the methods, or understanding and generation."),
+]
+Higher = Annotated[list[str] | None, typer.Option(help="A logged metric of which more is better.")]
+Lower = Annotated[list[str] | None, typer.Option(help="A logged metric of which less is better.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The demo's, minutes; too short to judge quality.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Seeds of the runs; the demo's: of the paper's Table 3.")]
+MoreSeeds = Annotated[
+    int | None, typer.Option(min=0, help="The demo's: seeds of the other configurations.", show_default="3")
+]
+Out = Annotated[Path, typer.Option(help="Where rows and the report go; a broken study goes on there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the rows instead of tables.")]
+
 
 def synergy(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            help="package.module:function(tasks, methods, seed) that returns (module, datamodule, trainer arguments); "
-            "without it, the paper's Table 3 on the demo's model."
-        ),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Of your own module, TASK=METHOD each: together one joint dropped run, until a task comes again; a "
-            "method without a task is for all. By default HiMix, and HMGen in every second layer but the last."
-        ),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="Its tasks; by default those of the methods, or understanding and generation."),
-    ] = None,
-    higher: Annotated[list[str] | None, typer.Option(help="A logged metric of which more is better.")] = None,
-    lower: Annotated[list[str] | None, typer.Option(help="A logged metric of which less is better.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The demo's, minutes; too short to judge quality.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the runs; the demo's: of the paper's Table 3.")] = 5,
-    more_seeds: Annotated[
-        int | None, typer.Option(min=0, help="The demo's: seeds of the other configurations.", show_default="3")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where rows and the report go; a broken study goes on there.")] = Path(
-        "synergy"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows instead of tables.")] = False,
+    source: Source = None,
+    method: Methods = None,
+    task: Tasks = None,
+    higher: Higher = None,
+    lower: Lower = None,
+    quick: Quick = False,
+    seeds: Seeds = 5,
+    more_seeds: MoreSeeds = None,
+    out: Out = Path("synergy"),
+    as_json: AsJson = False,
 ) -> None:
     """Train tasks alone, jointly and dropped, over seeds, and print qualities, synergy and FLOPs."""
     own = {"--method": method, "--task": task, "--higher": higher, "--lower": lower}
@@ -62,6 +71,7 @@ def _demo(quick: bool, seeds: int, more_seeds: int, out: Path, as_json: bool) ->
     from tokendrop.study import synergy as study_of
     from tokendrop.study import synergy_summary as summary
     from tokendrop.study.runner import made_where
+    from tokendrop.study.summary import foot_of
     from tokendrop.synergy.history import read_history
 
     screen, notices = console(), console(stderr=True)
@@ -70,7 +80,8 @@ def _demo(quick: bool, seeds: int, more_seeds: int, out: Path, as_json: bool) ->
         notices.print(f"{done} of {due}: {row['name']}, seed {row['seed']}, {row['seconds']:.0f} s")
     rows = read_history(out / "rows.jsonl")
     flops = {name: summary.flops_ratio(study, name) for name in dict.fromkeys(row["name"] for row in rows)}
-    (out / "report.html").write_text(render("tokendrop synergy", summary.report(rows, study, flops, out)))
+    page = render("tokendrop synergy", summary.report(rows, study, flops, out), foot_of(rows))
+    (out / "report.html").write_text(page)
     if as_json:
         typer.echo(json.dumps(rows))
     else:
@@ -90,6 +101,7 @@ def _own(
     as_json: bool,
 ) -> None:
     from tokendrop.analysis.report import render
+    from tokendrop.analysis.where import foot
     from tokendrop.cli.source import blamed, read_run
     from tokendrop.study import own, own_summary
     from tokendrop.study.runner import made_where
@@ -103,7 +115,8 @@ def _own(
     found, silent = own_summary.qualities(study, rows, *directions)
     said = own_summary.summarised(study, rows, found)
     lines = own_summary.notes(study, rows, silent)
-    (out / "report.html").write_text(render("tokendrop synergy", own_summary.report(rows, said, lines)))
+    page = render("tokendrop synergy", own_summary.report(rows, said, lines), foot(source, rows[-1]))
+    (out / "report.html").write_text(page)
     if as_json:
         typer.echo(json.dumps({"results": said, "notes": lines, "runs": rows}, indent=1))
     else:

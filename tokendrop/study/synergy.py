@@ -117,12 +117,13 @@ def one_run(study: SynergyStudy, name: str, seed: int, folder: str) -> dict[str,
         **{task: outcome.scores.get(task) for task in TASKS},
         "seconds": seconds,
         "monitor_seconds": sum(event["seconds"] for event in events),
-        "events": [_short(event) for event in events],
+        "events": [short(event) for event in events],
         "config": {**asdict(sized), "methods": {task: str(method) for task, method in run.methods.items()}},
     }
 
 
-def _short(event: dict[str, Any]) -> dict[str, Any]:
+def short(event: dict[str, Any]) -> dict[str, Any]:
+    """What a row keeps of an event of the monitor."""
     kept = ("step", "alignment", "conflict", "magnitude", "fidelity", "affinity", "noise_floor", "gap")
     return {key: event[key] for key in kept if key in event}
 

@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens, C cells of the grid, K codes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tokendrop.unified.images import DataError, ImageBank, Source, Split, image_
 from tokendrop.unified.vocabulary import WORDS_PER_CELL, Vocabulary
 
 TASKS = ("understanding", "generation")
+Question = Literal["caption", "digit"]
 Part = tuple[Segment, NDArray[np.int64]]
 
 
@@ -53,9 +54,13 @@ class Scenes:
         source: "digits" or "mnist".
         grid: rows and columns of digits in an image.
         codes: K, the size of the codebook.
+        few: understanding trains on the first so many training images, generation on all others; 0 for all in both.
+        question: understanding answers with the whole "caption", or with the "digit" in one place, which its
+            instruction names: that of cell (sum of the scene's indices) mod C.
+        placebo: in training, generation is given the captions of other scenes of its batch.
 
     Raises:
-        DataError: an unknown source, or a grid without names for its cells.
+        DataError: an unknown source or question, a grid without names for its cells, or no image left for one task.
 
     Example:
         >>> scenes = Scenes("digits", (1, 2), codes=16)
@@ -67,9 +72,17 @@ class Scenes:
     source: Source = "digits"
     grid: tuple[int, int] = (1, 2)
     codes: int = 64
+    few: int = 0
+    question: Question = "caption"
+    placebo: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.vocabulary, self.bank
+        _ = self.vocabulary
+        if self.question not in get_args(Question):
+            raise DataError(f"question: found {self.question!r}; use one of {get_args(Question)}")
+        most = len(self.bank.splits["train"]) - 1
+        if not isinstance(self.few, int) or not 0 <= self.few <= most:
+            raise DataError(f"few: found {self.few!r}; give a number of training images from 0 to {most}")
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -91,9 +104,19 @@ class Scenes:
         """The number of image tokens of a scene."""
         return self.cells * self.bank.splits["train"].codes[0].size
 
-    def draw(self, split: Split, count: int, seed: Sequence[int]) -> NDArray[np.int64]:
-        """The (count, C) digits of random scenes, as indices into a split: the same for the same seed."""
-        return np.random.default_rng(list(seed)).integers(0, len(self.bank.splits[split]), (count, self.cells))
+    def draw(self, split: Split, count: int, seed: Sequence[int], task: str | None = None) -> NDArray[np.int64]:
+        """The (count, C) digits of random scenes, as indices into a split: the same for the same seed.
+
+        Args:
+            split: where the indices point.
+            count: how many scenes.
+            seed: of the choice.
+            task: whose training images; None for all.
+        """
+        start, stop = 0, len(self.bank.splits[split])
+        if self.few and split == "train" and task is not None:
+            start, stop = (0, self.few) if task == TASKS[0] else (self.few, stop)
+        return np.random.default_rng(list(seed)).integers(start, stop, (count, self.cells))
 
     def batch(self, task: str, scenes: NDArray[np.int64], split: Split = "train") -> Batch:
         """The sequences of one task.
@@ -110,11 +133,18 @@ class Scenes:
             raise DataError(f"the task {task!r} is unknown; use one of {TASKS}")
         digits = self.bank.splits[split]
         image = rearrange(digits.codes[scenes], "b c h w -> b (c h w)")
-        caption = self.vocabulary.caption(digits.label[scenes], digits.bold[scenes])
-        return _sequences(task, self._parts(task, image, caption), self.codes)
+        told = np.roll(scenes, 1, axis=0) if self.placebo and split == "train" and task == TASKS[1] else scenes
+        caption = self.vocabulary.caption(digits.label[told], digits.bold[told])
+        return _sequences(task, self._parts(task, image, caption, scenes.sum(1) % self.cells), self.codes)
 
     def captions_in(self, batch: Batch) -> Tensor:
-        """The (B, 3 C) token ids of the captions that stand in a batch of either task."""
+        """The (B, 3 C) token ids of the captions that stand in a batch of either task.
+
+        Raises:
+            DataError: understanding that asks for one digit, which holds none.
+        """
+        if self.question != "caption" and TASKS[0] in row_tasks(batch):
+            raise DataError(f"question={self.question!r}: batches of understanding hold no captions")
         ids = batch["input_ids"]
         first = torch.isin(ids, torch.tensor(self.vocabulary.encode(self.vocabulary.places[0])))
         start = first.int().argmax(1)
@@ -131,16 +161,23 @@ class Scenes:
         rows, columns = self.grid
         return rearrange(self.cell_images(codes), "(b r c) h w -> b (r h) (c w)", r=rows, c=columns)
 
-    def _parts(self, task: str, image: NDArray[np.int64], caption: NDArray[np.int64]) -> list[Part]:
+    def _parts(
+        self, task: str, image: NDArray[np.int64], caption: NDArray[np.int64], asked: NDArray[np.int64]
+    ) -> list[Part]:
         def words(*text: str) -> NDArray[np.int64]:
             return np.tile(np.array(self.vocabulary.encode(*text)), (len(caption), 1))
 
         if task == "understanding":
+            question, answer = words("describe"), caption
+            if self.question == "digit":
+                place = WORDS_PER_CELL * asked[:, None]
+                question = np.concatenate([question, np.take_along_axis(caption, place, 1)], axis=1)
+                answer = np.take_along_axis(caption, place + WORDS_PER_CELL - 1, 1)
             return [
                 (Segment.SYSTEM, words("<bos>", "digits", "<image>")),
                 (Segment.IMAGE, image),
-                (Segment.INSTRUCTION, words("describe")),
-                (Segment.OUTPUT, caption),
+                (Segment.INSTRUCTION, question),
+                (Segment.OUTPUT, answer),
             ]
         instruction = np.concatenate([words("draw"), caption, words("<image>")], axis=1)
         return [

@@ -10,6 +10,7 @@ from tokendrop.unified.data import TASKS, Batch, Scenes, mix
 from tokendrop.unified.images import DataError
 
 Update = Literal["alternating", "mixed"]
+Tested = Literal["val", "test"]
 EVALUATION_BATCH = 128
 
 
@@ -44,7 +45,7 @@ class TrainBatches(Dataset[Batch]):
         return self._batch(self.tasks[turn], step)
 
     def _batch(self, task: str, step: int) -> Batch:
-        rows = self.scenes.draw("train", self.batch_size, seed=(self.seed, TASKS.index(task), step))
+        rows = self.scenes.draw("train", self.batch_size, (self.seed, TASKS.index(task), step), task)
         return self.scenes.batch(task, rows, "train")
 
 
@@ -60,9 +61,10 @@ class UnifiedData(L.LightningDataModule):
         seed: of the training scenes; validation and test scenes are the same for all seeds.
         val_scenes: validation scenes of each task.
         test_scenes: test scenes of each task.
+        tested: the split that test scenes are made of; "val" where something is chosen by them.
 
     Raises:
-        DataError: an unknown task or update rule.
+        DataError: an unknown task, update rule or split.
 
     Example:
         >>> data = UnifiedData(Scenes("digits", (1, 2), codes=16), steps=2, batch_size=4)
@@ -80,13 +82,16 @@ class UnifiedData(L.LightningDataModule):
         seed: int = 0,
         val_scenes: int = 128,
         test_scenes: int = 512,
+        tested: Tested = "test",
     ) -> None:
         super().__init__()
         if not tasks or not set(tasks) <= set(TASKS):
             raise DataError(f"tasks: found {tasks!r}; name one or more of {TASKS}")
         if update not in get_args(Update):
             raise DataError(f"update: found {update!r}; use one of {get_args(Update)}")
-        self.scenes, self.tasks = scenes, tasks
+        if tested not in get_args(Tested):
+            raise DataError(f"tested: found {tested!r}; use one of {get_args(Tested)}")
+        self.scenes, self.tasks, self.tested = scenes, tasks, tested
         self.train = TrainBatches(scenes, tasks, steps, batch_size, update, seed)
         self.val_scenes, self.test_scenes = val_scenes, test_scenes
 
@@ -100,9 +105,9 @@ class UnifiedData(L.LightningDataModule):
 
     @override
     def test_dataloader(self) -> Any:
-        return self._evaluation("test", self.test_scenes)
+        return self._evaluation(self.tested, self.test_scenes)
 
-    def _evaluation(self, split: Literal["val", "test"], count: int) -> Any:
+    def _evaluation(self, split: Tested, count: int) -> Any:
         batches: list[Batch] = []
         for task in self.tasks:
             rows = self.scenes.draw(split, count, seed=(TASKS.index(task),))

@@ -36,6 +36,7 @@ class UnifiedVLM(L.LightningModule):
         heads: attention heads.
         learning_rate: its peak, after 40 steps of warm-up; then a cosine to 10 %.
         seed: of the initial weights, and of the images drawn in tests.
+        drawn: in a test images are drawn for the batches in which the first so many scenes are; None for all scenes.
 
     Example:
         >>> scenes = Scenes("digits", (1, 2), codes=16)
@@ -54,9 +55,10 @@ class UnifiedVLM(L.LightningModule):
         heads: int = 4,
         learning_rate: float = 3e-3,
         seed: int = 0,
+        drawn: int | None = None,
     ) -> None:
         super().__init__()
-        self.scenes, self.learning_rate, self.seed = scenes, learning_rate, seed
+        self.scenes, self.learning_rate, self.seed, self.drawn = scenes, learning_rate, seed, drawn
         self.model = LlamaForCausalLM(_config(len(scenes.vocabulary), hidden, layers, heads))
         _initialise(self.model, torch.Generator().manual_seed(seed))
         self.metrics = nn.ModuleDict({task: nn.ModuleDict(measured(task)) for task in TASKS})
@@ -85,6 +87,8 @@ class UnifiedVLM(L.LightningModule):
         self._metric(batch, "nll").update(item_nll(logits, labels))
         if batch["task"] == "understanding":
             self._metric(batch, "accuracy").update(greedy_exact(logits, labels).double())
+            return {}
+        if self.drawn is not None and self._metric(batch, "agreement").count >= self.drawn:
             return {}
         codes = sample_codes(self.model, batch, self.scenes.codes, seed=self.seed + batch_idx)
         self._metric(batch, "agreement").update(agreement(self.scenes, codes, self.scenes.captions_in(batch)))

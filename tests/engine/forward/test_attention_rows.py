@@ -157,9 +157,8 @@ def test_under_checkpointing_a_score_looks_once(at: int, recompute: bool) -> Non
 
 
 REFUSED = {
-    "flash": (lambda: _backend("flash_attention_2"), "'flash_attention_2' attention takes no rectangular mask"),
-    "flex": (lambda: _backend("flex_attention"), "'flex_attention' attention takes no rectangular mask"),
     "no cache": (lambda: Plain(), "PlainLayer.forward takes no key and value cache"),
+    "written elsewhere": (lambda: _written(), "'of_their_own' attention takes no rectangular mask"),
 }
 
 
@@ -182,10 +181,22 @@ class Plain(nn.Module):
         self.layers = nn.ModuleList(PlainLayer() for _ in range(4))
 
 
-def _backend(name: str) -> nn.Module:
+def _written() -> nn.Module:
+    """A Llama whose attention calls a kernel of its own."""
     module = llama()
-    module.config._attn_implementation = name
+    module.config._attn_implementation = "of_their_own"
+    for layer in module.model.layers:
+        layer.self_attn.__class__ = Written
     return module
+
+
+class Written(nn.Module):
+    """An attention that looks up nothing, and hands its mask to a kernel."""
+
+    flash_attn_of_their_own: Any
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **_: Any) -> Any:
+        return self.flash_attn_of_their_own(hidden_states, attention_mask)
 
 
 @pytest.mark.parametrize("method", [td.FastV(2), td.Drop("2:", 0.5, "attention"), td.Drop("2:", 0.5, "value_norm")])

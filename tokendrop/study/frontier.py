@@ -1,0 +1,264 @@
+"""Quality of both tasks against the FLOPs of training: the regime, one run of a plan in it, and all missing ones."""
+
+import logging
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import lightning as L
+import torch
+from typing_extensions import override
+
+from tokendrop.callbacks import SynergyMonitor
+from tokendrop.schedule import Schedule
+from tokendrop.study.costs import Steps
+from tokendrop.study.plans import FrontierError, Plan, plans
+from tokendrop.study.study import Run, Study
+from tokendrop.study.synergy import short, task_loss
+from tokendrop.study.train import train
+from tokendrop.synergy.history import append_history, read_history
+from tokendrop.unified.data import TASKS, Question, Scenes
+from tokendrop.unified.datamodule import Tested, UnifiedData
+from tokendrop.unified.model import UnifiedVLM
+
+EVENTS = 5  # of the monitor, in the first fifth of a run of both tasks
+NAMED = re.compile(r"(?P<plan>.+?)(?: x(?P<updates>\d*\.?\d+))?")
+
+
+@dataclass(frozen=True)
+class FrontierStudy(Study):
+    """The size of everything at one scale: understanding has few images, generation all others.
+
+    Args:
+        few: training images of understanding.
+        question: what understanding is asked.
+        placebo: captions of generation are shuffled.
+        tested: the split of every figure: "val" to choose, "test" to report.
+        drawn: images that are drawn for the agreement of generation, rounded up to a batch.
+
+    Example:
+        >>> FrontierStudy(steps=100).of("dense x0.6").steps
+        60
+    """
+
+    few: int = 300
+    question: Question = "caption"
+    placebo: bool = False
+    tested: Tested = "val"
+    drawn: int = 128
+    test_scenes: int = 4096
+    val_scenes: int = 256
+    curve_points: int = 5
+
+    @override
+    def runs(self) -> dict[str, Run]:
+        """Every plan by name."""
+        return dict(plans(self.layers))
+
+    @property
+    @override
+    def scenes(self) -> Scenes:
+        return Scenes(self.source, self.grid, self.codes, self.few, self.question, self.placebo)
+
+    @override
+    def data(self, run: Run, seed: int) -> UnifiedData:
+        sizes = {"val_scenes": self.val_scenes, "test_scenes": self.test_scenes, "tested": self.tested}
+        made: Any = {"steps": self.steps, "batch_size": self.batch_size, "update": self.update, **sizes}
+        return UnifiedData(self.scenes, run.tasks, seed=seed, **made)
+
+    @override
+    def model(self, seed: int) -> UnifiedVLM:
+        sizes = self.hidden, self.layers, self.heads, self.learning_rate
+        return UnifiedVLM(self.scenes, *sizes, seed, self.drawn)
+
+    def of(self, name: str) -> "FrontierStudy":
+        """The study that a run is trained under: `plan`, or `plan x0.6` for 0.6 of the updates."""
+        plan, updates = parsed(name)
+        placebo = self.plan(plan).placebo
+        return replace(self, steps=round(updates * self.steps), placebo=placebo)
+
+    def plan(self, name: str) -> Plan:
+        """A plan by its name.
+
+        Raises:
+            FrontierError: there is none of that name.
+        """
+        found = plans(self.layers)
+        if name not in found:
+            raise FrontierError(f"found the plan {name!r}; use one of {', '.join(found)}")
+        return found[name]
+
+    @override
+    def schedule(self, name: str) -> Schedule | None:
+        """When dropping sets in and ends."""
+        plan = self.plan(name)
+        return None if plan.schedule is None else plan.schedule(self.steps * len(plan.tasks))
+
+
+MNIST = FrontierStudy("mnist", few=500, steps=250)
+SCALES = {
+    "digits": FrontierStudy(),
+    "digits, 12 layers": FrontierStudy(layers=12),
+    "mnist": MNIST,
+    "mnist, 12 layers": replace(MNIST, layers=12),
+    "mnist 2x2": replace(MNIST, grid=(2, 2)),
+}
+
+
+def parsed(name: str) -> tuple[str, float]:
+    """The plan of a run and its updates over those of the study.
+
+    Example:
+        >>> parsed("dense x0.6"), parsed("Share All")
+        (('dense', 0.6), ('Share All', 1.0))
+    """
+    found = cast(re.Match[str], NAMED.fullmatch(name))
+    return found["plan"], float(found["updates"] or 1)
+
+
+class Spent(L.Callback):
+    """Sums the FLOPs of training: those that `TokenDrop` found for each batch, or, in a dense run, the counted ones.
+
+    Args:
+        dense: of a batch, where nothing drops.
+    """
+
+    def __init__(self, dense: float | None) -> None:
+        super().__init__()
+        self.dense, self.flops, self.updates = dense, 0.0, 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.flops += self.dense if self.dense is not None else cast(Any, pl_module).flops_per_batch
+        self.updates = trainer.global_step
+
+
+class FirstFifth(L.Callback):
+    """Lets a monitor take its figures in the first fifth of training only.
+
+    Args:
+        monitor: that has `EVENTS` events in it.
+    """
+
+    def __init__(self, monitor: SynergyMonitor) -> None:
+        super().__init__()
+        self.monitor = monitor
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.monitor.next_step > trainer.estimated_stepping_batches / 5:
+            self.monitor.next_step = sys.maxsize
+
+
+def one_run(study: FrontierStudy, name: str, seed: int) -> dict[str, Any]:
+    """Train a run and judge it on the study's split.
+
+    Args:
+        study: the size of everything, of a run of one times the updates.
+        name: a plan, and its updates as in "dense x0.6".
+        seed: of weights and batches.
+    """
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    (plan, updates), sized = parsed(name), study.of(name)
+    steps = Steps(sized, plan, dense=True)
+    spent = Spent(None if study.plan(plan).methods else steps.flops() / len(steps.batches))
+    start = time.process_time()
+    with TemporaryDirectory() as folder:
+        history = Path(folder) / "synergy.jsonl"
+        watch: list[L.Callback] = []
+        if len(study.plan(plan).tasks) == 2:
+            every = max(1, 2 * sized.steps // (5 * EVENTS))
+            monitor = SynergyMonitor(TASKS, every, task_loss, history=str(history))
+            watch = [monitor, FirstFifth(monitor)]
+        outcome = train(sized, plan, seed, callbacks=[spent, *watch])
+        events = read_history(history) if history.exists() else []
+    return {
+        "plan": plan,
+        "updates": updates,
+        "seed": seed,
+        "split": sized.tested,
+        **{task: outcome.scores.get(task) for task in TASKS},
+        "flops": spent.flops,
+        "optimiser_steps": spent.updates,
+        "seconds": time.process_time() - start,
+        "curve": outcome.curve,
+        "events": [short(event) for event in events],
+        "config": {**asdict(sized), **described(sized, plan)},
+    }
+
+
+def described(study: FrontierStudy, plan: str) -> dict[str, Any]:
+    """Methods and schedule of a plan, as text."""
+    methods = {task: str(method) for task, method in study.plan(plan).methods.items()}
+    schedule = study.schedule(plan)
+    return {"methods": methods, "schedule": None if schedule is None else str(schedule)}
+
+
+def key(row: Any) -> tuple[str, str, str, float, int]:
+    """What tells one run from all others: scale, split, plan, updates and seed."""
+    return row["scale"], row["split"], row["plan"], row["updates"], row["seed"]
+
+
+def missing(scale: str, split: Tested, names: Sequence[str], seeds: Iterable[int], path: Path) -> list[tuple[str, int]]:
+    """The runs that a file of rows does not hold yet, all plans of a seed before the next seed."""
+    held = {key(row) for row in read_history(path)} if path.exists() else set()
+    wanted = [(name, seed) for seed in seeds for name in names]
+    return [(name, seed) for name, seed in wanted if (scale, split, *parsed(name), seed) not in held]
+
+
+def run_missing(
+    scale: str,
+    split: Tested,
+    names: Sequence[str],
+    seeds: Iterable[int],
+    path: Path,
+    shared: Callable[[], dict[str, Any]],
+    jobs: int = 1,
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Run what is missing; each row is appended to a file as it comes, so that a broken study goes on there.
+
+    Args:
+        scale: one of `SCALES`.
+        split: "val" to choose, "test" to report.
+        names: of runs, as `one_run` takes them.
+        seeds: of each.
+        path: of the rows.
+        shared: what each row says of where it was made.
+        jobs: runs at a time.
+
+    Yields:
+        Runs done, runs due, and the row.
+
+    Raises:
+        FrontierError: an unknown scale or plan.
+    """
+    if scale not in SCALES:
+        raise FrontierError(f"found the scale {scale!r}; use one of {', '.join(SCALES)}")
+    study = replace(SCALES[scale], tested=split)
+    for name in names:
+        study.of(name)
+    todo = missing(scale, split, names, seeds, path)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        running = [pool.submit(one_run, study, name, seed) for name, seed in todo]
+        try:
+            for done, job in enumerate(as_completed(running), start=1):
+                row = {"scale": scale, **job.result(), **shared()}
+                append_history(path, row)
+                yield done, len(todo), row
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

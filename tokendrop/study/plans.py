@@ -1,0 +1,106 @@
+"""The plans whose quality is set against their FLOPs: what image tokens do in which layers, for each task, and when.
+
+Shape letters: L layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tokendrop.errors import TokenDropError
+from tokendrop.methods import Drop, HiMix, HMGen, RandomLTD
+from tokendrop.roles import Method
+from tokendrop.schedule import Schedule
+from tokendrop.study.study import Run
+from tokendrop.unified.data import TASKS
+
+ALONE, JOINT, PLACEBO = ("U alone", "G alone"), "dense", "placebo G"
+
+
+class FrontierError(TokenDropError, ValueError):
+    """A run or a scale that the study of the frontier does not have."""
+
+
+@dataclass(frozen=True)
+class Plan(Run):
+    """What is trained, and under what.
+
+    Args:
+        tasks: one or both.
+        methods: task -> method; a task without one is dense.
+        schedule: from the number of optimiser updates of the run; None drops throughout.
+        placebo: captions of generation are shuffled among images.
+    """
+
+    schedule: Callable[[int], Schedule] | None = None
+    placebo: bool = False
+
+
+def _joint(u: Method | None, g: Method | None, schedule: Callable[[int], Schedule] | None = None) -> Plan:
+    found = {task: one for task, one in zip(TASKS, (u, g), strict=True) if one is not None}
+    return Plan(TASKS, found, schedule)
+
+
+def _tail(share: float) -> Callable[[int], Schedule]:
+    return lambda updates: Schedule(dense_tail=round(share * updates))
+
+
+def _twice(one: Method, schedule: Callable[[int], Schedule] | None = None) -> Plan:
+    return _joint(one, one, schedule)
+
+
+def _range(layers: int, start: int, stop: int | None = None, step: int = 1) -> str:
+    # Of the layers that have such numbers among 6.
+    deep = layers // 6
+    last = "" if stop is None else str(layers - deep * (6 - stop))
+    return f"{deep * start}:{last}" + (f":{step}" if step > 1 else "")
+
+
+def _controls() -> dict[str, Plan]:
+    alone = {name: Plan((task,), {}) for name, task in zip(ALONE, TASKS, strict=True)}
+    return alone | {JOINT: Plan(TASKS, {}), PLACEBO: Plan(TASKS, {}, placebo=True)}
+
+
+def plans(layers: int) -> dict[str, Plan]:
+    """Every plan by name, for a decoder of L layers, a multiple of 6; names give layers as those of 6.
+
+    Example:
+        >>> plans(6)["U 2:, G 2:5 skipped"].methods["generation"]
+        HMGen(shallow='2:5', separate='none')
+    """
+    if layers % 6:
+        raise FrontierError(f"layers: found {layers}; plans are written for 6 layers or a multiple of it")
+
+    at = partial(_range, layers)
+    late, alternate, middle = HiMix(at(2)), HMGen(at(1, 5, 2)), HMGen(at(2, 5))
+
+    def some(then: Any, score: str = "random") -> Drop:
+        return Drop(at(1, 5), 0.25, score, then)
+
+    return _controls() | {
+        "Share All": _joint(HiMix(), alternate),
+        "Share Partial": _joint(HiMix(separate="per-task"), HMGen(at(1, 5, 2), "per-task")),
+        # Where in depth, for each task: U reads its image in the first layers, G needs the last ones.
+        "U 2:, G 1:5:2 skipped": _joint(late, alternate),
+        "U 2:, G 2:5 skipped": _joint(late, middle),
+        "U 3:, G 1:5 skipped": _joint(HiMix(at(3)), HMGen(at(1, 5))),
+        "U 1:, G 2:4 skipped": _joint(HiMix(at(1)), HMGen(at(2, 4))),
+        "U 2:, G dense": _joint(late, None),
+        # Image tokens that stay visible for G, too, in its own layers or in those of U.
+        "U 2:, G 2:5 visible": _joint(late, HiMix(at(2, 5))),
+        "both 2:5 visible": _twice(HiMix(at(2, 5))),
+        # A random quarter over the middle range in both tasks, and a dense end.
+        "quarter rejoins, dense end": _twice(some("rejoin"), _tail(0.2)),
+        "quarter, rest visible, dense end": _twice(some("context"), _tail(0.2)),
+        "RandomLTD quarter, dense end": _twice(RandomLTD(at(1, 5), 0.25), _tail(0.2)),
+        # Severe at first, dense at the end; or dense now and then, an odd number so that both tasks have their turn.
+        "Share All, growing": _joint(
+            HiMix(), alternate, lambda updates: Schedule(steps=round(0.9 * updates), direction="out")
+        ),
+        "both 1:5 visible, dense end": _twice(HiMix(at(1, 5)), _tail(0.2)),
+        "U 2:, G 2:5 skipped, growing": _joint(
+            late, middle, lambda updates: Schedule(steps=round(0.8 * updates), direction="out")
+        ),
+        "U 2:, G 2:5 skipped, each 5th dense": _joint(late, middle, lambda updates: Schedule(dense_every=5)),
+    }
