@@ -116,6 +116,31 @@ def flash_attn_varlen_func(
     return torch.cat([_attend(*one, softmax_scale, causal, window_size, softcap, s_aux) for one in parts])
 
 
+@torch.library.custom_op("tokendrop_tests::varlen", mutates_args=())
+def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, most: int, more: int) -> Tensor:
+    return flash_attn_varlen_func(Calls(), q, k, v, queries, keys, most, more, causal=True)
+
+
+@_varlen.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """The same as one operator, without gradients; causal, with the usual scale."""
+    return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+
 def _flex(calls: Calls, query: Tensor, key: Tensor, value: Tensor, training: bool = False, **given: Any) -> Tensor:
     mask = given["block_mask"]
     if mask is None:  # nothing is masked
@@ -131,10 +156,11 @@ def _falcon(*args: Any, **given: Any) -> Tensor:
 
 
 @contextmanager
-def kernels() -> Iterator[Calls]:
+def kernels(operators: bool = False) -> Iterator[Calls]:
     """Inside, flash attention and flex attention run on the CPU, as written here; what they were given."""
     calls = Calls()
-    made = [functools.partial(one, calls) for one in (flash_attn_func, flash_attn_varlen_func)]
+    made: list[Any] = [functools.partial(one, calls) for one in (flash_attn_func, flash_attn_varlen_func)]
+    made[1] = _operator if operators else made[1]
     functions = (*made, None, flash_utils._pad_input, flash_utils._unpad_input)
     plain = functools.partial(create_block_mask, _compile=False)
 

@@ -32,6 +32,7 @@ from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
 from tokendrop.methods import (
     DART,
+    CDPruner,
     DivPrune,
     Drop,
     DuetVLM,
@@ -59,6 +60,7 @@ __all__ = [
     "AttentionAllocation",
     "BatchError",
     "Benchmark",
+    "CDPruner",
     "DecoderError",
     "DivPrune",
     "Drop",

@@ -69,6 +69,7 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         return found
     stages = (sizes.layers // 4, (sizes.layers // 3, sizes.layers // 2), (0.4, 0.02), last)
     return found | {
+        "CDPruner 25%": (td.CDPruner(keep=0.25), {}),
         "DivPrune 25%": (td.DivPrune(keep=0.25), {}),
         "DART 25%": (td.DART(2, keep=0.25), {}),
         "SVDPrune 25%": (td.SVDPrune(keep=0.25), {}),

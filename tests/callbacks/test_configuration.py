@@ -53,6 +53,7 @@ METHODS = [
     td.MixtureOfDepths("2:", 0.25),
     td.SVDPrune(),
     td.PMoD(0.25, 0.75, 0.25, 0.5),
+    td.CDPruner(0.25),
     td.DivPrune(0.25),
     td.DART(3, 7, image_pivots=2, text_pivots=3),
     td.VisionZip(0.25, 0.05, vision_layer=-1),

@@ -33,6 +33,7 @@ METHODS: list[td.Method] = [
     td.DuetVLM(),
     td.SVDPrune(),
     td.DivPrune(),
+    td.CDPruner(),
     td.PMoD(),
     td.DART(),
     td.VisionZip(),

@@ -16,7 +16,9 @@ from tokendrop.engine.forward.span import WORK, call
 from tokendrop.engine.forward.state import frames
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.model import ffn, projections, sets
+from tokendrop.engine.model.attention import follows, settle, unseen
 from tokendrop.engine.model.decoder import (
+    attention_of,
     check_module,
     find_layers,
     layer_specs,
@@ -168,6 +170,9 @@ def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Mod
     for index, (layer, spec) in enumerate(zip(layers, handle.specs, strict=True)):
         swap(layer, _RoutedLayer)
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
+        attention = attention_of(layer)
+        if attention is not None and unseen(attention) and follows(attention):
+            settle(attention)
     if handle.splits:
         projections.settle(layers, handle.specs)
     given = [method for method in handle.methods.values() if method is not None]

@@ -1,5 +1,6 @@
 """One file per published method: a frozen dataclass that returns roles and knows no model."""
 
+from tokendrop.methods.cd_pruner import CDPruner
 from tokendrop.methods.dart import DART
 from tokendrop.methods.div_prune import DivPrune
 from tokendrop.methods.drop import Drop
@@ -19,6 +20,7 @@ from tokendrop.methods.vscan import VScan
 
 __all__ = [
     "DART",
+    "CDPruner",
     "DivPrune",
     "Drop",
     "DuetVLM",

@@ -37,6 +37,7 @@ METHODS: dict[str, Any] = {
     "duet_vlm": td.DuetVLM((1, 3), (0.5, 0)),
     "pmod": td.PMoD(0.2),
     "dart": td.DART(2, 0.6, 1, 2),
+    "cd_pruner": td.CDPruner(0.5),
     "div_prune": td.DivPrune(0.5),
     "svd_prune": td.SVDPrune(0.5, rank=2),
 }

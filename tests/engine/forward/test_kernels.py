@@ -91,6 +91,43 @@ def test_one_image_at_one_place_is_two_causal_sequences_without_a_mask(attention
     assert calls.varlen == [one] * 2
 
 
+@given(st.integers(0, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+@settings(max_examples=20)
+def test_around_one_image_sizes_alone_say_the_sequences(before: int, images: int, behind: int, samples: int) -> None:
+    queries = torch.cat([torch.arange(before), torch.arange(behind) + before + images]).expand(samples, -1)
+    columns = torch.cat([(torch.arange(images) + before).expand(samples, -1), queries], 1)
+    own = torch.arange(before + behind).expand(samples, -1) + images
+    sights = [Sight(queries, columns, own, None, None, 16, before=one) for one in (None, before)]
+    found, said = (one.sequences() for one in sights)
+    assert (found.keys is None) == (said.keys is None)
+    assert torch.equal(found.query_ends, said.query_ends)
+    assert torch.equal(found.key_ends, said.key_ends)
+    assert found.longest == said.longest
+    assert seen_by(found, columns.numel(), both=False) == seen_by(said, columns.numel(), both=False)
+
+
+def seen_by(made: Any, count: int, both: bool) -> list[list[int]]:
+    """The keys of all rows that each query sees, in their order there, as sequences say it."""
+    keys = list(range(count)) if made.keys is None else made.keys.tolist()
+    queries, ends = made.query_ends.tolist(), made.key_ends.tolist()
+    found = []
+    for first, stop, begin, end in zip(queries, queries[1:], ends, ends[1:], strict=False):
+        found += [sorted(keys[begin : end if both else end - (stop - 1 - query)]) for query in range(first, stop)]
+    return found
+
+
+def test_compiled_in_one_graph() -> None:
+    """As far as the kernel is one operator, as FlashAttention's are."""
+    torch._dynamo.reset()
+    made = batch(["ttiiiittt"] * 2, "uu")
+    model, drop = dropped(llama(dtype=torch.float64, layers=2), td.HiMix("1:"), multiple=1)
+    with kernels(operators=True), drop.layout(td.TokenLayout(made.image)), torch.no_grad():
+        with_attention(model, "flash_attention_2")
+        plain = model(made.ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(made.ids, use_cache=False).logits
+    torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-9)
+
+
 def test_rows_that_skip_a_layer_are_causal_without_lengths() -> None:
     """Also in a batch of one row, where positions with gaps look like packed samples."""
     made = batch(["tiitiit"], "u")
@@ -294,17 +331,10 @@ def test_sequences_say_what_the_mask_says(rows: list[Any], both: bool, fill: int
     assert made.query_ends[0] == made.key_ends[0] == 0
     assert (int(made.query_ends[-1]), int(made.key_ends[-1])) == (queries.numel(), len(keys))
     assert made.longest == (int(made.query_ends.diff().max()), int(made.key_ends.diff().max()))
-    for first, stop, begin, end in zip(
-        *(x.tolist() for x in (made.query_ends[:-1], made.query_ends[1:], made.key_ends[:-1], made.key_ends[1:])),
-        strict=True,
-    ):
-        for query in range(first, stop):
-            row, at = divmod(query, size)
-            if not valid[row, context + at]:
-                continue  # a row whose output is thrown away
-            last = end if both else end - (stop - 1 - query)
-            found = sorted(keys[begin:last].tolist())
-            assert found == [row * columns.shape[1] + column for column in mask[row, at].nonzero().flatten().tolist()]
+    for query, found in enumerate(seen_by(made, columns.numel(), both)):
+        row, at = divmod(query, size)
+        if valid[row, context + at]:  # else its output is thrown away
+            assert found == (row * columns.shape[1] + mask[row, at].nonzero().flatten()).tolist()
 
 
 MUTATIONS: dict[str, Any] = {

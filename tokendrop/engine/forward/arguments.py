@@ -18,6 +18,7 @@ from tokendrop.errors import UnsupportedError
 from tokendrop.kernels import gather_rotary
 
 _BIASES = ("alibi", "position_bias")
+_KNOWN = "load the model with attn_implementation='sdpa' or 'eager'"
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ def compact_mask(mask: Any, group: Group, form: Form) -> Any:
         form: what the arguments look like.
 
     Returns:
-        None where the computing rows stay causal without a mask; else (B, H or 1, K, M + K), context first, or
-        (B, H or 1, K, T) where a cache returns the keys; or a BlockMask or a `Sight` of these.
+        None where the computing rows stay causal; else (B, H or 1, K, M + K), context first, or (B, H or 1, K, T) where
+        a cache returns the keys; or a BlockMask or a `Sight` of these.
 
     Raises:
         UnsupportedError: a mask that is no tensor.
@@ -169,20 +170,18 @@ def compact_mask(mask: Any, group: Group, form: Form) -> Any:
     if is_block_mask(mask):
         return compact_block(mask, group.samples, places(group, form))
     if mask is not None and not isinstance(mask, Tensor):
-        raise UnsupportedError(
-            f"an attention mask of type {type(mask).__name__} cannot be made compact; load the model with "
-            "attn_implementation='sdpa' or 'eager'"
-        )
+        found = type(mask).__name__
+        raise UnsupportedError(f"an attention mask of type {found} cannot be made compact; {_KNOWN}")
     if form.sight and (mask is None or mask.dim() == 2):
         return _sight(mask, group, form)
     if mask is not None and mask.dim() == 2:
         if _is_square(mask, form):
             return _square(form.mask or "", mask, group, form)
         return select(mask, group, group.active, form.shape, form.mask or "")
-    if mask is None and group.context is None:
+    if mask is None and (group.context is None or group.active is None):
         return None
     if group.active is None:
-        return mask if mask is None or len(mask) == 1 else mask[group.samples]
+        return mask if len(mask) == 1 else mask[group.samples]
     if form.merged:
         return _merged_mask(mask, group.active.index, group, form)
     seen = places(group, form)
@@ -197,6 +196,8 @@ def _sight(padding: Tensor | None, group: Group, form: Form) -> Sight:
     seen, packs = places(group, form), form.packs
     fills = form.both and group.active is not None  # which those before them would see
     causal = not fills and padding is None and packs is None and group.context is None and not form.merged
+    if group.late is not None and padding is None and packs is None and not form.merged and not form.both:
+        seen.before = group.size - len(group.late)
     if padding is not None:
         real = padding.bool().expand(form.shape[0], -1)[group.samples].gather(1, seen.columns)
         seen.valid = real if seen.valid is None else seen.valid & real

@@ -131,7 +131,13 @@ def attention_rows(
         # the call that follows, so that ranks that score and ranks that do not communicate alike.
         unshard()
     look = _alone(_looking(layer, spec, {spec.mask or "": None} | named, group, states_of()))
-    group, forward, cache = look.group, spec.layer_class.forward, spec.cache or ""
+    logits, values = _run(look, rows)
+    return Attention(probabilities(logits, live), rows.valid, values)
+
+
+def _run(look: _Looking, rows: Rows) -> tuple[Tensor, Tensor]:
+    # The logits (B, H, R, T + S) of the rows, and values (B, G, T, W).
+    layer, group, forward, cache = look.layer, look.group, look.spec.layer_class.forward, look.spec.cache or ""
     states = look.states if group.whole else look.states[group.samples]
     arguments = _of_rows(look, rows)
     ours = look.form.kind not in ("sdpa", "eager")  # whose attention cannot be looked into
@@ -147,8 +153,7 @@ def attention_rows(
     # A single row of grouped queries comes as (B, G, H / G, T), where transformers packs it for decoding.
     logits = logits.reshape(len(states), -1, rows.index.shape[1], logits.shape[-1])
     # What a cache is given for values may be something they are made of, as in latent attention.
-    values = values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:])
-    return Attention(probabilities(logits, live), rows.valid, values, keys)
+    return logits, values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:])
 
 
 def _looking(layer: nn.Module, spec: LayerSpec, named: dict[str, Any], group: Group, states: Tensor) -> _Looking:

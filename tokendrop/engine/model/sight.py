@@ -4,6 +4,7 @@ Shape letters: B batch, T tokens, K queries, C keys, N sequences, S keys of all 
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -42,6 +43,8 @@ class Sight:
         tokens: T.
         causal: whether it is what attention makes of keys and queries as they stand.
         both: whether it sees keys behind it too.
+        before: P, where the first P queries of each row see none of the first C - K keys and the others all of them, so
+            that sizes alone say what sequences there are.
     """
 
     rows: Tensor
@@ -52,6 +55,7 @@ class Sight:
     tokens: int
     causal: bool = False
     both: bool = False
+    before: int | None = None
     _made: list[Sequences] = field(default_factory=list)
 
     def mask(self, window: int | None) -> Tensor:
@@ -84,8 +88,19 @@ class Sight:
     def sequences(self) -> Sequences:
         """What a kernel for sequences of different lengths is given; made once."""
         if not self._made:
-            self._made.append(self._sequences())
+            self._made.append(self._sequences() if self.before is None else self._around_image(self.before))
         return self._made[0]
+
+    def _around_image(self, before: int) -> Sequences:
+        # Also under a compiler and without a transfer from the device.
+        (batch, queries), columns, device = self.rows.shape, self.columns.shape[1], self.rows.device
+        parts = [(before, before), (queries - before, columns)]
+        each = [pair for pair in parts if pair[0]] * batch
+        ends = [torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in zip(*each, strict=True)]
+        every = torch.arange(columns, device=device)
+        own = torch.cat([every[columns - queries :][:before], every])
+        keys = (own + columns * torch.arange(batch, device=device)[:, None]).flatten() if before else None
+        return Sequences(keys, ends[0], ends[1], (max(q for q, _ in each), max(k for _, k in each)))
 
     def _sequences(self) -> Sequences:
         # A query sees its own key and those before it in the order (packed sample, position). Queries whose keys follow
