@@ -116,20 +116,20 @@ class Roles:
         self.kept[sample] = self.kept[sample] + kept
         places = [tokens.index(token) for token in kept]
         if scoring.router is not None:
-            self._learn(sample, select, dict(zip(tokens, scoring.router[0], strict=True)), alive, kept)
+            self._weigh(sample, select, dict(zip(tokens, scoring.router[0], strict=True)), alive, kept)
         if select.merge is None:
             return row
         chosen = torch.isin(torch.arange(len(tokens)), torch.tensor(places, dtype=torch.int64))[None]
         merge = select.merge(scoring, chosen)
         for token, target in zip(tokens, merge.into[0].tolist(), strict=True):
             into[token] = tokens[target]
-        merged = _merging(merge).to(states.dtype) @ states[sample, tokens]
+        merged = _merging(merge).to(states.dtype) @ scoring.states[0]
         return row.index_copy(0, torch.tensor(tokens), merged)
 
     def _scoring(
         self, sample: int, select: Select, states: Tensor, number: int, tokens: list[int], count: int
     ) -> Scoring:
-        candidates, one = torch.zeros_like(self.layout.image[sample]), torch.tensor([sample])
+        one, candidates = torch.tensor([sample]), torch.zeros_like(self.layout.image[sample])
         candidates[self.alive[sample]] = True
         encoded = None
         if select.encoder and self.encoder is not None:
@@ -153,7 +153,8 @@ class Roles:
             most=count,
         )
 
-    def _learn(self, sample: int, select: Select, router: dict[int, Tensor], alive: list[int], kept: list[int]) -> None:
+    def _weigh(self, sample: int, select: Select, router: dict[int, Tensor], alive: list[int], kept: list[int]) -> None:
+        # What a router gives each token, as a weight on its state or as a scale of its update.
         for t in alive if select.gate else kept:
             at = torch.tensor(sample), torch.tensor(t)
             if select.gate:

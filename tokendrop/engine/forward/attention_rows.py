@@ -153,8 +153,7 @@ def _run(look: _Looking, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     # A single row of grouped queries comes as (B, G, H / G, T), where transformers packs it for decoding.
     logits = logits.reshape(len(states), -1, rows.index.shape[1], logits.shape[-1])
     # What a cache is given for values may be something they are made of, as in latent attention.
-    values = values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:])
-    return logits, values, keys
+    return logits, values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:]), keys
 
 
 def _looking(layer: nn.Module, spec: LayerSpec, named: dict[str, Any], group: Group, states: Tensor) -> _Looking:
