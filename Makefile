@@ -2,13 +2,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint families oldest clean
+.PHONY: demo test lint docs dist families oldest clean
 
 demo: $(STAMP)
 	$(BIN)/tokendrop demo --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -16,6 +16,20 @@ lint: $(STAMP)
 	$(BIN)/ty check
 	$(BIN)/mypy --strict --python-executable $(BIN)/python tests/typed
 	$(BIN)/basedpyright --level error tests/typed
+
+# A site of all pages, in site/.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The source distribution and the wheel made of it, in dist/, as an index takes them and as they are imported away from here.
+dist: $(STAMP)
+	rm -rf dist .venv-dist
+	$(BIN)/python -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet -c constraints.txt build twine
+	.venv-dist/bin/python -m build --outdir dist
+	.venv-dist/bin/python -m twine check --strict dist/*
+	.venv-dist/bin/python -m pip install --quiet --no-deps --target .venv-dist/away dist/*.whl
+	cd .venv-dist/away && PYTHONPATH=. $(abspath $(BIN)/python) $(CURDIR)/tests/wheel.py
 
 # The table in docs/families.md, from the results of its tests; about ten minutes.
 families: $(STAMP)
@@ -33,8 +47,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokendrop needs Python 3.11 or later; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,test,docs]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest runs
+	rm -rf .venv .venv-oldest .venv-dist dist site runs

@@ -31,6 +31,7 @@ TASK, IMAGES, DENSE, TARGET = "understanding", 32, "dense", "HiMix, layers 3:"
 FIXED: dict[str, Any] = {DENSE: None, TARGET: td.HiMix("3:"), "HMGen, layers 3:": td.HMGen("3:")}
 COUNTED: dict[str, Callable[[int], Any]] = {
     "RandomLTD": lambda k: td.RandomLTD("1:-1", k),
+    "SkipVision": lambda k: td.SkipVision(":", k),
     "MixtureOfDepths": lambda k: td.MixtureOfDepths("1:", k),
     "Drop random, layer 2": lambda k: td.Drop("2:", k, then="gone"),
     "Drop uniform, layer 2": lambda k: td.Drop("2:", k, "uniform", then="gone"),

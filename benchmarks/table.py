@@ -9,15 +9,20 @@ Shape letters: B batch, T tokens, L layers.
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import product
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from tokendrop.analysis.report import Table
 from tokendrop.study import frontier_summary, synergy_summary
+from tokendrop.study import summary as demo_summary
 from tokendrop.study.frontier import SCALES
 from tokendrop.study.synergy import SynergyStudy
 
+MEMORY = 80e9  # of a GPU, as in benchmarks/scale.py
 RESULTS = Path(__file__).parent / "results"
 PAGES = (Path(__file__).parents[1] / "README.md", *sorted((Path(__file__).parents[1] / "docs").rglob("*.md")))
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -53,18 +58,23 @@ def pivot(rows: list[Row], line: Callable[[Row], tuple[str, ...]], head: list[st
 def step(vocabulary: int = 2048) -> str:
     """A training step under each method."""
     rows = [row for row in rows_of("step") if row["config"]["vocabulary"] == vocabulary]
-    metrics = ["FLOPs ratio", "time ratio", "capture", "kept ratio", "memory ratio"]
+    metrics = ["FLOPs ratio", "time ratio", "capture", *_computed(rows), "kept ratio", "memory ratio"]
     return pivot(rows, lambda row: (row["provider"],), ["method"], metrics)
+
+
+def _computed(rows: list[Row]) -> list[str]:
+    # Rows from before it was measured have none.
+    return ["computed capture"] if any(row["metric"] == "computed capture" for row in rows) else []
 
 
 def growth() -> str:
     """How time and memory grow with tokens and layers."""
-    metrics = ["FLOPs ratio", "time ratio", "capture", "memory ratio"]
 
     def line(row: Row) -> tuple[str, ...]:
         return str(row["config"]["layers"]), str(row["config"]["tokens"]), row["provider"]
 
     rows = [row for row in rows_of("growth") if row["provider"] != "dense"]
+    metrics = ["FLOPs ratio", "time ratio", "capture", *_computed(rows), "memory ratio"]
     return pivot(rows, line, ["L", "T", "method"], metrics)
 
 
@@ -111,6 +121,37 @@ def monitor() -> str:
     )
 
 
+def demo(*names: str) -> str:
+    """The demo's runs, all or those named."""
+    made = demo_summary.table(json.loads((RESULTS / "demo.json").read_text()))
+    return markdown(replace(made, rows=[row for row in made.rows if not names or row[0] in names]))
+
+
+PAPERS = {  # as the sweep at equal FLOPs names a method -> as the step benchmark does
+    "HiMix, layers 3:": "HiMix",
+    "HMGen, layers 3:": "HMGen alternating",
+    "FastV, layer 2": "FastV 50%",
+    "PyramidDrop, layers 1 3 5": "PyramidDrop",
+    "HiDrop, entry 1, layers 2 3, exit 5": "HiDrop",
+    "DuetVLM text stages, layers 2 4": "DuetVLM",
+    "SVDPrune, layer 0": "SVDPrune 25%",
+    "RandomLTD": "RandomLTD 25%",
+    "MixtureOfDepths": "MixtureOfDepths",
+    "Drop random, layer 2": "Drop gone 25%",
+}
+
+
+def papers() -> str:
+    """What each method does to quality at equal FLOPs, and to the time of a step."""
+    quality = {row["provider"]: row for row in rows_of("methods") if row["metric"] == "exact"}
+    steps = [row for row in rows_of("step") if row["config"]["vocabulary"] == 2048 and row["metric"] == "time ratio"]
+    times = {row["provider"]: row for row in steps}
+    lines = ["| method | exact | of a step: | time ratio |", "| --- | --- | --- | --- |"]
+    lines.append(f"| dense | {figure(quality['dense'])} | dense | {figure(times['dense'])} |")
+    lines += [f"| {one} | {figure(quality[one])} | {step} | {figure(times[step])} |" for one, step in PAPERS.items()]
+    return "\n".join(lines) + "\n"
+
+
 def _synergy(make: Callable[[list[Row], dict[str, float]], Table]) -> str:
     found = json.loads((RESULTS / "synergy-study.json").read_text())
     return markdown(make(found["rows"], found["flops"]))
@@ -127,6 +168,16 @@ def frontier_rows(scale: str, split: str) -> list[Row]:
     return [row for row in rows_of("frontier/rows") if (row["scale"], row["split"]) == (scale, split)]
 
 
+def frontier_name(scale: str, split: str) -> str:
+    """How a table or picture of the frontier is called.
+
+    Example:
+        >>> frontier_name("mnist, 12 layers", "val")
+        'frontier-mnist-12-layers-val'
+    """
+    return f"frontier-{scale.replace(', ', '-').replace(' ', '-')}-{split}"
+
+
 def frontier(scale: str, split: str) -> str:
     """Every run at one scale."""
     return markdown(frontier_summary.quality_table(frontier_rows(scale, split)))
@@ -138,7 +189,7 @@ def frontier_differences(scale: str, split: str) -> str:
     return markdown(frontier_summary.differences_table(frontier_rows(scale, split), chosen))
 
 
-FLOPS = {  # of docs/configs: image tokens of an image
+FLOPS = {  # of tokendrop/configs: image tokens of an image
     "vila-u-like": 256,
     "llava-1.5-7b": 576,
     "janus-pro-7b": 576,
@@ -165,7 +216,7 @@ def flops() -> str:
 
     lines = ["| model | image tokens | method | dense TFLOPs | dropped TFLOPs | ratio |", "|---|---|---|---|---|---|"]
     for name, image in FLOPS.items():
-        model = model_from_config(PAGES[0].parent / "docs" / "configs" / f"{name}.json")
+        model = model_from_config(PAGES[0].parent / "tokendrop" / "configs" / f"{name}.json")
         for text in FLOPS_METHODS:
             found = flops(model, method_from_text(text), text=64, image=image, before=32)
             cells = name, image, f"`{text}`", *(f"{one / 1e12:.2f}" for one in (found.dense, found.dropped))
@@ -202,6 +253,45 @@ def allocation() -> str:
     return pivot(rows, line, ["task", "layer"], list(dict.fromkeys(row["metric"] for row in rows)))
 
 
+def _scale() -> dict[tuple[str, str], dict[tuple[str, int], float]]:
+    """(model, method) -> (metric, GPUs or 0) -> value."""
+    found: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    for row in rows_of("scale"):
+        config = row["config"]
+        cell = found.setdefault((config["model"], row["provider"]), {("parameters", 0): config["parameters"]})
+        cell[row["metric"], config["gpus"]] = row["median"]
+    return found
+
+
+def scale() -> str:
+    """What each method does to one GPU of many."""
+    at = "8 / 64 / 512 GPUs"
+    head = ["model", "method", "TFLOPs of a sample", "activations of a sample, GB", "fewest GPUs"]
+    head += [f"samples that fit, {at}", f"samples that hide communication, {at}", f"MFU at most, {at}"]
+    lines = [head, ["---"] * len(head)]
+    for (model, method), of in _scale().items():
+        kept = of["activations", 0]
+        fewest = ceil(16 * of["parameters", 0] / (MEMORY - of["gathered", 8] - kept))
+        parts = [
+            " / ".join(form.format(of[metric, gpus]) if of["samples", gpus] else "-" for gpus in (8, 64, 512))
+            for metric, form in {"samples": "{:.0f}", "hidden from": "{:.1f}", "MFU bound": "{:.2f}"}.items()
+        ]
+        first = [model, f"`{method}`", f"{of['computed FLOPs', 0] / 1e12:.0f}", f"{kept / 1e9:.1f}", str(fewest)]
+        lines.append([*first, *parts])
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
+def scale_states() -> str:
+    """What no method changes."""
+    head = ["model", "GPUs", "states, GB", "gathered weights, GB", "communication of a step, GB"]
+    lines = [head, ["---"] * len(head)]
+    for (model, method), of in _scale().items():
+        for gpus in (8, 64, 512) if method == "dense" else ():
+            figures = (of[metric, gpus] / 1e9 for metric in ("states", "gathered", "communication"))
+            lines.append([model, str(gpus), *(f"{figure:.1f}" for figure in figures)])
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-32000": lambda: step(32000),
@@ -218,12 +308,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "synergy-configurations": lambda: _synergy(lambda rows, _: synergy_summary.configurations(rows, SynergyStudy())),
     "synergy-correlations": lambda: _synergy(lambda rows, _: synergy_summary.correlations(rows, SynergyStudy())),
     "flops": flops,
+    "demo": demo,
+    "demo-short": lambda: demo("unified", "share-all", "late"),
+    "papers": papers,
+    "scale": scale,
+    "scale-states": scale_states,
 }
-for _scale in SCALES:
-    for _split in ("val", "test"):
-        _name = f"frontier-{_scale.replace(', ', '-').replace(' ', '-')}-{_split}"
-        TABLES[_name] = partial(frontier, _scale, _split)
-        TABLES[f"{_name}-differences"] = partial(frontier_differences, _scale, _split)
+TABLES |= {frontier_name(*at): partial(frontier, *at) for at in product(SCALES, ("val", "test"))}
+TABLES |= {
+    f"{frontier_name(*at)}-differences": partial(frontier_differences, *at) for at in product(SCALES, ("val", "test"))
+}
 
 
 def written(page: str) -> str:

@@ -275,7 +275,7 @@ FAMILIES: dict[str, Family] = {
     "llava": Family(_llava, hf.LlavaForConditionalGeneration, _pixels),
     "llava_onevision": Family(_llava_onevision, hf.LlavaOnevisionForConditionalGeneration, _tiled, per_image=10),
     "qwen2_5_vl": Family(_qwen2_5_vl, hf.Qwen2_5_VLForConditionalGeneration, _patches),
-    "qwen3_vl": Family(_qwen3_vl, hf.Qwen3VLForConditionalGeneration, _patches, first=2),
+    "qwen3_vl": Family(_qwen3_vl, hf.Qwen3VLForConditionalGeneration, _patches),
     "janus": Family(_janus, hf.JanusForConditionalGeneration, _pixels),
     "emu3": Family(_emu3, hf.Emu3ForConditionalGeneration, _sized, per_image=6),
     "chameleon": Family(_chameleon, hf.ChameleonForConditionalGeneration, _pixels),

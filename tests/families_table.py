@@ -10,7 +10,19 @@ from pathlib import Path
 from families import FAMILIES, NAMES
 
 PATH = Path(__file__).parent.parent / "docs" / "families.md"
-COLUMNS = ("HiMix", "HMGen", "projections", "drop, rejoin", "drop, gone", "generate", "checkpointing", "compile")
+COLUMNS = (
+    "HiMix",
+    "HMGen",
+    "projections",
+    "drop, rejoin",
+    "drop, gone",
+    "attend",
+    "generate",
+    "checkpointing",
+    "compile",
+    "flash",
+    "flex",
+)
 HEAD = """# Model families
 
 Written by `make families` from the results of the test suite, which fails where a cell does not say what its test
@@ -24,11 +36,16 @@ attention, unpadded, left- and right-padded. The columns:
   `Drop(then="context")`; **projections**: image-only ones, `shared` and `per-task`; **drop, rejoin** and
   **drop, gone**: `td.Drop`, half of the image tokens, and with the
   first RandomLTD and MixtureOfDepths. FastV, PyramidDrop, HiDrop, DuetVLM and SVDPrune run in the same test; VScan and
-  DuetVLM's vision stage in LLaVA, Qwen2.5-VL and Janus, whose vision encoders can be looked into.
+  DuetVLM's vision stage in LLaVA, LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM, Idefics 3 and Janus, whose
+  vision encoders can be looked into.
+- **attend**: `Drop(then="attend")`, image tokens without FFN, half of them and all; in one way for each family, its
+  steps with a cache equal to those without, and a layer equal to x + attention by the family's own code.
 - **generate**: greedy generation with a cache equals that without one, under HiMix, HMGen and `Drop(then="gone")`.
 - **checkpointing**: the model's own activation checkpointing is bit-identical to none.
 - **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another
   selection, and the same logits and gradients.
+- **flash**, **flex**: FlashAttention and FlexAttention, written plainly on torch with their documented semantics, as
+  there is no GPU; HiMix or FastV, with HMGen in one batch. *not run*: what transformers itself does not run there.
 
 Some layers carry a state from row to row (linear attention, state space models, short convolutions). There a token that
 is BYPASS or GONE is no step: the others are a sequence of their own, whose decay and convolution go from one to the
@@ -38,6 +55,11 @@ state, and a cache would hold a state of rows that only fill up, so such models 
 
 The loss that balances experts counts the rows that compute and are no padding, layer by layer; `router_logits` of an
 output have all rows that ran, with those that only fill up. gpt-oss and Gemma 2 have eager attention only.
+
+Qwen3-VL adds features of its vision encoder to image tokens behind its first decoder layers (DeepStack). That is no
+part of a layer: a token that skips layers, or is CONTEXT, gets them all the same, and those of a token that is GONE go
+with it; one that is merged for a range has those of the token it went to. A decoder that adds them in a way of its own
+(Granite 4 Vision) is refused across these layers.
 
 """
 

@@ -49,6 +49,7 @@ class Batch:
 
     def layout(self, **changes):
         made = {"image": self.image, "task": self.tasks, "padding": self.real, "labels": self.labels}
+        made["frames"] = self.image.cumsum(1) // 3  # for scores that compare frames
         return td.TokenLayout(**made | changes)
 
 
@@ -135,6 +136,9 @@ def role_plan(method, count=LAYERS):
         return ["active"] * count, [""] * count
     if isinstance(method, td.HiMix):
         on, role, inside, outside = chosen(method.layers, count), "context", "kv", ""
+    elif isinstance(method, td.Drop):
+        assert (method.then, method.keep) == ("attend", 0)
+        return ["attend" if n in chosen(method.layers, count) else "active" for n in range(count)], [""] * count
     else:
         on, role, inside, outside = chosen(method.shallow, count), "bypass", "", "qkv"
     roles = [role if n in on else "active" for n in range(count)]

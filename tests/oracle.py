@@ -38,8 +38,11 @@ def project(x, image, weights, name, own):
     return torch.where(image[:, None], x @ own[name].T, y) if name in own else y
 
 
-def layer(x, queries, keys, image, weights, own, sizes):
-    """The rows `queries` of x after a layer in which they see the rows `keys` before and at them."""
+def layer(x, queries, keys, image, weights, own, sizes, attend=False):
+    """The rows `queries` of x after a layer in which they see the rows `keys` before and at them.
+
+    With `attend` those of images have no FFN.
+    """
     seen = norm(x[keys], weights["input_layernorm.weight"], sizes.eps)
     asked = seen[torch.isin(keys, queries)]  # one norm for both: it rounds to float32, its gradient too
     q, k, v = (
@@ -58,13 +61,14 @@ def layer(x, queries, keys, image, weights, own, sizes):
     h = x[queries] + torch.cat(outs, 1) @ weights["self_attn.o_proj.weight"].T
     n = norm(h, weights["post_attention_layernorm.weight"], sizes.eps)
     up, gate = n @ weights["mlp.up_proj.weight"].T, F.silu(n @ weights["mlp.gate_proj.weight"].T)
-    return h + (gate * up) @ weights["mlp.down_proj.weight"].T
+    f = (gate * up) @ weights["mlp.down_proj.weight"].T
+    return torch.where(image[queries][:, None], h, h + f) if attend else h + f
 
 
 def llama(state, sizes, ids, real, image, roles, own=None):
     """Logits (B, T, V), zero on padding.
 
-    roles[b][l] is "active", "context" or "bypass": what image tokens of sample b do in layer l.
+    roles[b][l] is "active", "context", "bypass" or "attend": what image tokens of sample b do in layer l.
     own[b][l] has the image-only weights of sample b in layer l, by letter "q", "k", "v".
     """
     logits = []
@@ -74,11 +78,11 @@ def llama(state, sizes, ids, real, image, roles, own=None):
             start = f"model.layers.{n}."
             weights = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
             role = roles[b][n]
-            queries = real[b] if role == "active" else real[b] & ~image[b]
+            queries = real[b] if role in ("active", "attend") else real[b] & ~image[b]
             keys = real[b] & ~image[b] if role == "bypass" else real[b]
             queries, keys = queries.nonzero()[:, 0], keys.nonzero()[:, 0]
             if len(queries):
-                out = layer(x, queries, keys, image[b], weights, own[b][n] if own else {}, sizes)
+                out = layer(x, queries, keys, image[b], weights, own[b][n] if own else {}, sizes, role == "attend")
                 x = x.index_copy(0, queries, out)
         out = norm(x, state["model.norm.weight"], sizes.eps) @ state["lm_head.weight"].T
         logits.append(torch.where(real[b][:, None], out, 0))

@@ -118,4 +118,4 @@ def test_protocol():
     assert isinstance(HMGen("1:3"), Method)
     assert not isinstance("HiMix", Method)
     assert LayerRoute().image is Role.ACTIVE
-    assert [role.name for role in Role] == ["ACTIVE", "CONTEXT", "BYPASS", "GONE"]
+    assert [role.name for role in Role] == ["ACTIVE", "CONTEXT", "BYPASS", "GONE", "ATTEND"]

@@ -25,6 +25,28 @@ def test_every_so_many_steps_one_is_dense(every, step, direction):
     assert schedule.evaluated(step) == plain  # an evaluation is no step
 
 
+def test_a_drawn_strength_is_of_the_seed_and_the_step_alone():
+    schedule = td.Schedule(start=10, steps=100, dense_tail=5, dense_every=7, drawn=True, seed=3)
+    plain = td.Schedule(start=10, steps=100, dense_tail=5, dense_every=7)
+    seen = [schedule.strength(step, 600) for step in range(600)]
+    assert [schedule.strength(step, 600) for step in (599, 200, 11, 300)] == [seen[at] for at in (599, 200, 11, 300)]
+    whole = [plain.strength(step, 600) for step in range(600)]
+    assert all(0 <= one <= most for one, most in zip(seen, whole, strict=True))
+    assert all(one < most for one, most in zip(seen, whole, strict=True) if most)
+    draws = [one for one, most in zip(seen, whole, strict=True) if most == 1]
+    assert len(set(draws)) == len(draws)
+    assert abs(sum(draws) / len(draws) - 0.5) < 0.05  # of 416, whose mean has a deviation of 0.014
+    assert min(draws) < 0.02
+    assert max(draws) > 0.98
+    other = td.Schedule(start=10, steps=100, drawn=True, seed=4)
+    assert other.strength(300) != schedule.strength(300, 600)
+    assert schedule.evaluated(300, 600) == 1
+    assert schedule.final == 0
+    assert td.Schedule(drawn=True).final == 1
+    # So that a run that goes on with another release draws alike.
+    assert td.Schedule(drawn=True, seed=3).strength(300) == 0.12338596034675886
+
+
 def test_an_evaluation_knows_the_tail_where_it_knows_the_end():
     schedule = td.Schedule(dense_tail=3)
     assert [schedule.evaluated(step, 10) for step in (6, 7, 10)] == [1, 0, 0]

@@ -31,6 +31,9 @@ from tokendrop.errors import (
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
 from tokendrop.methods import (
+    DART,
+    CDPruner,
+    DivPrune,
     Drop,
     DuetVLM,
     FastV,
@@ -38,21 +41,28 @@ from tokendrop.methods import (
     HiMix,
     HMGen,
     MixtureOfDepths,
+    PMoD,
     PyramidDrop,
     RandomLTD,
+    SkipVision,
     SVDPrune,
+    VisionZip,
     VScan,
 )
 from tokendrop.roles import Method, Role
 from tokendrop.schedule import Schedule
+from tokendrop.scoring import sees
 
 __all__ = [
+    "DART",
     "Allocation",
     "AppliedError",
     "AttentionAllocation",
     "BatchError",
     "Benchmark",
+    "CDPruner",
     "DecoderError",
+    "DivPrune",
     "Drop",
     "DropLayers",
     "DuetVLM",
@@ -74,12 +84,14 @@ __all__ = [
     "MixtureOfDepths",
     "NeededRowError",
     "NoEffectWarning",
+    "PMoD",
     "PyramidDrop",
     "RandomLTD",
     "Role",
     "SVDPrune",
     "Schedule",
     "Segment",
+    "SkipVision",
     "SynergyMonitor",
     "SynergyWarning",
     "TaskLossError",
@@ -88,6 +100,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedError",
     "VScan",
+    "VisionZip",
     "apply",
     "attention_allocation",
     "benchmark",
@@ -99,5 +112,6 @@ __all__ = [
     "methods_of",
     "recipe",
     "scatter_tokens",
+    "sees",
     "to_config",
 ]

@@ -1,21 +1,26 @@
 """Roles of image tokens per decoder layer: which layers, which role, since when.
 
-Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and values, D hidden, L layers, E layers of
-the vision encoder.
+Shape letters: B batch, T tokens, L layers.
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tokendrop.errors import LayerRangeError, MethodError
+from tokendrop.errors import MethodError
+from tokendrop.ranges import Layers as Layers
+from tokendrop.ranges import check_layers as check_layers
+from tokendrop.ranges import deepest as deepest
+from tokendrop.ranges import layer_indices as layer_indices
+from tokendrop.scoring import Attention as Attention
+from tokendrop.scoring import Encoded as Encoded
+from tokendrop.scoring import Merge, Scoring
 
-Layers = str | Sequence[int]
 Separate = Literal["none", "shared", "per-task"]
+Per = Literal["sample", "image", "frame"]
 
 
 class Role(IntEnum):
@@ -25,81 +30,7 @@ class Role(IntEnum):
     CONTEXT = 1  # is seen as key and value, from a state frozen at the entry of the range
     BYPASS = 2  # is carried past the layer, neither computing nor seen
     GONE = 3  # has left for good
-
-
-class Attention(NamedTuple):
-    """What the scoring rows of a layer look at.
-
-    Args:
-        probabilities: (B, H, R, T) float32, of each scoring row over the tokens still there.
-        valid: (B, R) bool, False for rows that only fill up.
-        values: (B, G, T, D / H), the value vectors of the layer.
-    """
-
-    probabilities: Tensor
-    valid: Tensor
-    values: Tensor
-
-
-class Encoded(NamedTuple):
-    """What the vision encoder says of image tokens, in the layers that a selection looks at; 0 for other tokens.
-
-    Args:
-        attention: (E, B, T) float32, mean over heads of the attention that a token gets from [CLS], or, where there is
-            none, from the mean row of its image.
-        keys: (E, B, T, D / H) float32, mean over heads of its key vectors.
-        place: (B, T, 3) int64, its image (or frame) in the batch, row and column.
-    """
-
-    attention: Tensor
-    keys: Tensor
-    place: Tensor
-
-    def of(self, samples: Tensor) -> "Encoded":
-        """The same of some samples, (N,) int64."""
-        return Encoded(self.attention[:, samples], self.keys[:, samples], self.place[samples])
-
-
-class Merge(NamedTuple):
-    """Image tokens that leave, added to those that stay.
-
-    x'[b, t] = sum over u with into[b, u] = t of weight[b, u] x[b, u] where into[b, t] = t, else x[b, t]
-
-    Args:
-        into: (B, T) int64, the token that each is added to; itself where it stays.
-        weight: (B, T) float.
-    """
-
-    into: Tensor
-    weight: Tensor
-
-
-class Scoring(NamedTuple):
-    """What a score may look at, at the entry of a span.
-
-    Args:
-        states: (B, T, D) hidden states.
-        image: (B, T) bool, the image tokens still there.
-        samples: (B,) int64, the index of each sample in the global batch.
-        layer: the layer being entered.
-        seed: of the method.
-        step: (2,) int64, of training: the optimiser step and the micro-batch.
-        counts: (B,) int64, how many image tokens stay.
-        attention: of the selection's `queries`; None where it has none.
-        encoded: of the selection's `encoder` layers; None where it has none.
-        router: (B, T) float32, what the layer's router gives each token; None where the selection is not learned.
-    """
-
-    states: Tensor
-    image: Tensor
-    samples: Tensor
-    layer: int
-    seed: int
-    step: Tensor
-    counts: Tensor
-    attention: Attention | None = None
-    encoded: Encoded | None = None
-    router: Tensor | None = None
+    ATTEND = 4  # attends, and is seen as key and value, but has no FFN: x + attention(norm x)
 
 
 @dataclass(frozen=True)
@@ -131,7 +62,12 @@ class Select:
         of: an earlier selection; shares are of what it kept.
         encoder: layers of the vision encoder that `score` and `merge` look at.
         merge: from `Scoring` and the kept (B, T), how those that leave are merged into them.
+        gate: above 0, the router r has a bias and begins at 0, and 1 + gate tanh(r) scales what the FFN gives to a
+            token that is kept and the state of one that is not, in place of what the layer adds.
+        restore: whether they are given, where the range ends, what those that they were merged into have been given.
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
+        per: what keeps so many: a sample, each of its images, or each of their frames.
+        frames: whether `score` sees which image and frame a token belongs to.
 
     Raises:
         MethodError: queries of a layer that is neither entered nor the one before.
@@ -148,6 +84,10 @@ class Select:
     encoder: tuple[int, ...] = ()
     merge: Callable[[Scoring, Tensor], Merge] | None = None
     learned: bool = False
+    restore: bool = False
+    gate: float = 0.0
+    per: Per = "sample"
+    frames: bool = False
 
     def __post_init__(self) -> None:
         if self.queries is not None and self.queries.layer not in (self.layer, max(0, self.layer - 1)):
@@ -164,8 +104,7 @@ class Select:
             2
         """
         images = images if self.of is None else self.of.count(images)
-        share = self.keep * images
-        rounded = int(share + 1e-9) if self.floor else round(share)
+        rounded = int(self.keep * images + 1e-9) if self.floor else round(self.keep * images)
         least = min(images, max(1, rounded) if isinstance(self.keep, float) else self.keep)
         return images - int(self.strength * (images - least) + 1e-9)
 
@@ -178,11 +117,13 @@ class LayerRoute:
         image: their role; with `select`, that of the tokens it does not keep.
         separate: the projections ("q", "k", "v") that are their own.
         select: which of them stay ACTIVE; None for none.
+        renumber: whether the rows that compute take the first positions of their sample.
     """
 
     image: Role = Role.ACTIVE
     separate: frozenset[str] = frozenset()
     select: Select | None = None
+    renumber: bool = False
 
 
 Route = tuple[LayerRoute, ...]
@@ -211,70 +152,6 @@ class Method(Protocol):
         ...
 
 
-def check_layers(layers: Layers | slice) -> Layers:
-    """Normalise a layer range to text or a tuple of indices.
-
-    Args:
-        layers: half-open slice as text ("2:24:2") or `slice`, or a sequence of layer indices.
-
-    Raises:
-        LayerRangeError: neither of these.
-
-    Example:
-        >>> check_layers(slice(2, 24, 2)), check_layers([0, 3])
-        ('2:24:2', (0, 3))
-    """
-    if isinstance(layers, slice):
-        step = 1 if layers.step is None else layers.step
-        layers = ":".join("" if part is None else str(part) for part in (layers.start, layers.stop, step))
-    if isinstance(layers, str):
-        if not re.fullmatch(r"(-?\d+)?:(-?\d+)?(:[1-9]\d*)?", layers):
-            raise LayerRangeError(f"the layer range {layers!r} is no slice; write it as 'start:stop' or 'start:stop:2'")
-        return layers
-    if isinstance(layers, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
-        return tuple(layers)
-    raise LayerRangeError(
-        f"a layer range is a slice as text such as '2:24:2', a slice, or a list of layer indices; found {layers!r}"
-    )
-
-
-def layer_indices(layers: Layers, num_layers: int) -> tuple[int, ...]:
-    """The layers a range names, ascending.
-
-    Args:
-        layers: half-open slice as text, or layer indices; negative bounds count from the end.
-        num_layers: L.
-
-    Raises:
-        LayerRangeError: a bound or an index outside the model, an index twice, or a range without a layer.
-
-    Example:
-        >>> layer_indices("2:-1:2", 8)
-        (2, 4, 6)
-    """
-
-    def inside(value: int, last: int) -> int:
-        if not -num_layers <= value <= last:
-            raise LayerRangeError(
-                f"the layer range {layers!r} reaches layer {value}, but the decoder has {num_layers} layers; "
-                f"use bounds from {-num_layers} to {last}"
-            )
-        return value + num_layers if value < 0 else value
-
-    if isinstance(layers, str):
-        start, stop, step = ([int(part) if part else None for part in layers.split(":")] + [None])[:3]
-        first = inside(start, num_layers) if start is not None else 0
-        end = inside(stop, num_layers) if stop is not None else num_layers
-        chosen = list(range(first, end, step or 1))
-    else:
-        chosen = sorted(inside(index, num_layers - 1) for index in layers)
-    if not chosen:
-        raise LayerRangeError(f"the layer range {layers!r} names none of the decoder's {num_layers} layers; name one")
-    if len(set(chosen)) < len(chosen):
-        raise LayerRangeError(f"the layer range {layers!r} names a layer twice; name each layer once")
-    return tuple(chosen)
-
-
 def check_separate(separate: str) -> None:
     """Refuse an unknown sharing mode.
 
@@ -283,14 +160,3 @@ def check_separate(separate: str) -> None:
     """
     if separate not in ("none", "shared", "per-task"):
         raise MethodError(f"separate={separate!r} is unknown; use 'none', 'shared' or 'per-task'")
-
-
-def deepest(layers: tuple[int, ...], strength: float) -> frozenset[int]:
-    """The share `strength` of ascending `layers` that a schedule has switched on, from the deep end.
-
-    Example:
-        >>> sorted(deepest((2, 4, 6, 8), 0.5))
-        [6, 8]
-    """
-    count = int(strength * len(layers) + 1e-9)
-    return frozenset(layers[len(layers) - count :])

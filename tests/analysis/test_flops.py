@@ -17,6 +17,8 @@ BATCHES = {
     "text": (["tttttt", "ttt"], "ug"),
     "one row": (["iiiii"], "u"),
     "long": (LONG, "ug"),
+    "attend": (["tiittt", "tittti"], "aa"),
+    "attend long": (LONG, "ag"),
 }
 SIZES = [{}, {"num_key_value_heads": 4, "intermediate_size": 80, "layers": 3}, {"head_dim": 16, "vocab_size": 70}]
 
@@ -34,7 +36,12 @@ def counted(base, methods, made, **kwargs):
 
 
 def methods_with(separate):
-    return {"u": td.HiMix("1:", separate), "g": td.HMGen("1:3", separate), "d": None}
+    return {
+        "u": td.HiMix("1:", separate),
+        "g": td.HMGen("1:3", separate),
+        "d": None,
+        "a": td.Drop("1:", 2, then="attend"),
+    }
 
 
 def forward_formula(drop, plan):
@@ -44,7 +51,8 @@ def forward_formula(drop, plan):
         for group in span.groups:
             rows = plan.shape[1] if group.active is None else group.active.index.shape[1]
             context = 0 if group.context is None else group.context.index.shape[1]
-            total += (span.stop - span.start) * len(group.members) * layer.forward(rows, context)
+            attend = 0 if group.ffn_size is None else rows - group.ffn_size
+            total += (span.stop - span.start) * len(group.members) * layer.forward(rows, context, None, attend)
     return total + plan.shape[0] * plan.shape[1] * head_flops(drop.owner)
 
 
@@ -88,6 +96,17 @@ def test_by_hand():
     (cost,) = costs.values()
     assert cost.kept_ratio == (6 + 3 * 4) / 24
     assert cost.dense_token_layers == 2 * 24
+
+
+def test_attend_by_hand():
+    """4 text and 3 image tokens, of which one is kept: 5 rows of 7 have an FFN in three of four layers."""
+    d, kv, inner, vocab = 32, 16, 48, 50
+    attention, ffn = 2 * (2 * d * d + 2 * d * kv), 2 * 3 * d * inner
+    layer = 7 * attention + 4 * 7 * 7 * d
+    methods = {"a": td.Drop("1:", 1, then="attend")}
+    forward, _, costs, _ = counted(llama(), methods, batch(["tiitttt"[:5] + "it", "titttii"], "aa"), multiple=1)
+    assert forward == 2 * (4 * layer + (7 + 3 * 5) * ffn + 7 * 2 * d * vocab)
+    assert costs["a"].kept_ratio == 1  # every token is there
 
 
 @pytest.mark.parametrize("multiple", [1, 16])

@@ -26,7 +26,7 @@ from tokendrop.cli import app
 from tokendrop.engine.model.from_config import model_from_config
 from tokendrop.methods.text import method_from_text, methods_from_text
 
-CONFIGS = Path(__file__).parents[2] / "docs" / "configs"
+CONFIGS = Path(__file__).parents[2] / "tokendrop" / "configs"
 LLAVA = str(CONFIGS / "llava-1.5-7b.json")
 METHODS = [
     td.HiMix(),
@@ -39,7 +39,11 @@ METHODS = [
     td.Drop("1:3", 5, "attention", "context"),
     td.RandomLTD("1:-1", 0.4),
     td.MixtureOfDepths("1::2", 0.4),
+    td.SkipVision("1:", 0.4),
     td.SVDPrune(keep=3, rank=1),
+    td.DivPrune(keep=3),
+    td.DART(1, 0.5),
+    td.PMoD(),
     td.FastV(2, 0.5),
     td.PyramidDrop((1, 2, 3), (0.5, 0.25, 0.125)),
     td.HiDrop(1, (2,), (0.3,), 3),

@@ -13,7 +13,7 @@ import tokendrop as td
 from tokendrop.cli import app
 from tokendrop.engine.model.from_config import model_from_config
 
-CASES = ["HiMix", "HMGen", "Drop, rejoin", "Drop, gone", "Drop by attention", "image-only projections"]
+CASES = ["HiMix", "HMGen", "Drop, rejoin", "Drop, gone", "Drop, attend", "Drop by attention", "image-only projections"]
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

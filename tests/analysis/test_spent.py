@@ -19,6 +19,7 @@ CHOOSING = {
     "DuetVLM": td.DuetVLM((1, 3), (0.5, 0)),
     "Drop by attention": td.Drop("1:3", 0.5, "attention"),
     "Drop to context": td.Drop("1:3", 0.5, "attention", "context"),
+    "Drop to attend": td.Drop("1:3", 0.5, "attention", "attend"),
     "MixtureOfDepths": td.MixtureOfDepths("1::2", 0.5),
 }
 

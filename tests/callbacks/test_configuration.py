@@ -44,13 +44,22 @@ METHODS = [
     td.HMGen((1, 2)),
     td.Drop("1:", keep=3, score="norm", then="gone", seed=4),
     td.Drop("1:", keep=0.25, then="context"),
+    td.Drop("1:", keep=0.25, then="merge"),
     td.Drop("1:", keep=0.25),
+    td.Drop("1:", keep=0.25, per="frame"),
     td.RandomLTD(keep=7),
+    td.SkipVision("1:", keep=0.25, score="random", seed=2),
+    td.Drop("1:", keep=3, then="attend"),
     td.MixtureOfDepths("2:", 0.25),
     td.SVDPrune(),
+    td.PMoD(0.25, 0.75, 0.25, 0.5),
+    td.CDPruner(0.25),
+    td.DivPrune(0.25),
+    td.DART(3, 7, image_pivots=2, text_pivots=3),
+    td.VisionZip(0.25, 0.05, vision_layer=-1),
     td.VScan(),
     td.FastV(3, keep=0.25),
-    td.PyramidDrop((2, 4), keep=(0.5, 7)),
+    td.PyramidDrop((2, 4), keep=(0.5, 7), positions="renumber"),
     td.HiDrop(1, (2, 3), (0.5, 4), 5),
     td.DuetVLM((2, 4), (0.5, 0), dominant=0.65, contextual=0.05, cluster_width=3, vision_layer=-1),
     td.VScan(0.25, (2,), (0.5,), local_layer=1, global_layer=-1, window=2, merge=False),
@@ -65,7 +74,7 @@ def test_every_method_stays_itself(method):
     assert parsed({"methods": written}).methods == method
 
 
-SCHEDULES = [None, td.Schedule(), td.Schedule(1, 2, 3, "out", 4)]
+SCHEDULES = [None, td.Schedule(), td.Schedule(1, 2, 3, "out", 4, True, 5)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)

@@ -173,6 +173,7 @@ INTERRUPTED = {
     "before the tail": (td.Schedule(dense_tail=4), 1.0),
     "within the tail": (td.Schedule(dense_tail=7), 0.0),
     "before a dense step": (td.Schedule(dense_every=4), 1.0),
+    "drawn": (td.Schedule(steps=8, drawn=True), 3 / 8),
     "before the start": (td.Schedule(start=5), 0.0),
 }
 

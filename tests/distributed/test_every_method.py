@@ -12,6 +12,7 @@ METHODS = [
     td.RandomLTD("1:3", keep=0.4, seed=1),
     td.FastV(2, 0.5),
     td.PyramidDrop((1, 3), (0.6, 0.3)),
+    td.PyramidDrop((1, 2), (0.6, 0.3), positions="renumber"),
     td.HiDrop(entry=1, layers=(2,), keep=(0.5,), exit=3),
     td.DuetVLM(text_layers=(1, 3), text_keep=(0.5, 0)),
     td.Drop("1:3", keep=3, score="random", seed=2),
@@ -19,7 +20,13 @@ METHODS = [
     td.Drop("1:3", keep=0.5, score="value_norm"),
     td.Drop("1:3", keep=0.5, score="leverage"),
     td.Drop("1:3", keep=0.5, score="norm", then="context"),
+    td.Drop("1:3", keep=0.5, score="norm", then="merge"),
+    td.SkipVision("1:3", keep=2, score="norm"),
     td.SVDPrune(keep=3, rank=2),
+    td.CDPruner(keep=3),
+    td.DivPrune(keep=3),
+    td.PMoD(0.2),
+    td.DART(2, keep=0.5, image_pivots=1, text_pivots=2),
     td.MixtureOfDepths("1:3", keep=0.4),
 ]
 MIXED = (("u", "g"), ("g", "u", "dense"))
@@ -45,8 +52,8 @@ def name(case):
 
 def test_every_method_is_here():
     found = {value for value in vars(td).values() if isinstance(value, type) and hasattr(value, "route")}
-    # VScan needs a vision encoder; its selection and merge are those of the others.
-    assert {type(method) for method in METHODS} == found - {td.VScan, td.Method}
+    # VScan and VisionZip need a vision encoder; their selection and merge are those of the others.
+    assert {type(method) for method in METHODS} == found - {td.VScan, td.VisionZip, td.Method}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Mutations of the engine that the comparison with the oracle must see."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from helpers import batch, close, dropped, engine_step, llama, oracle_step
 
 import tokendrop as td
-from tokendrop.engine.forward import arguments, calls, span
-from tokendrop.engine.model import context, projections
+from tokendrop.engine.forward import arguments, calls, groups, span
+from tokendrop.engine.model import context, ffn, projections
 from tokendrop.engine.plan import plan
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import NeededRowError
@@ -41,19 +42,19 @@ def test_context_order_reversed(monkeypatch, case):
     def reversed_update(self, keys, values, *_):
         k, v = update(self, keys, values)
         rows = keys.shape[2]
-        return (torch.cat([x[:, :, :rows], x[:, :, rows:].flip(2)], 2) for x in (k, v))
+        return (torch.cat([x[:, :, :-rows].flip(2), x[:, :, -rows:]], 2) for x in (k, v))
 
     monkeypatch.setattr(context.ContextKeys, "update", reversed_update)
     assert not agrees(**case)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_context_before_the_text(monkeypatch, case):
+def test_context_behind_the_text(monkeypatch, case):
     update = context.ContextKeys.update
 
     def swapped(self, keys, values, *_):
         rows = keys.shape[2]
-        return (torch.cat([x[:, :, rows:], x[:, :, :rows]], 2) for x in update(self, keys, values))
+        return (torch.cat([x[:, :, -rows:], x[:, :, :-rows]], 2) for x in update(self, keys, values))
 
     monkeypatch.setattr(context.ContextKeys, "update", swapped)
     assert not agrees(**case)
@@ -107,13 +108,12 @@ def test_padding_mask_dropped(monkeypatch):
 
 
 def test_rows_that_fill_are_seen(monkeypatch):
-    columns = arguments._columns
+    places = arguments.places
 
-    def all_seen(active, context):
-        rows, cols, seen, fills = columns(active, context)
-        return rows, cols, torch.ones_like(seen), fills
+    def all_seen(group, form):
+        return replace(places(group, form), valid=None)
 
-    monkeypatch.setattr(arguments, "_columns", all_seen)
+    monkeypatch.setattr(arguments, "places", all_seen)
     assert not all(agrees(**case) for case in CASES)
 
 
@@ -145,3 +145,46 @@ def test_image_projection_left_out(monkeypatch, letter):
         lambda self, x, own, one, more: of(self, x, {} if one == letter else own, one, more),
     )
     assert not agrees()
+
+
+ATTEND = {"a": td.Drop("1:", 0, then="attend"), "g": td.HMGen("1:3", "per-task")}
+
+
+def attends(tasks="aaga", side="left"):
+    """Whether ATTEND, as the engine has it now, equals the oracle."""
+    made = batch(SAMPLES, tasks, side)
+    model, drop = dropped(BASE, ATTEND, multiple=1)
+    return close(engine_step(model, drop, made), oracle_step(BASE, ATTEND, drop, made), made.real, 1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_attend_unmutated(side):
+    assert attends(side=side)
+    assert attends("aaaa", side)
+
+
+def test_the_ffn_of_all_rows(monkeypatch):
+    monkeypatch.setattr(groups, "some_rows", lambda rows, tokens: nullcontext())
+    assert not attends()
+
+
+def test_the_ffn_of_rows_that_fill(monkeypatch):
+    """Rows of samples with less text than the others."""
+    scatter = ffn.scatter_tokens
+    monkeypatch.setattr(ffn, "scatter_tokens", lambda full, kept, index, valid: scatter(full, kept, index))
+    assert not attends()
+
+
+def test_the_ffn_of_other_rows(monkeypatch):
+    gather = ffn.gather_tokens
+    monkeypatch.setattr(ffn, "gather_tokens", lambda x, index: gather(x, index.roll(1, 1)))
+    assert not attends()
+
+
+@pytest.mark.parametrize("other", [td.Drop("1:", 0), td.HiMix("1:"), None])
+def test_no_other_role_is_attend(other):
+    made = batch(SAMPLES, "uuuu", "left")
+    model, drop = dropped(BASE, {"u": other, "a": ATTEND["a"]})
+    expected = oracle_step(BASE, {"u": ATTEND["a"]}, drop, made)
+    assert not close(engine_step(model, drop, made), expected, made.real, 1e-3)
+    assert close(engine_step(model, drop, made, made.layout(task="a")), expected, made.real, 1e-9)

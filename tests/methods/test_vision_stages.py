@@ -148,6 +148,48 @@ def test_duet_vlm(dominant, contextual, batch):
             torch.testing.assert_close(kept[sample][anchor], expected, rtol=1e-4, atol=1e-5)
 
 
+def newlines():
+    """A LLaVA-OneVision, its image of two crops as 16 tokens, then four rows of 8 with a newline behind each."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    text = hf.Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=LAYERS, **heads)
+    vision = hf.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=8, patch_size=2
+    )
+    config = hf.LlavaOnevisionConfig(
+        text_config=text, vision_config=vision, image_grid_pinpoints=[[8, 16]], image_token_index=IMAGE
+    )
+    model = hf.LlavaOnevisionForConditionalGeneration(config)
+    _redraw(model)
+    ids = torch.randint(10, 40, (1, 60))
+    ids[0, 3:55] = IMAGE
+    inputs = {"pixel_values": torch.randn(1, 3, 3, 8, 8), "image_sizes": torch.tensor([[8, 16]])}
+    return model.eval(), {"input_ids": ids} | inputs, [3 + 16 + 9 * row + 8 for row in range(4)]
+
+
+@pytest.mark.parametrize("method", [td.VScan, td.DuetVLM])
+@pytest.mark.parametrize("count", [50, 48, 20])
+def test_newlines_leave_first_and_go_to_no_token(method, count, monkeypatch):
+    model, batch, lines = newlines()
+    monkeypatch.setattr(f"{__name__}.shared", lambda: model)
+    monkeypatch.setattr(f"{__name__}.COUNTS", (1,))
+    made = td.VScan(count, (), (), 1, -2, 3) if method is td.VScan else td.DuetVLM((1,), (1.0,), count - 8, 8, 20)
+    (whole,), (kept,), _ = run(made, batch)
+    patches = set(whole) - set(lines)
+    assert len(kept) == count
+    assert len(patches & set(kept)) == min(count, 48)
+    assert set(lines) & set(kept) == set(lines[: count - 48] if count > 48 else ())
+    # A newline that leaves goes to no token; with it gone all sums are over patches.
+    groups = {token: [whole[token]] for token in kept}
+    for token in patches - set(kept):
+        best = max(sorted(patches & set(kept)), key=lambda one: alike(whole[token], whole[one]))
+        groups[best].append(whole[token])
+    if method is td.VScan:
+        for token, states in groups.items():
+            torch.testing.assert_close(kept[token], sum(states) / len(states), rtol=1e-4, atol=1e-5)
+    elif count >= 48:
+        assert all(torch.equal(state, whole[token]) for token, state in kept.items())
+
+
 def test_svd_prune(batch):
     whole, kept, counts = run(td.SVDPrune(5, rank=3), batch)
     assert counts == [[5, 5, 0]] * LAYERS

@@ -2,7 +2,8 @@
 
     capture = FLOPs ratio / time ratio
 
-Both over the dense model's: 1 where every saved FLOP saved its time.
+Both over the dense model's: 1 where every saved FLOP saved its time; and once more by computed FLOPs, which leave out
+the pairs of attention that no query sees.
 Shape letters: B batch, T tokens.
 """
 
@@ -11,8 +12,6 @@ import platform
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tokendrop.analysis import bench_report
-from tokendrop.analysis.bench_work import PARTS, Measured, untouched, work
+from tokendrop.analysis.bench_work import PARTS, Measured, computed_row, untouched, work
 from tokendrop.analysis.equality import check_equal
 from tokendrop.analysis.report import Section, Table
 from tokendrop.analysis.subject import Subject
 from tokendrop.analysis.timing import clock, spread
+from tokendrop.analysis.where import made_where
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import (
@@ -53,7 +53,9 @@ class Benchmark:
         rows: for each method its "forward", its "backward" and its "step", in order; plain values. Each holds the
             dense model's figures beside the method's: `flops`, `seconds` (of a batch), `samples_per_second`, and
             `memory` of a step (bytes), their ratios to the dense ones (`flops_ratio`, `time_ratio`, `memory_ratio`),
-            `kept_ratio` and `capture`. What was repeated is a mapping of median, p20, p80 and n.
+            `kept_ratio` and `capture`. `flops` has causal attention in full; `computed_flops`, their ratio and
+            `computed_capture` are without the pairs that no query sees, None where nobody knows. What was repeated is
+            a mapping of median, p20, p80 and n.
     """
 
     rows: tuple[Row, ...]
@@ -230,6 +232,7 @@ def _rows(found: Mapping[bool, Measured], name: str, gap: float | None, held: Se
             row[f"{prefix}memory"] = one.memory if step else None
         row |= {"flops_ratio": flops, "kept_ratio": own.kept_ratio, "time_ratio": spread(ratios)}
         row["capture"] = spread([flops / ratio for ratio in ratios])
+        row |= computed_row(found, part, ratios)
         row["memory_ratio"] = own.memory / dense.memory if step else None
         rows.append(row | {"gradient_gap": gap})
     return rows
@@ -264,14 +267,7 @@ def _fingerprint(model: nn.Module) -> str:
 def _environment(subject: Subject) -> Row:
     device = next(subject.model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # a part that is not installed, or installed under another name
-            continue
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"device": name, "clock": clock(), "versions": versions, "date": date}
+    return {"device": name, "clock": clock(), **made_where(PACKAGES)}
 
 
 def _known(out: str | Path | None, shared: Row) -> dict[str, list[Row]]:
@@ -281,6 +277,7 @@ def _known(out: str | Path | None, shared: Row) -> dict[str, list[Row]]:
         return {}
     found: dict[str, dict[str, Row]] = {}
     for row in read_history(path):
-        if all(row.get(key) == shared[key] for key in ("setup", "device", "clock", "versions")):
+        same = all(row.get(key) == shared[key] for key in ("setup", "device", "clock", "versions"))
+        if same and "computed_flops" in row:  # an older tokendrop's rows have none
             found.setdefault(row["method"], {})[row["part"]] = row
     return {name: [by[part] for part in PARTS] for name, by in found.items() if set(by) == set(PARTS)}

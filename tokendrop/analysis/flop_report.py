@@ -5,7 +5,7 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, R scoring row
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from tokendrop.analysis.flop_ledger import (
     counted_parts,
 )
 from tokendrop.analysis.flops import LayerCost, head_flops, refusal, scoring_flops
+from tokendrop.analysis.pairs import Pairs, counted_pairs
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply
 from tokendrop.engine.model.from_config import model_from_config
@@ -43,15 +44,29 @@ LARGEST = 1 << 15
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of the untouched model, and under the method."""
+    """FLOPs of the untouched model, and under the method.
+
+    Args:
+        dense: of the untouched model, causal attention in full.
+        dropped: under the method.
+        computed_dense: of `dense`, without the pairs that no query sees: causal attention by half.
+        computed_dropped: of `dropped`, likewise.
+    """
 
     dense: int
     dropped: int
+    computed_dense: int
+    computed_dropped: int
 
     @property
     def ratio(self) -> float:
         """Dropped over dense."""
         return self.dropped / self.dense
+
+    @property
+    def computed_ratio(self) -> float:
+        """The same of computed FLOPs."""
+        return self.computed_dropped / self.computed_dense
 
 
 @dataclass(frozen=True)
@@ -59,9 +74,12 @@ class FlopReport:
     """FLOPs of one sample, dense and under a method.
 
     Args:
-        dense: of the untouched model, all its layers and its head.
+        dense: of the untouched model, all its layers and its head; causal attention in full, as the field counts.
         dropped: under the method.
         ratio: dropped / dense.
+        computed_dense: of `dense`, without the pairs of attention that no query sees: causal attention by half.
+        computed_dropped: of `dropped`, likewise.
+        computed_ratio: computed_dropped / computed_dense.
         per_layer: of each of the L layers.
         per_part: of each of `PARTS`; layers and head, or parts, add up to the whole.
     """
@@ -69,16 +87,30 @@ class FlopReport:
     dense: int
     dropped: int
     ratio: float
+    computed_dense: int
+    computed_dropped: int
+    computed_ratio: float
     per_layer: tuple[Cost, ...]
     per_part: dict[str, Cost]
 
     @classmethod
-    def of(cls, dense: Sequence[Parts], dropped: Sequence[Parts]) -> "FlopReport":
-        """The report of what L layers, and then the head, cost in each part."""
-        costs = [Cost(*(sum(one.values()) for one in pair)) for pair in zip(dense, dropped, strict=True)]
-        parts = {part: Cost(*(sum(one.get(part, 0) for one in all_) for all_ in (dense, dropped))) for part in PARTS}
-        total = Cost(sum(one.dense for one in costs), sum(one.dropped for one in costs))
-        return cls(total.dense, total.dropped, total.ratio, tuple(costs[:-1]), parts)
+    def of(
+        cls, dense: Sequence[Parts], dropped: Sequence[Parts], hidden: Sequence[int], hidden_dropped: Sequence[int]
+    ) -> "FlopReport":
+        """The report of what L layers, and then the head, cost in each part, and of the layers' pairs no one sees."""
+        four = [dense, dropped, _seen(dense, hidden), _seen(dropped, hidden_dropped)]
+        costs = [Cost(*(sum(one.values()) for one in each)) for each in zip(*four, strict=True)]
+        parts = {part: Cost(*(sum(one.get(part, 0) for one in all_) for all_ in four)) for part in PARTS}
+        total = Cost(*map(sum, zip(*(astuple(one) for one in costs), strict=True)))
+        return cls(
+            total.dense, total.dropped, total.ratio, total.computed_dense, total.computed_dropped,
+            total.computed_ratio, tuple(costs[:-1]), parts,
+        )  # fmt: skip
+
+
+def _seen(layers: Sequence[Parts], hidden: Sequence[int]) -> list[Parts]:
+    # The head, which is last, has no attention.
+    return [one | {ATTENTION: one.get(ATTENTION, 0) - out} for one, out in zip(layers, [*hidden, 0], strict=True)]
 
 
 def flops(
@@ -141,15 +173,16 @@ def flops(
     drop.in_training = True  # a method for training only is costed as it trains
     _check(drop)
     rows = text + image if labelled is None else round_up(_count("labelled", labelled), text + image, multiple)
-    plan = drop.plan(layout)
+    route = (LayerRoute(),) * len(drop.layers)
+    plans = Planner(layout, [route], [None], multiple).plan(), drop.plan(layout)
+    hidden = [_hidden(drop, plan, backward) for plan in plans]
     if counted:
         with fake, drop.disabled():
             dense = counted_parts(drop, text + image, text + image, backward)
         with drop.layout(layout), fake:
-            return FlopReport.of(dense, counted_parts(drop, text + image, rows, backward))
-    route = (LayerRoute(),) * len(drop.layers)
-    dense = _formula(drop, Planner(layout, [route], [None], multiple).plan(), route, text + image, backward)
-    return FlopReport.of(dense, _formula(drop, plan, drop.served(layout)[0][0], rows, backward))
+            return FlopReport.of(dense, counted_parts(drop, text + image, rows, backward), *hidden)
+    dense = _formula(drop, plans[0], route, text + image, backward)
+    return FlopReport.of(dense, _formula(drop, plans[1], drop.served(layout)[0][0], rows, backward), *hidden)
 
 
 def _check_countable(model: Any) -> None:
@@ -174,7 +207,7 @@ def _layout(text: int, image: int, before: int, task: str | None) -> TokenLayout
     if _count("before", before) > text:
         raise LayoutError(f"before={before}: expected at most the {text} text tokens, which it is a part of")
     at = torch.arange(total)[None]
-    return TokenLayout((at >= before) & (at < before + image), task)
+    return TokenLayout((at >= before) & (at < before + image), task, frames=torch.zeros_like(at))
 
 
 def _weightless(source: Any) -> nn.Module:
@@ -197,19 +230,30 @@ def _check(drop: Handle) -> None:
         raise UnsupportedError(f"FLOPs follow from the linears of a layer, but {unknown}; count a run of your model")
 
 
+def _hidden(drop: Handle, plan: Plan, backward: bool) -> list[int]:
+    """FLOPs of each layer's pairs that no query sees, which `_formula` counts and so does a counter."""
+    found, pairs, eager = [], Pairs(plan), drop.backend == "eager"
+    for layer, spec, span in zip(drop.decoder_layers, drop.specs, plan.span_of, strict=True):
+        (group,), cost = span.groups, LayerCost.of(layer, spec)
+        (seen,) = pairs.of(group, cost.window)
+        each = cost.pair + (cost.pair_backward if backward else 0)
+        found.append((counted_pairs(group, eager) - seen) * each)
+    return found
+
+
 def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) -> list[Parts]:
     costs = [LayerCost.of(layer, spec) for layer, spec in zip(drop.decoder_layers, drop.specs, strict=True)]
     eager, times = drop.backend == "eager", 3 if backward else 1
     found = []
     for index, (cost, span, one) in enumerate(zip(costs, plan.span_of, route, strict=True)):
         (group,) = span.groups
-        pairs = group.size * (group.size + group.context_size) if eager else group.pairs
+        pairs = counted_pairs(group, eager)
         own = _own_rows(group) * sum(cost.letters[letter] for letter in one.separate)
         parts = {
             PROJECTIONS: times * (group.size * cost.attention_row + group.context_size * cost.context_row - own),
             OWN: times * own,
             ATTENTION: pairs * (cost.pair + (cost.pair_backward if backward else 0)),
-            FFN: times * group.size * (cost.row - cost.attention_row),
+            FFN: times * (group.size * (cost.row - cost.attention_row) - (group.size - group.ffn_rows) * cost.ffn_row),
             SCORING: 0,
         }
         found.append(parts)

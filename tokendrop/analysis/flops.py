@@ -1,6 +1,7 @@
 """FLOPs: counted by an operator-level counter, and by formula.
 
-One multiply-add is 2 FLOPs. Causal attention is counted in full, as every counter does.
+One multiply-add is 2 FLOPs. Causal attention is counted in full, as every counter does; `hidden` says by how much that
+is more than what a kernel computes that skips the pairs no query sees.
 Shape letters: B batch, T tokens, K computed rows, M context rows, R scoring rows, D hidden, H heads, L layers.
 """
 
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokendrop.analysis.pairs import window_of
 from tokendrop.engine.model.decoder import LayerSpec
+from tokendrop.engine.model.ffn import ffn_of
 from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape, linears
 from tokendrop.engine.plan.plan import Plan
 from tokendrop.roles import Select
@@ -54,7 +57,7 @@ def counter() -> FlopCounterMode:
 class LayerCost:
     """FLOPs of one decoder layer by formula.
 
-    forward(K, M) = K * row + M * context_row + K * (K + M) * pair
+    forward(K, M, F) = K * row - (K - F) * ffn_row + M * context_row + K * (K + M) * pair
 
     Args:
         row: of a computed row in the layer's linears, 2 * weights.
@@ -64,6 +67,9 @@ class LayerCost:
         pair_backward: of a query and a key in the backward, 10 * D where scores are recomputed, else 8 * D.
         trained_row: of `row`, in linears whose weights are trained.
         trained_context_row: of `context_row`, likewise.
+        ffn_row: of `row`, in its FFN.
+        trained_ffn_row: of `ffn_row`, likewise.
+        window: keys that a query sees at most, or None.
     """
 
     row: int
@@ -73,6 +79,9 @@ class LayerCost:
     pair_backward: int
     trained_row: int
     trained_context_row: int
+    ffn_row: int
+    trained_ffn_row: int
+    window: int | None = None
 
     @property
     def context_row(self) -> int:
@@ -85,7 +94,7 @@ class LayerCost:
         unknown = spec.separate_refusal() is not None
         widths = {"q": 0, "k": 0, "v": 0} if unknown else spec.widths(layer)
         inputs = 0 if unknown else linear_shape(spec.linear(layer, "k"))[1]
-        attention = getattr(layer, spec.attention or "", None)
+        attention, ffn = getattr(layer, spec.attention or "", None), ffn_of(layer)
         trained = [] if unknown else [one for one in "kv" if is_trained(base_linear(spec.linear(layer, one)))]
         return cls(
             row=_linear_flops(layer),
@@ -95,18 +104,24 @@ class LayerCost:
             pair_backward=(8 if spec.backend(layer) == "eager" else 10) * widths["q"],
             trained_row=_linear_flops(layer, trained=True),
             trained_context_row=2 * inputs * sum(widths[letter] for letter in trained),
+            ffn_row=0 if ffn is None else _linear_flops(ffn),
+            trained_ffn_row=0 if ffn is None else _linear_flops(ffn, trained=True),
+            window=window_of(attention),
         )
 
-    def forward(self, rows: int, context: int = 0, pairs: int | None = None) -> int:
-        """FLOPs of the forward of K `rows` that see themselves and M `context` rows, or `pairs` in all."""
-        pairs = rows * (rows + context) if pairs is None else pairs
-        return rows * self.row + context * self.context_row + pairs * self.pair
+    def forward(self, rows: int, context: int = 0, pairs: int | None = None, attend: int = 0) -> int:
+        """FLOPs of the forward of K `rows` that see themselves and M `context` rows, or `pairs` in all.
 
-    def backward(self, rows: int, context: int = 0, pairs: int | None = None) -> int:
+        `attend` of the rows go without an FFN.
+        """
+        pairs = rows * (rows + context) if pairs is None else pairs
+        return rows * self.row - attend * self.ffn_row + context * self.context_row + pairs * self.pair
+
+    def backward(self, rows: int, context: int = 0, pairs: int | None = None, attend: int = 0) -> int:
         """FLOPs of the backward of the same: the gradient of its input, and of the weights that are trained."""
         pairs = rows * (rows + context) if pairs is None else pairs
         linears = rows * (self.row + self.trained_row) + context * (self.context_row + self.trained_context_row)
-        return linears + pairs * self.pair_backward
+        return linears - attend * (self.ffn_row + self.trained_ffn_row) + pairs * self.pair_backward
 
 
 def is_trained(module: nn.Module) -> bool:

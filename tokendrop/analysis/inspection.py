@@ -19,6 +19,7 @@ _CASES: dict[str, Method] = {
     "HMGen": HMGen("0:1"),
     "Drop, rejoin": Drop(":", keep=0.5),
     "Drop, gone": Drop(":", keep=0.5, then="gone"),
+    "Drop, attend": Drop(":", keep=0.5, then="attend"),
     "Drop by attention": Drop(":", keep=0.5, score="attention"),
     "image-only projections": HMGen("0:1", separate="shared"),
 }

@@ -3,12 +3,15 @@
 Shape letters: B batch, T tokens, D hidden, L layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from tokendrop.analysis.flops import LayerCost, head_flops, is_trained, output_head, refusal, scoring_flops
+from tokendrop.analysis.pairs import Pairs, counted_pairs
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.model.linears import base_linear, linear_shape
 from tokendrop.engine.model.sets import ROUTER
@@ -49,6 +52,9 @@ class TaskCost:
         return TaskCost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
+Pass = tuple[int, int]  # forward and backward
+
+
 @dataclass(frozen=True)
 class _Costs:
     """The costs of a dropped model.
@@ -67,12 +73,22 @@ class _Costs:
     head_backward: int
     refusal: str | None
 
-    def run(self, start: int, stop: int, rows: int, context: int = 0, pairs: int | None = None) -> tuple[int, int]:
-        """Forward and backward of layers `start` to `stop`."""
+    def run(self, start: int, stop: int, *rows: Any) -> tuple[int, int]:
+        """Forward and backward of layers `start` to `stop`, on rows as `LayerCost.forward` takes them."""
         layers, reached = self.layers[start:stop], self.reached[start:stop]
-        forward = sum(layer.forward(rows, context, pairs) for layer in layers)
-        made = (layer.backward(rows, context, pairs) for layer, one in zip(layers, reached, strict=True) if one)
+        forward = sum(layer.forward(*rows) for layer in layers)
+        made = (layer.backward(*rows) for layer, one in zip(layers, reached, strict=True) if one)
         return forward, sum(made)
+
+    def hidden(self, start: int, stop: int, counted: int, seen: Callable[[int | None], list[int]]) -> list["Pass"]:
+        """Of each sample, what layers `start` to `stop` are counted for pairs beyond those `seen` through a window."""
+        found: list[Pass] = []
+        for layer, reached in zip(self.layers[start:stop], self.reached[start:stop], strict=True):
+            each = [counted - one for one in seen(layer.window)]
+            found = found or [(0, 0)] * len(each)
+            back = layer.pair_backward if reached else 0
+            found = [(a + n * layer.pair, b + n * back) for (a, b), n in zip(found, each, strict=True)]
+        return found
 
 
 def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dict[str | None, TaskCost]:
@@ -104,7 +120,8 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
         routed, learning = _routing(handle, plan, span)
         for group in span.groups:
             pairs = group.pairs if eager is None else None
-            forward, backward = made.run(span.start, span.stop, group.size, group.context_size, pairs)
+            attend = group.size - group.ffn_rows
+            forward, backward = made.run(span.start, span.stop, group.size, group.context_size, pairs, attend)
             # A span cut by another task's goes on with the same tokens.
             choice, forward = None if group.choice is None else (group.choice.select, group.members), forward + routed
             if choice is not None and choice not in looked:
@@ -114,6 +131,26 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
             for member in group.members:
                 costs[tasks[member]] += TaskCost(rows, 0, forward + backward + learning, 0, forward)
     return costs
+
+
+def hidden_flops(handle: Handle, plan: Plan) -> tuple[list[Pass], list[Pass]]:
+    """Of each of B samples, FLOPs counted for pairs of attention that no query sees: under the methods, and dense.
+
+    Without them, causal attention is counted as computed, by half.
+
+    Args:
+        handle: of the dropped model.
+        plan: of its layout.
+    """
+    made, pairs, (batch, tokens) = _costs(handle), Pairs(plan), plan.shape
+    found = [(0, 0)] * batch
+    for span in plan.spans:
+        for group in span.groups:
+            counted = counted_pairs(group, handle.backend == "eager")
+            hidden = made.hidden(span.start, span.stop, counted, lambda window, of=group: pairs.of(of, window))
+            for member, (ahead, back) in zip(group.members, hidden, strict=True):
+                found[member] = found[member][0] + ahead, found[member][1] + back
+    return found, made.hidden(0, len(plan.span_of), tokens * tokens, pairs.dense)
 
 
 def unknown_flops(handle: Handle) -> str | None:

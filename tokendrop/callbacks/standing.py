@@ -68,8 +68,8 @@ def end(handle: Handle, schedule: Schedule | None, trainer: L.Trainer) -> None:
 
 @contextmanager
 def evaluating(handle: Handle | None, schedule: Schedule | None) -> Generator[None]:
-    """As in an evaluation inside: a step that is dense for `dense_every` is like the others."""
-    if handle is None or schedule is None or not schedule.dense_every:
+    """As in an evaluation inside: a step that is drawn, or dense for `dense_every`, is like the others."""
+    if handle is None or schedule is None or not (schedule.dense_every or schedule.drawn):
         yield
         return
     before, handle.strength = handle.strength, evaluated_strength(handle, schedule)

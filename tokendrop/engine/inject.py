@@ -9,14 +9,16 @@ from typing import Any
 from torch import nn
 
 from tokendrop.engine.auto import Layouts, check_layouts, enter_own
-from tokendrop.engine.forward import head, routers
+from tokendrop.engine.forward import deepstack, head, routers
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.groups import run
 from tokendrop.engine.forward.span import WORK, call
 from tokendrop.engine.forward.state import frames
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model import projections, sets
+from tokendrop.engine.model import ffn, projections, sets
+from tokendrop.engine.model.attention import follows, settle, unseen
 from tokendrop.engine.model.decoder import (
+    attention_of,
     check_module,
     find_layers,
     layer_specs,
@@ -26,7 +28,7 @@ from tokendrop.engine.model.saved import notice_saving, take_saved
 from tokendrop.engine.model.swap import Swapped, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.model.weights import check_one_device
-from tokendrop.engine.support import Methods, check_methods, check_shared, check_support
+from tokendrop.engine.support import Methods, attending, check_methods, check_shared, check_support, weighing
 from tokendrop.errors import AppliedError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import selections
 
@@ -168,11 +170,18 @@ def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Mod
     for index, (layer, spec) in enumerate(zip(layers, handle.specs, strict=True)):
         swap(layer, _RoutedLayer)
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
+        attention = attention_of(layer)
+        if attention is not None and unseen(attention) and follows(attention):
+            settle(attention)
     if handle.splits:
         projections.settle(layers, handle.specs)
+    given = [method for method in handle.methods.values() if method is not None]
+    if any(attending(method, len(layers)) or weighing(method, len(layers)) for method in given):
+        ffn.inject(layers)
     if headed is not None:
         head.inject(*headed, handle.key)
     routers.inject(handle.owner, handle.path, handle.key)
+    deepstack.inject(handle.owner, handle.path, handle.key)
     handle.owner.tokendrop = handle
 
 

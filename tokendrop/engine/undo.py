@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from tokendrop.engine.forward import head, routers
-from tokendrop.engine.model import projections
+from tokendrop.engine.forward import deepstack, head, routers
+from tokendrop.engine.model import attention, ffn, projections
 from tokendrop.engine.model.swap import Swapped, restore
 from tokendrop.engine.model.vision import Encoder
 from tokendrop.errors import AppliedError
@@ -27,10 +27,12 @@ def undo(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> No
         while "_tokendrop_base" in vars(type(module)):  # one may be swapped for several reasons
             restore(module)
     projections.restore(layers)
+    attention.restore(layers)
+    ffn.restore(layers)
     head.restore(model)
 
 
 def _swapped(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> list[nn.Module]:
-    watched = encoder.watched.values() if encoder is not None else ()
+    watched = encoder.watched if encoder is not None else ()
     owner = [model] if isinstance(model, Swapped) else []
-    return [*layers, *watched, *routers.injected(model), *owner]
+    return [*layers, *watched, *routers.injected(model), *deepstack.injected(model), *owner]

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import Method, Route
+from tokendrop.methods.drop import check_per
+from tokendrop.methods.stages import Stage, check_positions, check_stages, staged
+from tokendrop.roles import Method, Per, Route
 
 
 @dataclass(frozen=True)
@@ -19,26 +21,35 @@ class PyramidDrop(Method):
     Args:
         layers: the first layer of each stage, ascending.
         keep: for each stage, a share of the sample's original image tokens, or a count.
+        positions: "keep"; or "renumber", after each stage the K tokens left, text and image, have positions 0 to K - 1,
+            and a generated one that of its index less the tokens dropped before the layer, as in its code.
+        per: what keeps so many: the "sample", each "image" (or video) of it, or each "frame"; see `Drop`.
 
     Raises:
         LayerRangeError: layers that do not ascend.
         MethodError: a value that makes no sense.
+        UnsupportedError: "renumber" in a decoder without rotary positions, or with those of M-RoPE.
 
     Example:
         >>> [layer.select and layer.select.count(576) for layer in PyramidDrop((1, 2), (0.5, 0.25)).route(3)]
         [None, 288, 144]
 
-    Source: arXiv 2410.17247 section 3 and github.com/Cooperx521/PyramidDrop, for 32 layers. It numbers positions anew
-    after each stage; ours keep theirs.
+    Source: arXiv 2410.17247 section 3 and github.com/Cooperx521/PyramidDrop, for 32 layers, with
+    positions="renumber".
     """
 
     layers: Sequence[int] = (8, 16, 24)
     keep: Sequence[int | float] = (0.5, 0.25, 0.125)
+    positions: Literal["keep", "renumber"] = "keep"
+    per: Per = "sample"
 
     def __post_init__(self) -> None:
         check_stages(self, "layers", "keep")
+        check_positions(self.positions)
+        check_per(self.per)
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept counts."""
         stages = [Stage(*one) for one in zip(self.layers, self.keep, strict=True)]
-        return staged(stages, num_layers, strength, "answer", floor=True)
+        renumber = self.positions == "renumber"
+        return staged(stages, num_layers, strength, "answer", floor=True, renumber=renumber, per=self.per)

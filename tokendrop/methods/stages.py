@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from tokendrop.errors import LayerRangeError, MethodError
 from tokendrop.methods.drop import SCORES, check_keep
-from tokendrop.roles import LayerRoute, Queries, Role, Route, Select
+from tokendrop.roles import LayerRoute, Per, Queries, Role, Route, Select
 
 
 class Stage(NamedTuple):
@@ -42,6 +42,16 @@ def check_count(value: Any, name: str) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise MethodError(f"{name}={value!r}: expected 1 or more")
+
+
+def check_positions(positions: Any) -> None:
+    """Refuse what says nothing of positions.
+
+    Raises:
+        MethodError: with the value.
+    """
+    if not isinstance(positions, str) or positions not in ("keep", "renumber"):
+        raise MethodError(f"positions={positions!r} is unknown; use 'keep' or 'renumber'")
 
 
 def check_stages(method: Any, layers: str, keep: str, first: int = 0) -> None:
@@ -80,6 +90,8 @@ def staged(
     back: int = 0,
     floor: bool = False,
     first: Select | None = None,
+    renumber: bool = False,
+    per: Per = "sample",
 ) -> Route:
     """The L routes of image tokens that are ACTIVE until the first stage, then GONE but for those each stage keeps.
 
@@ -91,6 +103,8 @@ def staged(
         back: 1 to score with the attention of the layer before the stage.
         floor: whether shares are rounded down.
         first: the selection at layer 0 before the stages, whose shares are of what it keeps.
+        renumber: whether rows are numbered anew after each of these.
+        per: what keeps so many.
 
     Raises:
         LayerRangeError: a stage outside the model.
@@ -99,10 +113,12 @@ def staged(
         raise LayerRangeError(
             f"a stage at layer {stages[-1].layer}, but the decoder has {num_layers} layers; use 0 to {num_layers - 1}"
         )
-    routes = [LayerRoute() if first is None else LayerRoute(Role.GONE, select=first)] * num_layers
+    routes = [LayerRoute() if first is None else LayerRoute(Role.GONE, select=first, renumber=renumber)] * num_layers
     for layer, keep in stages:
-        select = Select(keep, SCORES["attention"], layer, 0, strength, Queries(rows, layer - back), floor, first)
+        queries = Queries(rows, layer - back)
+        select = Select(keep, SCORES["attention"], layer, 0, strength, queries, floor, first, per=per)
         # Where all leave, nothing is to be scored.
-        whole = LayerRoute(Role.GONE, select=None if keep == 0 and strength == 1 else select)
+        none = keep == 0 and strength == 1
+        whole = LayerRoute(Role.GONE, select=None if none else select, renumber=renumber)
         routes[layer:] = [whole] * (num_layers - layer)
     return tuple(routes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokendrop import scores
 from tokendrop.errors import MethodError, check_flag, check_integer
 from tokendrop.methods.drop import check_keep
-from tokendrop.methods.stages import Stage, check_count, check_stages, staged
+from tokendrop.methods.stages import Stage, check_count, check_positions, check_stages, staged
 from tokendrop.roles import Encoded, Merge, Method, Route, Scoring, Select
 
 
@@ -33,10 +33,13 @@ class VScan(Method):
         scan: how the local ones are found: "rounds", from each window its best, then its second best, and so on, as its
             code for LLaVA; "capped", the best anywhere, but no window with more than its share, and a share of image
             tokens is rounded down, as its code for Qwen2.5-VL.
+        positions: "keep"; or "renumber", after each stage the K tokens left, text and image, have positions 0 to K - 1,
+            and a generated one that of its index less the tokens dropped before the layer, as in its code for LLaVA.
 
     Raises:
         LayerRangeError: layers that do not ascend.
         MethodError: a value that makes no sense.
+        UnsupportedError: "renumber" in a decoder without rotary positions, or with those of M-RoPE.
 
     Example:
         >>> [layer.select.count(576) for layer in VScan(text_layers=(1,)).route(3)]
@@ -54,6 +57,7 @@ class VScan(Method):
     window: int = 6
     merge: bool = True
     scan: Literal["rounds", "capped"] = "rounds"
+    positions: Literal["keep", "renumber"] = "keep"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -62,6 +66,7 @@ class VScan(Method):
         check_integer("local_layer", self.local_layer)
         check_integer("global_layer", self.global_layer)
         check_flag("merge", self.merge)
+        check_positions(self.positions)
         if not isinstance(self.scan, str) or self.scan not in _SCANS:
             raise MethodError(f"scan={self.scan!r} is unknown; use 'rounds' or 'capped'")
 
@@ -71,7 +76,8 @@ class VScan(Method):
         score, floor = _scans(self.window, self.scan), self.scan == "capped"
         first = Select(self.keep, score, 0, 0, strength, floor=floor, encoder=layers, merge=merge)
         stages = [Stage(*one) for one in zip(self.text_layers, self.text_keep, strict=True)]
-        return staged(stages, num_layers, strength, "answer", first=first)
+        renumber = self.positions == "renumber"
+        return staged(stages, num_layers, strength, "answer", first=first, renumber=renumber)
 
 
 _SCANS = {"rounds": scores.scan, "capped": scores.capped_scan}
@@ -88,5 +94,6 @@ def _scans(window: int, kind: str) -> Any:
 
 def average(scoring: Scoring, kept: Tensor) -> Merge:
     """Each token that leaves goes to the kept one whose state is most like its own, which becomes the mean of all."""
-    into, sizes = scores.nearest(scoring.states, scoring.image & ~kept, kept)
+    patches = cast(Encoded, scoring.encoded).place[..., 0] >= 0  # a newline goes to no token
+    into, sizes = scores.nearest(scoring.states, scoring.image & ~kept & patches, kept & patches)
     return Merge(into, 1 / sizes)

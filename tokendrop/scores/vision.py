@@ -18,7 +18,7 @@ def scan(local: Tensor, whole: Tensor, image: Tensor, place: Tensor, counts: Ten
         local: (B, T) float, attention in a shallow layer.
         whole: (B, T) float, attention in a deep layer.
         image: (B, T) bool, the tokens to score.
-        place: (B, T, 3) int64, image, row and column of each.
+        place: (B, T, 3) int64, image, row and column of each; -1 for tokens that come of no patch, which stay last.
         counts: (B,) int64, n.
         window: rows and columns of a window, in tokens.
 
@@ -27,11 +27,12 @@ def scan(local: Tensor, whole: Tensor, image: Tensor, place: Tensor, counts: Ten
 
     Source: VScan, github.com/Tencent/SelfEvolvingAgent, which takes as many of each window and so may keep fewer.
     """
-    best, rounds = _rounds(local, image, place // place.new_tensor([1, window, window]))
+    seen = image & (place[..., 0] >= 0)
+    best, rounds = _rounds(local, seen, place // place.new_tensor([1, window, window]))
     taken = best.gather(1, rounds.gather(1, best).argsort(dim=1, stable=True))
     at = torch.arange(image.shape[1], device=image.device)
     first = torch.zeros_like(image).scatter(1, taken, at < counts[:, None] // 2)
-    return whole.masked_fill(first & image, torch.inf)
+    return whole.masked_fill(image & ~seen, -1.0).masked_fill(first & seen, torch.inf)
 
 
 def capped_scan(local: Tensor, whole: Tensor, image: Tensor, place: Tensor, counts: Tensor, window: int) -> Tensor:
@@ -44,7 +45,7 @@ def capped_scan(local: Tensor, whole: Tensor, image: Tensor, place: Tensor, coun
         local: (B, T) float, attention in a shallow layer.
         whole: (B, T) float, attention in a deep layer.
         image: (B, T) bool, the tokens to score.
-        place: (B, T, 3) int64, image, row and column of each.
+        place: (B, T, 3) int64, image, row and column of each; -1 for tokens that come of no patch, which stay last.
         counts: (B,) int64, n.
         window: rows and columns of a window, in tokens.
 
@@ -53,19 +54,21 @@ def capped_scan(local: Tensor, whole: Tensor, image: Tensor, place: Tensor, coun
 
     Source: VScan, github.com/Tencent/SelfEvolvingAgent, its code for Qwen2.5-VL.
     """
-    number = place[..., 0].masked_fill(~image, 0)
+    seen = image & (place[..., 0] >= 0)
+    number = place[..., 0].masked_fill(~seen, 0)
     extent = place.new_zeros(len(image), int(number.max()) + 1, 2)
-    inside = (place[..., 1:] + 1).masked_fill(~image[..., None], 0)
+    inside = (place[..., 1:] + 1).masked_fill(~seen[..., None], 0)
     at = number[..., None].expand(-1, -1, 2)
     extent = extent.scatter_reduce(1, at, inside, "amax")  # rows and columns of each image
     windows = (extent // window).clamp(min=1) * (extent > 0)
     cells = torch.minimum(place[..., 1:] // window, (windows.gather(1, at) - 1).clamp(min=0))
-    best, rounds = _rounds(local, image, torch.cat([place[..., :1], cells], -1))
+    best, rounds = _rounds(local, seen, torch.cat([place[..., :1], cells], -1))
     half = counts // 2
     limit = -(-half // windows.prod(-1).sum(1).clamp(min=1))
     fits = (rounds < limit[:, None]).gather(1, best)  # from the best on
     first = fits & (fits.cumsum(1) <= half[:, None])
-    return whole.masked_fill(torch.zeros_like(image).scatter(1, best, first) & image, torch.inf)
+    taken = torch.zeros_like(image).scatter(1, best, first) & seen
+    return whole.masked_fill(image & ~seen, -1.0).masked_fill(taken, torch.inf)
 
 
 def _rounds(local: Tensor, image: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +83,7 @@ def _rounds(local: Tensor, image: Tensor, cells: Tensor) -> tuple[Tensor, Tensor
 
 
 def dominant(
-    looked: Tensor, image: Tensor, counts: Tensor, contextual: Tensor, width: int
+    looked: Tensor, image: Tensor, counts: Tensor, contextual: Tensor, width: int, patches: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dominant tokens, the anchors of the contextual ones, and the pool that these stand for.
 
@@ -93,19 +96,58 @@ def dominant(
         counts: (B,) int64, n.
         contextual: (B,) int64, c.
         width: w.
+        patches: (B, T) bool, those that come of patches, before which none of the others is taken; None for all.
 
     Returns:
         The three, (B, T) bool each; anchors are in the pool.
 
     Source: DUET-VLM, github.com/AMD-AGI/DUET-VLM, after VisionZip.
     """
+    seen = image if patches is None else image & patches
+    looked = looked.masked_fill(~seen, -1.0)
     order, at = _order(looked, image), torch.arange(image.shape[1], device=image.device)
     rank = torch.empty_like(order).scatter(1, order, at.expand_as(order))
     first = counts[:, None] - contextual[:, None]
-    size = torch.minimum(width * contextual, image.sum(1) - first[:, 0])[:, None]
+    size = torch.minimum(width * contextual, seen.sum(1).maximum(counts) - first[:, 0])[:, None]
     pool = image & (rank >= first) & (rank < first + size)
     runs = [(rank - first - back) * contextual[:, None] // size.clamp(min=1) for back in (0, 1)]
     return image & (rank < first), pool & (runs[0] != runs[1]), pool
+
+
+def spread(
+    looked: Tensor, image: Tensor, counts: Tensor, contextual: Tensor, patches: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The dominant tokens, and anchors spread evenly over the others.
+
+    The n - c tokens with the highest attention are dominant. Of the r others, in the order of the image, every
+    max(1, floor(r / c))-th is an anchor, from the first on, c in all.
+
+    Args:
+        looked: (B, T) float, attention in the vision encoder.
+        image: (B, T) bool, the tokens to choose from, n or more.
+        counts: (B,) int64, n.
+        contextual: (B,) int64, c.
+        patches: (B, T) bool, those that come of patches, before which none of the others is taken; None for all.
+
+    Returns:
+        The two, (B, T) bool each; fewer than n where fewer come of patches.
+
+    Example:
+        >>> looked, image = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.0]]), torch.ones(1, 6, dtype=torch.bool)
+        >>> one, other = spread(looked, image, torch.tensor([4]), torch.tensor([2]))
+        >>> one.nonzero()[:, 1].tolist(), other.nonzero()[:, 1].tolist()
+        ([0, 2], [1, 4])
+
+    Source: VisionZip, github.com/dvlab-research/VisionZip.
+    """
+    seen = image if patches is None else image & patches
+    order, at = _order(looked, seen), torch.arange(image.shape[1], device=image.device)
+    rank = torch.empty_like(order).scatter(1, order, at.expand_as(order))
+    first = seen & (rank < (counts - contextual)[:, None])
+    others = seen & ~first
+    step = (others.sum(1) // contextual.clamp(min=1)).clamp(min=1)[:, None]
+    number = others.cumsum(1) - 1
+    return first, others & (number % step == 0) & (number // step < contextual[:, None])
 
 
 def nearest(features: Tensor, members: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,15 @@ def test_steps_with_a_cache_equal_steps_without(name: str, method: str) -> None:
     agree(case.steps(True), case.steps(False))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_without_ffn(name: str) -> None:
+    """A cache holds every token, and the new ones have an FFN."""
+    case = Case(name, "hmgen", FAMILIES[name].attentions[0])
+    case.drop.remove()
+    case.drop = td.apply(case.model, td.Drop(f"{FAMILIES[name].first}:", 0, then="attend"))
+    agree(case.steps(True), case.steps(False))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_method_is_seen(name: str, method: str) -> None:

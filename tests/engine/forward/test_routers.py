@@ -22,6 +22,7 @@ ROUTED["qwen3_moe"] = [name for name in ROUTED["mixtral"] if name != "layers.1"]
 METHODS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "himix": ({"u": td.HiMix("2:")}, {"u": (0, 1)}),
     "hmgen": ({"g": td.HMGen("1:3")}, {"g": (0, 3, 4)}),
+    "attend": ({"g": td.Drop("1:3", 0, then="attend"), "u": td.HiMix("2:")}, {"g": (0, 3, 4), "u": (0, 1)}),
     "mixed": ({"u": td.HiMix("2:"), "g": td.HMGen("1:3")}, {"u": (0, 1), "g": (0, 3, 4)}),
 }
 COEFFICIENT, EXPERTS, CHOSEN = 0.5, 4, 2

@@ -15,6 +15,7 @@ import torch
 from families import IMAGE, Batch, batch, model
 from families import _images as pixels
 from helpers import Spy, checkpointed, snapshot
+from kernels_stand_in import kernels
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
@@ -107,6 +108,27 @@ def test_cls_attention_and_keys_equal_those_of_the_eager_encoder(attention: str)
     assert seen.place[data.image].tolist() == expected_places
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "internvl", "qwen3_vl"])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_an_encoder_that_runs_a_kernel_is_looked_into(name: str, attention: str) -> None:
+    """In the layers that are looked at sdpa runs instead, which computes the same; the others keep the kernel."""
+    data, found, logits = batch(name, "left"), [], []
+    for one in ("sdpa", attention):
+        module, spy = copy.deepcopy(model(name, "sdpa")), Spy()
+        drop = td.apply(module, Looking(spy, (-1,)))
+        module.config._attn_implementation = one
+        layout = td.TokenLayout(data.image, padding=data.real, labels=data.trained([False, False]))
+        with kernels() as calls, drop.layout(layout), torch.no_grad():
+            logits.append(module(**data.inputs, use_cache=False).logits[data.real])
+        assert bool(calls.plain or calls.varlen or calls.flex) == (one != "sdpa")
+        found.append(spy.given[0].encoded)
+        drop.remove()
+        assert not any("_tokendrop_base" in vars(type(part)) for part in module.modules())
+    for part in range(3):
+        torch.testing.assert_close(found[1][part], found[0][part], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows_at_once", [3, 256])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_mean_rows_without_cls(attention: str, rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +215,11 @@ def test_gradients_reach_the_encoder_through_merged_tokens() -> None:
 
 
 @pytest.mark.parametrize("search", [{"do_sample": False}, {"num_beams": 2, "do_sample": False}])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in ("llava", "qwen2_5_vl") for method in METHODS]
+    + [("internvl", "vscan"), ("llava_onevision", "duet_vlm"), ("smolvlm", "vscan"), ("qwen3_vl", "duet_vlm")],
+)
 def test_generate_with_a_cache_equals_without(name: str, method: str, search: dict[str, Any]) -> None:
     data, module = batch(name, "left"), copy.deepcopy(model(name, "sdpa")).eval()
     options = search | {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
@@ -247,7 +272,7 @@ def test_what_was_seen_is_let_go() -> None:
     assert frames(drop.key) == []
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "llava_onevision", "smolvlm"])
 def test_remove_restores(name: str) -> None:
     module = copy.deepcopy(model(name, "sdpa"))
     before = snapshot(module)
@@ -257,9 +282,10 @@ def test_remove_restores(name: str) -> None:
     assert snapshot(module) == before
 
 
-def test_a_copy_and_an_unpickled_model_see_their_own_encoder() -> None:
+@pytest.mark.parametrize("name", ["llava", "internvl", "llava_onevision"])
+def test_a_copy_and_an_unpickled_model_see_their_own_encoder(name: str) -> None:
     # A new one: transformers leaves hooks that cannot be pickled on a model that has run.
-    data, module = batch("llava", None), model.__wrapped__("llava", "sdpa").eval()
+    data, module = batch(name, None), model.__wrapped__(name, "sdpa").eval()
     drop = td.apply(module, METHODS["vscan"])
     teacher, loaded = copy.deepcopy(module), pickle.loads(pickle.dumps(module))  # noqa: S301
     teacher.model.vision_tower.apply(lambda one: [p.data.mul_(1.5) for p in one.parameters(recurse=False)])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import batch, model
+from families import _TEXT, _VISION, IMAGE, batch, model
 from helpers import llama, snapshot
 
 import tokendrop as td
@@ -46,13 +46,86 @@ def test_layers_that_cannot_be_looked_at(name: str, layer: int, message: str) ->
     assert snapshot(module) == before
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "smolvlm", "internvl"])
-def test_encoders_whose_tokens_are_not_the_decoders(name: str) -> None:
-    data, module = batch(name, None), copy.deepcopy(model(name, "sdpa"))
-    drop = td.apply(module, td.VScan(0.5, (), (), -1, -1))
-    message = r"seen for \d+ tokens, expected one for each of \d+ image tokens"
+def pooled() -> Any:
+    """Gemma 3, which pools patches to image tokens."""
+    vision = hf.SiglipVisionConfig(**_VISION, vision_use_head=False)
+    text = hf.Gemma3TextConfig(**_TEXT, head_dim=8)
+    return hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    )
+
+
+def resampled() -> Any:
+    """Idefics 2, whose image tokens look at all patches."""
+    perceiver = {"hidden_size": 32, "resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2}
+    perceiver |= {"resampler_head_dim": 8, "num_key_value_heads": 1}
+    config = hf.Idefics2Config(vision_config=_VISION, text_config=hf.MistralConfig(**_TEXT), perceiver_config=perceiver)
+    return hf.Idefics2ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(("make", "name"), [(pooled, "AvgPool2d"), (resampled, "Idefics2Perceiver")])
+@pytest.mark.parametrize("method", ["vscan", "duet_vlm"])
+def test_tokens_made_of_patches_all_over_the_image_are_refused(method: str, make: Any, name: str) -> None:
+    module = make()
+    before = snapshot(module)
+    message = rf"a {name}\w*, makes image tokens of patches in a way .* cannot follow.*use SVDPrune or"
+    with pytest.raises(td.UnsupportedError, match=message):
+        td.apply(module, METHODS[method])
+    assert snapshot(module) == before
+
+
+class Written(torch.nn.Module):
+    """An attention that looks up nothing, and calls a kernel of its own."""
+
+    flash_attn_of_their_own: Any
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
+        return self.flash_attn_of_their_own(hidden_states)
+
+
+def test_an_attention_that_shows_nothing_is_refused() -> None:
+    module = copy.deepcopy(model("internvl", "sdpa"))
+    attention = module.model.vision_tower.encoder.layer[-1].attention
+    attention.config._attn_implementation, attention.__class__ = "flash_attention_2", Written
+    with pytest.raises(td.UnsupportedError, match=r"runs the 'flash_attention_2' attention.*'sdpa', or use SVDPrune"):
+        td.apply(module, METHODS["vscan"])
+
+
+def test_images_that_are_not_square_under_a_pixel_shuffle() -> None:
+    # The model would cut the 2 x 8 patches as if they were 4 x 4.
+    module = copy.deepcopy(model("internvl", "sdpa")).eval()
+    image = torch.tensor([[False] + [True] * 4 + [False]])
+    drop = td.apply(module, METHODS["vscan"])
+    inputs = {"input_ids": torch.where(image, IMAGE, 11), "pixel_values": torch.randn(1, 3, 4, 16)}
+    message = "1 images with 2 rows and 8 columns of them; expected square"
+    with torch.no_grad(), drop.layout(td.TokenLayout(image)), pytest.raises(td.UnsupportedError, match=message):
+        module(**inputs, use_cache=False)
+
+
+def test_a_pixel_shuffle_of_something_else_than_squares() -> None:
+    module = copy.deepcopy(model("internvl", "sdpa")).eval()
+    kind = type(module.model)
+    # Patches of one row behind each other, as nobody does.
+    strips = type(kind.__name__, (kind,), {"pixel_shuffle": lambda _, x, scale_factor: x.reshape(len(x), 2, 2, -1)})
+    module.model.__class__ = strips
+    data, drop = batch("internvl", None), td.apply(module, METHODS["vscan"])
+    message = "a token of 4 patches that are no square of the image"
     with torch.no_grad(), drop.layout(td.TokenLayout(data.image)), pytest.raises(td.UnsupportedError, match=message):
         module(**data.inputs, use_cache=False)
+
+
+def test_images_and_videos_in_one_batch() -> None:
+    # The encoder runs once for the images and once for the videos, and one of them is seen.
+    module = copy.deepcopy(model("qwen2_5_vl", "sdpa")).eval()
+    ids = torch.tensor([[11] + [IMAGE] * 4 + [12] + [6] * 4 + [13]])
+    image, pixels = (ids == IMAGE) | (ids == 6), torch.randn(16, 96)
+    grid = torch.tensor([[1, 4, 4]])
+    inputs = {"pixel_values": pixels, "image_grid_thw": grid, "pixel_values_videos": pixels, "video_grid_thw": grid}
+    inputs |= {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == 6).long()}
+    drop = td.apply(module, METHODS["vscan"])
+    message = "seen for 4 tokens, expected one for each of 8 image tokens; give pixel values, of images or of videos"
+    with torch.no_grad(), drop.layout(td.TokenLayout(image)), pytest.raises(td.UnsupportedError, match=message):
+        module(**inputs, use_cache=False)
 
 
 def test_features_made_elsewhere_are_refused() -> None:

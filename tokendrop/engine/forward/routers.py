@@ -75,7 +75,7 @@ def _by_layer(given: tuple[Tensor, ...], ran: list[Span], gates: list[int]) -> l
     calls = [
         (layer, gate, group) for layer, span in enumerate(ran) for group in span.groups for gate in range(gates[layer])
     ]
-    rows = [len(group.samples) * group.size for _, _, group in calls]
+    rows = [len(group.samples) * group.ffn_rows for _, _, group in calls]
     if rows != [len(logits) for logits in given]:
         raise UnsupportedError(
             f"router logits of {[len(logits) for logits in given]} rows were collected, expected {rows}: one for each "
@@ -93,8 +93,8 @@ def _real(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 def _counts(group: Group, rows: int, mask: Tensor | None) -> Tensor:
     # (B * K,) bool: a row that only fills up does not count, nor does padding.
-    active, samples = group.active, group.samples
-    counts = torch.ones(len(samples), group.size, dtype=torch.bool, device=samples.device)
+    active, samples = group.ffn or group.active, group.samples
+    counts = torch.ones(len(samples), group.ffn_rows, dtype=torch.bool, device=samples.device)
     if active is not None:
         counts = active.valid
     if mask is not None and mask.dim() == 2:

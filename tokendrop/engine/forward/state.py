@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokendrop.engine.forward.calls import Made
 from tokendrop.engine.forward.ids import SeenIds
+from tokendrop.engine.forward.positions import Positions
 from tokendrop.engine.forward.step import Step
 from tokendrop.engine.model.vision import Seen
 from tokendrop.engine.plan.labelled import LabelledRows
@@ -36,11 +37,13 @@ class Forward:
         full: (B, T, D), the hidden states as they entered it.
         context: for each group, (B, M, D) states of its context rows in it.
         made: compact arguments made so far.
+        positions: as the rows of the span are numbered.
         cut: masks made for a cache of a fixed length that grows now, and what is left of them.
     """
 
     plan: Plan
     selections: Selections
+    positions: Positions
     cache: Any = None
     step: Step | None = None
     next_layer: int = 0
@@ -48,7 +51,7 @@ class Forward:
     full: Tensor | None = None
     context: tuple[Tensor | None, ...] = ()
     made: Made = field(default_factory=dict)
-    cut: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    cut: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -100,8 +103,9 @@ class Frame:
     def start(self, plan: Plan, cache: Any = None, step: Step | None = None, prompt: Plan | None = None) -> Forward:
         """Begin a forward on rows of `prompt`, by default of the layout's own plan, and on what follows them."""
         self.ran = []
-        times, scoring = plan.shape[0] // len(self.layout.image), (prompt or self.plan).scoring
-        return Forward(plan, Selections(plan, scoring, self.step, self.first, times, self.encode), cache, step)
+        times = plan.shape[0] // len(self.layout.image)
+        selections = Selections(plan, prompt or self.plan, self.step, self.first, times, self.encode)
+        return Forward(plan, selections, Positions(plan), cache, step)
 
     def one_by_one(self, reach: int) -> bool:
         """Whether a forward up to token `reach` of each row goes one token further than the last did, at most."""

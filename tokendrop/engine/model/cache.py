@@ -23,6 +23,7 @@ class HoledLayer:
         length: tokens counted.
         positions: (B, S) int64, the position of each stored token.
         valid: (B, S) bool, False for a stored token that nobody may see.
+        turns: rotary tables (B or 1, T, width) of the tokens counted, padding first, where rows are numbered anew.
         layers: those of its cache.
         index: its place in them.
     """
@@ -34,6 +35,7 @@ class HoledLayer:
     index: int
     keys: Tensor
     values: Tensor
+    turns: tuple[Tensor, Tensor] | None = None
     is_initialized: bool
     is_croppable = False
     lazy_initialization: Callable[[Tensor, Tensor], None]
@@ -70,8 +72,8 @@ class HoledLayer:
         """Make room for an empty, ordinary layer."""
         plain: Any = object.__new__(type(self).__mro__[2])
         plain.__dict__.update(self.__dict__ | {"keys": None, "values": None, "is_initialized": False})
-        for name in ("length", "positions", "valid", "layers", "index"):
-            del plain.__dict__[name]
+        for name in ("length", "positions", "valid", "turns", "layers", "index"):
+            plain.__dict__.pop(name, None)
         plain.reset()
         self.layers[self.index] = plain
 
@@ -98,6 +100,8 @@ class HoledLayer:
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in ("keys", "values", "positions", "valid"):
             setattr(self, name, change(getattr(self, name)))
+        if self.turns is not None and len(self.turns[0]) > 1:
+            self.turns = change(self.turns[0]), change(self.turns[1])
 
 
 @lru_cache

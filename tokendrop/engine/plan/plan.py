@@ -5,13 +5,15 @@ groups, L layers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 import torch
 from torch import Tensor
 
+from tokendrop.engine.plan.choice import Choice
 from tokendrop.engine.plan.packs import Packs
+from tokendrop.engine.plan.parts import Budgets
 from tokendrop.engine.plan.rows import (
     Rows,
     Split,
@@ -26,25 +28,6 @@ from tokendrop.engine.plan.rows import (
 )
 from tokendrop.layout import TokenLayout, scoring_mask
 from tokendrop.roles import LayerRoute, Role, Route, Select, selections
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """A selection to make when a span is entered.
-
-    Args:
-        select: which image tokens stay ACTIVE.
-        kept: (P,) int64, how many of them in each sample.
-        counts: (B,) int64, how many rows compute then.
-        context_size: M, the context rows of each sample then: those not chosen, where they are CONTEXT.
-        packs: the P samples, where rows hold several.
-    """
-
-    select: Select
-    kept: Tensor
-    counts: Tensor
-    context_size: int
-    packs: Packs | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +46,11 @@ class Group:
         split: how the computing rows use projections; None where all use the layer's own.
         context_split: likewise, for context rows.
         choice: which image tokens stay ACTIVE all the same.
-        late: (K - P, K + M) bool, what the computing rows behind the image see, where all P rows before it see no image
+        late: (K - P, M + K) bool, what the computing rows behind the image see, where all P rows before it see no image
             at all: one image at one place in every sample, without padding. None elsewhere.
+        ffn_size: of the K rows of each sample, those whose FFN runs; None where it runs on all.
+        ffn: which; None for every row, or until `choice` is made.
+        gate: (B, K), what a router scales the FFN's output by; None where none does.
     """
 
     role: Role
@@ -79,6 +65,14 @@ class Group:
     context_split: Split | None = None
     choice: Choice | None = None
     late: Tensor | None = None
+    ffn_size: int | None = None
+    ffn: Rows | None = None
+    gate: Tensor | None = None
+
+    @property
+    def ffn_rows(self) -> int:
+        """The rows of each sample whose FFN runs."""
+        return self.size if self.ffn_size is None else self.ffn_size
 
     @property
     def context_size(self) -> int:
@@ -104,9 +98,9 @@ class Span:
         stop: one past the last layer.
         groups: the samples by role.
         folded: whether rows of several groups travel as one (1, N, D) tensor of the flattened batch.
-        rows: what the compact form holds, of (B, T) or, folded, of (1, B * T); None where the span is dense, or until
-            its selections are made.
+        rows: of (B, T) or, folded, of (1, B * T), that run; None where it is dense, or until selections are made.
         selects: whether a group selects.
+        renumber: for each sample, whether its rows are numbered anew.
     """
 
     start: int
@@ -115,6 +109,7 @@ class Span:
     folded: bool
     rows: Rows | None
     selects: bool
+    renumber: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,17 +175,16 @@ class Planner:
         # All that the shapes of this forward depend on; the one transfer from the device, but for those of packs.
         found = iter(torch.cat([rows.flatten(), samples.flatten()]).tolist())
         each = [list(islice(found, one.shape[1])) for one in (rows, samples) for _ in range(len(one))]
-        self.before, self.text, self.images, self.needed_images, needed, self.candidates, *counts = each
-        # Powers of two, so that shapes stay few.
-        sizes = [min(alone.image.shape[1], 1 << (max(count) - 1).bit_length()) for count in counts]
+        self.before, self.text, self.images, self.needed_images, needed, candidates, *counts = each
+        self.budgets = Budgets(layout, self.packs, candidates)
+        sizes = [min(alone.image.shape[1], 1 << (max(count) - 1).bit_length()) for count in counts]  # few shapes
         pairs = zip(asked.items(), samples[1:], sizes, strict=True)
         self.scoring = {kind: choose_rows(mask, count, size) for (kind, mask), count, size in pairs}
         self.needed_rows = sum(needed)
         dense: Route = (LayerRoute(),) * len(routes[0])
         self.routed = any(route != dense for route in routes)
         together = caching and any(self.images)
-        kept = [together or count > 0 for count in self.images]
-        self.routes = [route if keep else dense for route, keep in zip(routes, kept, strict=True)]
+        self.routes = [one if together or n else dense for one, n in zip(routes, self.images, strict=True)]
         self._groups: dict[tuple[object, ...], Group] = {}
 
     def plan(self) -> Plan:
@@ -206,7 +200,7 @@ class Planner:
             layers = list(run)
             spans.append(self._span(layers[0], layers[-1] + 1, roles))
         span_of = tuple(span for span in spans for _ in range(span.start, span.stop))
-        dense = not any(span.rows or span.selects or any(one.split for one in span.groups) for span in spans)
+        dense = not any(span.rows or span.selects or any(one.split or one.ffn for one in span.groups) for span in spans)
         has_context = any(group.context_size for span in spans for group in span.groups)
         more = dense, self.routed, has_context, self.needed_rows, self.scoring, self.packs
         return Plan((len(self.layout.image), self.tokens), self.layout, self.computing, tuple(spans), span_of, *more)
@@ -220,7 +214,8 @@ class Planner:
             merged.setdefault(self._simplest(role, select, samples), []).extend(samples)
         groups = tuple(self._group(*key, tuple(sorted(samples)), roles) for key, samples in merged.items())
         selects = any(group.choice is not None for group in groups)
-        return Span(start, stop, groups, len(groups) > 1, None if selects else span_rows(groups, self.tokens), selects)
+        rows, renumber = None if selects else span_rows(groups, self.tokens), tuple(role.renumber for role in roles)
+        return Span(start, stop, groups, len(groups) > 1, rows, selects, renumber)
 
     def _group(
         self, role: Role, select: Select | None, samples: tuple[int, ...], roles: tuple[LayerRoute, ...]
@@ -236,7 +231,7 @@ class Planner:
     ) -> Group:
         chosen = torch.tensor(samples, device=self.layout.image.device)
         whole, number = len(samples) == len(self.layout.image), len(self._groups)
-        image, kept = self.layout.image[chosen], self._kept(select, samples)
+        image, kept = self.layout.image[chosen], self.budgets.kept(select, samples)
         rows = [self.text[sample] + sum(kept[sample]) for sample in samples]
         left = [self.images[sample] - sum(kept[sample]) for sample in samples]
         if role is Role.ACTIVE:
@@ -244,12 +239,19 @@ class Planner:
             return Group(role, number, samples, chosen, whole, self.tokens, None, None, split)
         size = round_up(max(rows), self.tokens, self.multiple)
         context_size = round_up(max(left), self.tokens, self.multiple) if role is Role.CONTEXT else 0
-        counts = torch.tensor(rows, device=chosen.device)
+        counts, parts = torch.tensor(rows, device=chosen.device), self.budgets.parts(select, samples)
+        if role is Role.GONE:
+            self.budgets.leave(select, samples)
         if select is not None:
-            each = torch.tensor([one for own in kept.values() for one in own], device=chosen.device)
-            choice = Choice(select, each, counts, context_size, self.packs and self.packs.within(samples))
-            return Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
+            each = [one for own in kept.values() for one in own]
+            packs, most = self.packs and self.packs.within(samples), max(each)
+            choice = Choice(select, torch.tensor(each, device=chosen.device), most, counts, context_size, packs, parts)
+            group = Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
+            return replace(group, size=self.tokens, ffn_size=size) if role is Role.ATTEND else group
         active = choose_rows(self.computing[chosen], counts, size)
+        if role is Role.ATTEND:
+            split, every = self._split(image, samples, owns), (self.tokens, None, None)
+            return Group(role, number, samples, chosen, whole, *every, split, ffn_size=size, ffn=active)
         if role is not Role.CONTEXT:
             return Group(role, number, samples, chosen, whole, size, active, None)
         context = choose_rows(image, image.sum(1), context_size)
@@ -258,22 +260,13 @@ class Planner:
         return Group(role, number, samples, chosen, whole, size, active, context, None, split, late=late)
 
     def _simplest(self, role: Role, select: Select | None, samples: Sequence[int]) -> tuple[Role, Select | None]:
-        # All of the image tokens compute where none is left to be CONTEXT, and none is chosen where none is kept.
-        if role is not Role.CONTEXT or (select is not None and (select.learned or select.merge)):
+        # All of the image tokens compute where none is left in the role, and none is chosen where none is kept.
+        if role not in (Role.CONTEXT, Role.ATTEND) or (select is not None and (select.learned or select.merge)):
             return role, select
-        kept = {sample: sum(own) for sample, own in self._kept(select, samples).items()}
+        kept = {sample: sum(own) for sample, own in self.budgets.kept(select, samples).items()}
         if all(count == self.images[sample] for sample, count in kept.items()):
             return Role.ACTIVE, None
         return role, select if any(kept.values()) else None
-
-    def _kept(self, select: Select | None, samples: Sequence[int]) -> dict[int, list[int]]:
-        # How many image tokens each sample of a row keeps: the row itself, or those packed into it.
-        owners = range(len(self.images)) if self.packs is None else self.packs.rows
-        kept: dict[int, list[int]] = {sample: [] for sample in samples}
-        for owner, count in zip(owners, self.candidates, strict=True):
-            if select is not None and owner in kept:
-                kept[owner].append(select.count(count))
-        return kept
 
     def _late(self, samples: tuple[int, ...], size: int, context_size: int) -> Tensor | None:
         before = {self.before[sample] for sample in samples}
