@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,16 @@ def frontier_rows(scale: str, split: str) -> list[Row]:
     return [row for row in rows_of("frontier/rows") if (row["scale"], row["split"]) == (scale, split)]
 
 
+def frontier_name(scale: str, split: str) -> str:
+    """How a table or picture of the frontier is called.
+
+    Example:
+        >>> frontier_name("mnist, 12 layers", "val")
+        'frontier-mnist-12-layers-val'
+    """
+    return f"frontier-{scale.replace(', ', '-').replace(' ', '-')}-{split}"
+
+
 def frontier(scale: str, split: str) -> str:
     """Every run at one scale."""
     return markdown(frontier_summary.quality_table(frontier_rows(scale, split)))
@@ -303,11 +314,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale": scale,
     "scale-states": scale_states,
 }
-for _scale in SCALES:
-    for _split in ("val", "test"):
-        _name = f"frontier-{_scale.replace(', ', '-').replace(' ', '-')}-{_split}"
-        TABLES[_name] = partial(frontier, _scale, _split)
-        TABLES[f"{_name}-differences"] = partial(frontier_differences, _scale, _split)
+TABLES |= {frontier_name(*at): partial(frontier, *at) for at in product(SCALES, ("val", "test"))}
+TABLES |= {
+    f"{frontier_name(*at)}-differences": partial(frontier_differences, *at) for at in product(SCALES, ("val", "test"))
+}
 
 
 def written(page: str) -> str:
