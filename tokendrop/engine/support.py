@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tokendrop.engine.model import own
 from tokendrop.engine.model.decoder import LayerSpec, has_mrope, is_sharded
 from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
@@ -80,9 +81,7 @@ def check_support(
             raise UnsupportedError(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
-        own = [specs[index].separate_refusal() for index, layer in enumerate(route) if layer.separate]
-        if refusal := next(filter(None, own), None):
-            raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
+        _check_owned(layers, specs, method, route)
         learned = any(layer.select is not None and layer.select.learned for layer in route)
         adds = learned or method.separate != "none"
         if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -112,12 +111,24 @@ def _check_skipping(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: M
             )
 
 
+def _check_owned(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method, route: Route) -> None:
+    for index, layer in enumerate(route):
+        if refusal := own.refusal(layers[index], specs[index], layer.separate):
+            what = "parts" if layer.separate - set("qkv") else "projections"
+            raise UnsupportedError(f"{method} needs image-only {what}, but {refusal}; use separate='none'")
+
+
 def _chosen_refusal(route: Route) -> str | None:
     # What a selection cannot be combined with.
     gone = False
     for index, layer in enumerate(route):
         if layer.select is not None and layer.separate:
             return f"selects image tokens in layer {index} and has projections of their own there; do one of them"
+        looks = None if layer.select is None or layer.select.queries is None else layer.select.queries.layer
+        if looks is not None and route[looks].separate:
+            return (
+                f"scores by attention of layer {looks}, which has projections of their own; do one of them"
+            )
         if layer.select is not None and layer.image in (Role.CONTEXT, Role.ATTEND) and gone:
             role = layer.image.name
             return f"selects image tokens in layer {index}, the others {role}, behind others that are GONE; use BYPASS"

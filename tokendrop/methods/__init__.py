@@ -7,6 +7,7 @@ from tokendrop.methods.hidrop import HiDrop
 from tokendrop.methods.himix import HiMix
 from tokendrop.methods.hmgen import HMGen
 from tokendrop.methods.mixture_of_depths import MixtureOfDepths
+from tokendrop.methods.mixture_of_transformers import MixtureOfTransformers
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
 from tokendrop.methods.skip_vision import SkipVision
@@ -21,6 +22,7 @@ __all__ = [
     "HiDrop",
     "HiMix",
     "MixtureOfDepths",
+    "MixtureOfTransformers",
     "PyramidDrop",
     "RandomLTD",
     "SVDPrune",
