@@ -80,7 +80,7 @@ def reference(
         for index, (layer, spec) in enumerate(zip(found, specs, strict=True)):
             # Before those of the roles: what a role leaves out has no parts of its own.
             own = [
-                (i, sets[index][names[task]])
+                (i, {part: sets[index][names[task]][part] for part in routes[i][index].separate})
                 for i, task in enumerate(layout.tasks)
                 if routes[i][index].separate and task in names
             ]

@@ -126,9 +126,7 @@ def _chosen_refusal(route: Route) -> str | None:
             return f"selects image tokens in layer {index} and has projections of their own there; do one of them"
         looks = None if layer.select is None or layer.select.queries is None else layer.select.queries.layer
         if looks is not None and route[looks].separate:
-            return (
-                f"scores by attention of layer {looks}, which has projections of their own; do one of them"
-            )
+            return f"scores by attention of layer {looks}, where image tokens have own projections; do one"
         if layer.select is not None and layer.image in (Role.CONTEXT, Role.ATTEND) and gone:
             role = layer.image.name
             return f"selects image tokens in layer {index}, the others {role}, behind others that are GONE; use BYPASS"

@@ -14,7 +14,7 @@ from tokendrop.engine.model import swap
 from tokendrop.engine.model.linears import linears
 from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached
 from tokendrop.engine.model.using import current, own, split_run
-from tokendrop.engine.plan.rows import Rows, Split
+from tokendrop.engine.plan.rows import Own, Rows, Split
 from tokendrop.errors import UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
 
@@ -132,7 +132,7 @@ def _attended(x: Tensor, rows: Rows, call: Callable[..., Tensor]) -> Tensor:
 
 
 def _split(x: Tensor, split: Split, call: Callable[..., Tensor]) -> Tensor:
-    def run(part: Tensor, name: str | None) -> Tensor:
+    def run(part: Tensor, name: Own) -> Tensor:
         image = own(name).get("ffn")
         return (call(part[None]) if image is None else call(part[None], image))[0]
 

@@ -13,6 +13,7 @@ from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.model.linears import is_linear
 from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached
 from tokendrop.engine.model.using import current, own, split_run
+from tokendrop.engine.plan.rows import Own
 from tokendrop.errors import UnsupportedError
 
 
@@ -50,7 +51,7 @@ class _SplitNorm(Swapped):
             return text(x, *args, **kwargs)
         flat, back = flat_rows(x, current.shape)
 
-        def run(part: Tensor, name: str | None) -> Tensor:
+        def run(part: Tensor, name: Own) -> Tensor:
             norms: Any = own(name).get("norm")
             return text(part, *args, **kwargs) if norms is None else norms[self._tokendrop_key](part, *args, **kwargs)
 

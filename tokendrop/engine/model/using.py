@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.plan.rows import Split
+from tokendrop.engine.plan.rows import Own, Split
 
 
 class _Using(threading.local):
@@ -38,14 +38,14 @@ def using(split: Split | None, sets: nn.ModuleDict, shape: tuple[int, int], quer
         current.split, current.sets, current.shape, current.queries = before
 
 
-def own(name: str | None) -> dict[str, nn.Module]:
-    """The image-only parts of a set, by "q", "k", "v", "o", "norm" and "ffn"; none for None."""
+def own(name: Own) -> dict[str, nn.Module]:
+    """The image-only parts that are used of a set, by "q", "k", "v", "o", "norm" and "ffn"; none for None."""
     if name is None or current.sets is None:
         return {}
-    return dict(cast(nn.ModuleDict, current.sets[name]).items())
+    return {part: module for part, module in cast(nn.ModuleDict, current.sets[name[0]]).items() if part in name[1]}
 
 
-def split_run(split: Split, flat: Tensor, run: Callable[[Tensor, str | None], Tensor]) -> Tensor:
+def split_run(split: Split, flat: Tensor, run: Callable[[Tensor, Own], Tensor]) -> Tensor:
     """What `run` makes of flat rows (B * K, ...) and the name of their set, in the order of the rows."""
     outputs = []
     for name, rows in zip(split.names, split.rows, strict=True):
