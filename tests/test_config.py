@@ -23,6 +23,8 @@ METHODS = [
     td.SkipVision("1:", keep=0.25, score="random", seed=2),
     td.Drop("1:", keep=3, then="attend"),
     td.MixtureOfDepths("2:", 0.25),
+    td.MixtureOfTransformers("2:", parts="o+ffn"),
+    td.HMGen("1:3", "shared", "qkv+norm"),
     td.FastV(3, keep=0.25),
     td.PyramidDrop((2, 4), keep=(0.5, 7)),
     td.HiDrop(1, (2, 3), (0.5, 4), 5),

@@ -55,6 +55,7 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         "Drop gone 25%": (td.Drop("2:", keep=0.25, then="gone"), {}),
         "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
         "SkipVision 25%": (td.SkipVision(keep=0.25), {}),
+        "MixtureOfTransformers": (td.MixtureOfTransformers(), {}),
         "MixtureOfDepths": (td.MixtureOfDepths(), {}),
     }
     if sizes.layers < 8:  # too few for stages

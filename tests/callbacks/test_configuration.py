@@ -49,6 +49,8 @@ METHODS = [
     td.SkipVision("1:", keep=0.25, score="random", seed=2),
     td.Drop("1:", keep=3, then="attend"),
     td.MixtureOfDepths("2:", 0.25),
+    td.MixtureOfTransformers("2:", parts="o+ffn"),
+    td.HMGen("1:3", "shared", "qkv+norm"),
     td.SVDPrune(),
     td.VScan(),
     td.FastV(3, keep=0.25),

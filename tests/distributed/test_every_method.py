@@ -23,6 +23,7 @@ METHODS = [
     td.SkipVision("1:3", keep=2, score="norm"),
     td.SVDPrune(keep=3, rank=2),
     td.MixtureOfDepths("1:3", keep=0.4),
+    td.MixtureOfTransformers("1:3"),
 ]
 MIXED = (("u", "g"), ("g", "u", "dense"))
 NO_IMAGE = (("u", "u"), ("text", "text"))

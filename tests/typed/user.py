@@ -33,6 +33,7 @@ METHODS: list[td.Method] = [
     td.DuetVLM(),
     td.SVDPrune(),
     td.MixtureOfDepths(),
+    td.MixtureOfTransformers(separate="per-task"),
     td.Drop("1:", keep=0.5),
     Mine(),
 ]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokendrop.engine.model import swap
-from tokendrop.engine.model.linears import linears
+from tokendrop.engine.model.linears import linears, unwrapped
 from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached
 from tokendrop.engine.model.using import current, own, split_run
 from tokendrop.engine.plan.rows import Own, Rows, Split
@@ -28,8 +28,10 @@ def holds_weights(module: nn.Module) -> bool:
 
 def ffn_names(layer: nn.Module) -> list[str]:
     """The children of a layer that are an FFN by their names and weights; one, where they are what is common."""
-    named = ((name, child) for name, child in layer.named_children() if name == "ff" or any(n in name for n in _NAMES))
-    return [name for name, child in named if holds_weights(child)]
+    children = unwrapped(layer).named_children()
+    named = ((name, child) for name, child in children if name == "ff" or any(n in name for n in _NAMES))
+    # Classic FSDP takes the weights of one away that is swapped already.
+    return [name for name, child in named if holds_weights(child) or isinstance(child, _RoutedFFN)]
 
 
 def ffn_of(layer: nn.Module) -> nn.Module | None:

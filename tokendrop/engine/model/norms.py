@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokendrop.engine.model import swap
 from tokendrop.engine.model.decoder import LayerSpec
-from tokendrop.engine.model.linears import is_linear
+from tokendrop.engine.model.linears import is_linear, unwrapped
 from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached
 from tokendrop.engine.model.using import current, own, split_run
 from tokendrop.engine.plan.rows import Own
@@ -23,12 +23,14 @@ def norms_of(layer: nn.Module, spec: LayerSpec) -> dict[str, nn.Module]:
     Those of queries and keys belong to them; those behind the last layer, and of a mixer beside attention, do not.
     """
     attention = getattr(layer, spec.attention or "", None)
-    found = {name: child for name, child in layer.named_children() if _is_norm(child)}
-    inside = () if attention is None else attention.named_children()
+    found = {name: child for name, child in unwrapped(layer).named_children() if _is_norm(child)}
+    inside = () if attention is None else unwrapped(attention).named_children()
     return found | {f"{spec.attention}.{name}": child for name, child in inside if _is_norm(child)}
 
 
 def _is_norm(module: nn.Module) -> bool:
+    if isinstance(module, _SplitNorm):  # classic FSDP takes its weights away
+        return True
     named = any("norm" in kind.__name__.lower() for kind in type(module).__mro__[:-1])
     leaf = next(module.children(), None) is None and next(module.parameters(), None) is not None
     return named and leaf and not is_linear(module)
