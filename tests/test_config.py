@@ -74,7 +74,9 @@ def test_a_round_trip_through_json_and_yaml(method):
 
 def test_the_form_is_written_out():
     assert td.to_config({"u": td.HMGen("1:3")}, td.Schedule(start=2)) == {
-        "methods": {"u": {"class_path": "tokendrop.HMGen", "init_args": {"shallow": "1:3", "separate": "none"}}},
+        "methods": {
+            "u": {"class_path": "tokendrop.HMGen", "init_args": {"shallow": "1:3", "separate": "none", "parts": "qkv"}}
+        },
         "schedule": {"start": 2, "steps": 0, "dense_tail": 0, "direction": "in", "dense_every": 0}
         | {"drawn": False, "seed": 0},
     }
