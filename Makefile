@@ -8,7 +8,7 @@ demo: $(STAMP)
 	$(BIN)/tokendrop demo --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ def main() -> None:
             shares.setdefault(counted, []).append(found.share)
             if given.figure and counted == "all" and seed == 0:
                 given.figure.parent.mkdir(parents=True, exist_ok=True)
-                found.plot().savefig(given.figure, dpi=80)
+                found.plot().savefig(given.figure, dpi=110)
     for counted, each in shares.items():
         for task, name in enumerate(found.tasks):
             for layer in range(each[0].shape[1]):

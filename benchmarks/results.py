@@ -3,6 +3,7 @@
 import datetime
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -74,6 +75,8 @@ def append(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
     # New results do not make the code another one.
     code = ["--", ".", ":!benchmarks/results"]
     head, changed = (

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokendrop.study import summary as demo_summary
 from tokendrop.study.frontier import SCALES
 from tokendrop.study.synergy import SynergyStudy
 
+MEMORY = 80e9  # of a GPU, as in benchmarks/scale.py
 RESULTS = Path(__file__).parent / "results"
 PAGES = (Path(__file__).parents[1] / "README.md", *sorted((Path(__file__).parents[1] / "docs").rglob("*.md")))
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -55,18 +57,23 @@ def pivot(rows: list[Row], line: Callable[[Row], tuple[str, ...]], head: list[st
 def step(vocabulary: int = 2048) -> str:
     """A training step under each method."""
     rows = [row for row in rows_of("step") if row["config"]["vocabulary"] == vocabulary]
-    metrics = ["FLOPs ratio", "time ratio", "capture", "kept ratio", "memory ratio"]
+    metrics = ["FLOPs ratio", "time ratio", "capture", *_computed(rows), "kept ratio", "memory ratio"]
     return pivot(rows, lambda row: (row["provider"],), ["method"], metrics)
+
+
+def _computed(rows: list[Row]) -> list[str]:
+    # Rows from before it was measured have none.
+    return ["computed capture"] if any(row["metric"] == "computed capture" for row in rows) else []
 
 
 def growth() -> str:
     """How time and memory grow with tokens and layers."""
-    metrics = ["FLOPs ratio", "time ratio", "capture", "memory ratio"]
 
     def line(row: Row) -> tuple[str, ...]:
         return str(row["config"]["layers"]), str(row["config"]["tokens"]), row["provider"]
 
     rows = [row for row in rows_of("growth") if row["provider"] != "dense"]
+    metrics = ["FLOPs ratio", "time ratio", "capture", *_computed(rows), "memory ratio"]
     return pivot(rows, line, ["L", "T", "method"], metrics)
 
 
@@ -235,6 +242,45 @@ def allocation() -> str:
     return pivot(rows, line, ["task", "layer"], list(dict.fromkeys(row["metric"] for row in rows)))
 
 
+def _scale() -> dict[tuple[str, str], dict[tuple[str, int], float]]:
+    """(model, method) -> (metric, GPUs or 0) -> value."""
+    found: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    for row in rows_of("scale"):
+        config = row["config"]
+        cell = found.setdefault((config["model"], row["provider"]), {("parameters", 0): config["parameters"]})
+        cell[row["metric"], config["gpus"]] = row["median"]
+    return found
+
+
+def scale() -> str:
+    """What each method does to one GPU of many."""
+    at = "8 / 64 / 512 GPUs"
+    head = ["model", "method", "TFLOPs of a sample", "activations of a sample, GB", "fewest GPUs"]
+    head += [f"samples that fit, {at}", f"samples that hide communication, {at}", f"MFU at most, {at}"]
+    lines = [head, ["---"] * len(head)]
+    for (model, method), of in _scale().items():
+        kept = of["activations", 0]
+        fewest = ceil(16 * of["parameters", 0] / (MEMORY - of["gathered", 8] - kept))
+        parts = [
+            " / ".join(form.format(of[metric, gpus]) if of["samples", gpus] else "-" for gpus in (8, 64, 512))
+            for metric, form in {"samples": "{:.0f}", "hidden from": "{:.1f}", "MFU bound": "{:.2f}"}.items()
+        ]
+        first = [model, f"`{method}`", f"{of['computed FLOPs', 0] / 1e12:.0f}", f"{kept / 1e9:.1f}", str(fewest)]
+        lines.append([*first, *parts])
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
+def scale_states() -> str:
+    """What no method changes."""
+    head = ["model", "GPUs", "states, GB", "gathered weights, GB", "communication of a step, GB"]
+    lines = [head, ["---"] * len(head)]
+    for (model, method), of in _scale().items():
+        for gpus in (8, 64, 512) if method == "dense" else ():
+            figures = (of[metric, gpus] / 1e9 for metric in ("states", "gathered", "communication"))
+            lines.append([model, str(gpus), *(f"{figure:.1f}" for figure in figures)])
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-32000": lambda: step(32000),
@@ -254,6 +300,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-short": lambda: demo("unified", "share-all", "late"),
     "papers": papers,
+    "scale": scale,
+    "scale-states": scale_states,
 }
 for _scale in SCALES:
     for _split in ("val", "test"):

@@ -1,6 +1,7 @@
 """One thread and the same examples in every run; what transformers deprecates is an error."""
 
 import logging
+from pathlib import Path
 
 import device
 import families_table
@@ -14,6 +15,18 @@ settings.register_profile(
 settings.load_profile("tokendrop")
 torch.set_num_threads(1)
 device.use()
+
+
+# Files that take long come first, so that two workers end together.
+LONG = ("distributed", "examples", "study", "cli", "callbacks", "analysis", "engine")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        room = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONG.index(room) if room in LONG else len(LONG)
+
+    items.sort(key=place)
 
 
 def pytest_addoption(parser):

@@ -21,6 +21,8 @@ COLUMNS = (
     "generate",
     "checkpointing",
     "compile",
+    "flash",
+    "flex",
 )
 HEAD = """# Model families
 
@@ -44,6 +46,8 @@ attention, unpadded, left- and right-padded. The columns:
 - **checkpointing**: the model's own activation checkpointing is bit-identical to none.
 - **compile**: `torch.compile(fullgraph=True)` with inductor gives one graph, none more for moved images or another
   selection, and the same logits and gradients.
+- **flash**, **flex**: FlashAttention and FlexAttention, written plainly on torch with their documented semantics, as
+  there is no GPU; HiMix or FastV, with HMGen in one batch. *not run*: what transformers itself does not run there.
 
 Some layers carry a state from row to row (linear attention, state space models, short convolutions). There a token that
 is BYPASS or GONE is no step: the others are a sequence of their own, whose decay and convolution go from one to the
@@ -56,7 +60,8 @@ output have all rows that ran, with those that only fill up. gpt-oss and Gemma 2
 
 Qwen3-VL adds features of its vision encoder to image tokens behind its first decoder layers (DeepStack). That is no
 part of a layer: a token that skips layers, or is CONTEXT, gets them all the same, and those of a token that is GONE go
-with it. A decoder that adds them in a way of its own (Granite 4 Vision) is refused across these layers.
+with it; one that is merged for a range has those of the token it went to. A decoder that adds them in a way of its own
+(Granite 4 Vision) is refused across these layers.
 
 """
 

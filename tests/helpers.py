@@ -49,6 +49,7 @@ class Batch:
 
     def layout(self, **changes):
         made = {"image": self.image, "task": self.tasks, "padding": self.real, "labels": self.labels}
+        made["frames"] = self.image.cumsum(1) // 3  # for scores that compare frames
         return td.TokenLayout(**made | changes)
 
 

@@ -31,6 +31,11 @@ METHODS = [
     td.DuetVLM((2, 4), (0.5, 0), dominant=0.65, contextual=0.05, cluster_width=3, vision_layer=-1),
     td.VScan(0.25, (2,), (0.5,), local_layer=1, global_layer=-1, window=2, merge=False),
     td.SVDPrune(0.5, rank=4),
+    td.CDPruner(12),
+    td.DivPrune(12),
+    td.PMoD(0.25),
+    td.DART(2, 0.25),
+    td.VisionZip(9, 3),
 ]
 SCHEDULES = [None, td.Schedule(), td.Schedule(1, 2, 3, "out", 4)]
 

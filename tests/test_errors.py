@@ -87,8 +87,7 @@ APPLY = {
     "zero": (None, td.HiMix(), {"multiple": 0}, td.MethodError, "multiple=0"),
     "negative": (None, td.HiMix(), {"multiple": -4}, td.MethodError, "multiple=-4"),
     "float": (None, td.HiMix(), {"multiple": 1.5}, td.MethodError, "multiple=1.5"),
-    "flash": (lambda: backend("flash_attention_2"), td.HiMix(), {}, td.UnsupportedError, "'flash_attention_2'"),
-    "flex": (lambda: backend("flex_attention"), td.HiMix(), {}, td.UnsupportedError, "'flex_attention'"),
+    "attention": (lambda: backend("of_their_own"), td.HiMix(), {}, td.UnsupportedError, "'of_their_own' attention"),
     "attribute": (Named, td.HiMix(), {}, td.AppliedError, "attribute 'tokendrop'"),
     "no k of its own": (wide, td.HMGen("1:3", "shared"), {}, td.UnsupportedError, "image-only projections"),
     "a list": (lambda: copy.deepcopy(BASE).model.layers, td.HiMix(), {}, td.TokenDropError, "ModuleList"),
@@ -108,8 +107,15 @@ def test_apply_refuses_and_changes_nothing(case):
     assert list(model.state_dict()) == keys
 
 
-def test_unusual_backends_may_bypass():
-    td.apply(backend("flash_attention_2"), td.HMGen("1:3")).remove()
+def test_unusual_backends_may_bypass_and_score():
+    td.apply(backend("of_their_own"), td.HMGen("1:3")).remove()
+    td.apply(backend("of_their_own"), td.FastV(2)).remove()
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"])
+def test_no_method_is_refused_for_a_known_attention(name):
+    for method in (td.HiMix(), td.FastV(2), td.Drop("1:", 0.5, "attention", "context"), td.PyramidDrop((1,), (0.5,))):
+        td.apply(backend(name), method).remove()
 
 
 def test_refused_methods_leave_the_others_unapplied():

@@ -40,12 +40,12 @@ def test_a_hostile_config_is_an_error_in_one_line_and_runs_nothing(case, tmp_pat
 
 
 def test_a_report_escapes_what_it_is_given():
-    from tokendrop.analysis.report import Image, Section, Table, render
+    from tokendrop.analysis.report import Grid, Image, Section, Table, render
 
-    table = Table([HOSTILE], [[HOSTILE]])
-    page = render(HOSTILE, [Section(HOSTILE, HOSTILE, table, [Image(HOSTILE, b"", True), Image(HOSTILE, b"")])])
+    table, grid = Table([HOSTILE], [[HOSTILE]], [0], HOSTILE), Grid([HOSTILE], [(HOSTILE, [Image(HOSTILE, b"")])])
+    page = render(HOSTILE, [Section(HOSTILE, HOSTILE, table, [Image(HOSTILE, b"")], HOSTILE, grid)], [HOSTILE])
     assert "<script>" not in page
-    assert page.count("&lt;script&gt;") == 10
+    assert page.count("&lt;script&gt;") == 14
 
 
 FORBIDDEN = {"pickle", "subprocess", "shelve", "marshal", "dill", "cloudpickle", "joblib"}

@@ -29,6 +29,8 @@ STAGES = (
 )
 KEEPS = (td.MethodError, [(0.5,), (0.5, 1.5), (0.5, -1), (0.5, NAN), (0.5, "1"), (), None, 0.5])
 KEEP = (td.MethodError, [0.0, 1.5, -1, -0.5, True, NAN, "half", None, [0.5]])
+SHARE = (td.MethodError, [0, 1, 0.0, -0.5, 1.5, NAN, "half", None, True])
+PER = (td.MethodError, ["video", "Frame", "", None, 1, ["image"]])
 SEED = (td.MethodError, [1.5, "0", None, True])
 COUNT = (td.MethodError, [0, -4, 1.5, "64", True, [64]])
 FLAG = (td.MethodError, [1, "no", None])
@@ -129,12 +131,30 @@ CATALOGUE = {
     "DuetVLM.vision_layer": (INDEX,),
     "MixtureOfDepths.layers": (LAYERS,),
     "MixtureOfDepths.keep": (KEEP,),
+    "DART.layer": ((td.LayerRangeError, [-1, 24, 1.5, "2", None, True]), (td.MethodError, [0])),
+    "CDPruner.keep": (KEEP,),
+    "DART.keep": (KEEP,),
+    "DART.image_pivots": (COUNT,),
+    "DART.text_pivots": (COUNT,),
+    "DivPrune.keep": (KEEP,),
+    "VisionZip.dominant": (KEEP,),
+    "VisionZip.contextual": (KEEP,),
+    "VisionZip.vision_layer": (INDEX,),
+    "sees.attention": ((td.MethodError, ["all", "Answer", 3, True, ["answer"]]),),
+    "sees.before": (FLAG,),
+    "sees.frames": (FLAG,),
+    "sees.encoder": ((td.MethodError, [3, "12", None, (1.5,), ("1",), (True,)]),),
+    "PMoD.shift": ((td.MethodError, [-1.5, 1.5, NAN, "half", None, True]),),
+    "PMoD.most": (SHARE, (td.MethodError, [0.1])),
+    "PMoD.least": (SHARE, (td.MethodError, [0.9])),
+    "PMoD.gate": (SHARE,),
     "SVDPrune.keep": (KEEP,),
     "SkipVision.layers": (LAYERS,),
     "SkipVision.keep": (KEEP,),
     "SkipVision.score": ((td.MethodError, ["loudest", 3, None, ["random"]]),),
     "SkipVision.seed": (SEED,),
     "SVDPrune.rank": (COUNT,),
+    "SVDPrune.per": (PER,),
     "SVDPrune.energy": ((td.MethodError, [0, 1, 0.0, 1.0, -0.5, NAN, "half", None, True]),),
     "VScan.keep": (KEEP,),
     "VScan.text_layers": VISION_STAGES,
@@ -150,6 +170,7 @@ CATALOGUE = {
     "Drop.score": ((td.MethodError, ["loudest", 3, None, ["random"]]),),
     "Drop.then": ((td.MethodError, ["stay", "Context", 3, None, ["gone"], {"context": 1}]),),
     "Drop.seed": (SEED,),
+    "Drop.per": (PER,),
     "DropLayers.layers": ((td.DecoderError, [[], None, 3, "ab", [3], [nn.Linear(2, 2), nn.ReLU()]]),),
     "DropLayers.methods": (METHOD,),
     "DropLayers.multiple": (COUNT,),
@@ -157,11 +178,13 @@ CATALOGUE = {
     "DuetVLM.text_keep": (KEEPS,),
     "FastV.layer": ((td.LayerRangeError, [-1, 24, 1.5, "2", None, True]),),
     "FastV.keep": (KEEP,),
+    "FastV.per": (PER,),
     "HMGen.shallow": (LAYERS,),
     "HMGen.separate": (SEPARATE,),
     "HiDrop.entry": ((td.LayerRangeError, [-1, 2, 1.5, "0", None, True]),),
     "HiDrop.layers": STAGES,
     "HiDrop.keep": (KEEPS,),
+    "HiDrop.per": (PER,),
     "HiDrop.exit": ((td.LayerRangeError, [2, 24, 3.5, "3", None]),),
     "HiMix.layers": (LAYERS,),
     "HiMix.separate": (SEPARATE,),
@@ -172,6 +195,7 @@ CATALOGUE = {
     "MixtureOfTransformers.parts": (PARTS,),
     "PyramidDrop.layers": STAGES,
     "PyramidDrop.keep": (KEEPS,),
+    "PyramidDrop.per": (PER,),
     "PyramidDrop.positions": (POSITIONS,),
     "RandomLTD.layers": (LAYERS,),
     "RandomLTD.keep": (KEEP,),
@@ -219,6 +243,8 @@ CATALOGUE = {
     "TokenLayout.labels": tensors(torch.int64, IMAGE, IMAGE.int(), ROWS[..., 0]),
     "TokenLayout.image_ids": ((td.LayoutTypeError, [3, [3], torch.tensor([1.5]), torch.zeros(0).long()]),),
     "TokenLayout.packs": tensors(torch.int64, IMAGE, IMAGE.int(), ROWS[..., 0]),
+    "TokenLayout.images": tensors(torch.int64, IMAGE, IMAGE.int(), ROWS[..., 0]),
+    "TokenLayout.frames": tensors(torch.int64, IMAGE, IMAGE.int(), ROWS[..., 0]),
     "TokenLayout.new": ((td.LayoutError, ["video", "", 3, ["text"], IMAGE]),),
     "TokenLayout.from_ids.input_ids": ((td.LayoutTypeError, [None, [[1]], IMAGE, ROWS, torch.zeros(4).long()]),),
     "TokenLayout.from_ids.image_ids": ((td.LayoutTypeError, [None, 1.5, "a", [], [True], torch.tensor([0.5])]),),
@@ -288,8 +314,14 @@ GOOD = {
     "recipe": {"config_or_model": BASE, "task": "generation", "budget": 0.9, "text": 8, "image": 8},
     "MixtureOfDepths": {},
     "MixtureOfTransformers": {},
+    "PMoD": {},
     "SVDPrune": {"keep": 1, "rank": 1},
     "SkipVision": {},
+    "DART": {"layer": 1},
+    "CDPruner": {},
+    "DivPrune": {},
+    "VisionZip": {},
+    "sees": {},
     "VScan": {"text_layers": (1, 2), "text_keep": (0.5, 0.25)},
     "Drop": {"layers": "1:3", "keep": 0.5},
     "DropLayers": {"layers": list(llama().model.layers), "methods": td.HiMix()},
@@ -344,7 +376,7 @@ def call(name, kwargs):
     """The call, and for what is only checked against a model, its application to one."""
     if name in METHODS:
         method = public()[name](**kwargs)
-        if name == "VScan":  # which a Llama has no encoder for
+        if name in ("VScan", "VisionZip"):  # which a Llama has no encoder for
             return
         td.apply(BASE, {"u": method}).remove()
         return

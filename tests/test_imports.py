@@ -18,11 +18,13 @@ BELOW = {
     "kernels": {"kernels", "errors"},
     "scores": {"scores", "errors"},
     "ranges": {"errors"},
-    "roles": {"ranges", "errors"},
+    "scoring": {"errors"},
+    "roles": {"ranges", "scoring", "errors"},
     "schedule": {"errors"},
     "config": {"engine", "methods", "roles", "schedule", "errors"},
-    "layout": {"errors"},
-    "methods": {"methods", "roles", "scores", "layout", "errors"},
+    "places": set(),
+    "layout": {"places", "errors"},
+    "methods": {"methods", "roles", "scoring", "scores", "layout", "errors"},
     "engine": {"engine", "roles", "layout", "kernels", "errors"},
     "synergy": {"synergy", "errors"},
 }
@@ -112,6 +114,14 @@ def test_files_are_short(file):
     assert lines([file]) < 300
 
 
+def test_functions_are_short():
+    for node in (node for file in FILES for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            text = first.end_lineno - first.lineno + 1 if ast.get_docstring(node, clean=False) is not None else 0
+            assert node.end_lineno - node.lineno + 1 - text <= 40, node.name
+
+
 def code_lines(file):
     """Lines that hold code: neither blank, nor comment, nor docstring."""
     text = file.read_text()
@@ -129,6 +139,6 @@ def code_lines(file):
 
 def test_the_package_is_small():
     # What the demo and the study train is no part of what a user's training runs.
-    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 10200
+    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 11500
     engine = [file for file in FILES if part_of(where(file)) == "engine"]
-    assert sum(map(code_lines, engine)) < 4500
+    assert sum(map(code_lines, engine)) < 5400

@@ -115,7 +115,7 @@ def methods_of(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tu
         >>> with tempfile.NamedTemporaryFile() as file:
         ...     torch.save({"callbacks": {"TokenDrop": td.to_config(td.FastV(2))}}, file.name)
         ...     methods_of(file.name)
-        (FastV(layer=2, keep=0.5), None)
+        (FastV(layer=2, keep=0.5, per='sample'), None)
 
     Source: ours.
     """

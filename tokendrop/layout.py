@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tokendrop.errors import LayoutError, LayoutTypeError
+from tokendrop.places import places as places
+from tokendrop.places import window_by_window as window_by_window
 
 IGNORED = -100
 # Keys of a batch that are for us and not for the model.
@@ -42,6 +44,10 @@ class TokenLayout:
         image_ids: (V,) int64, the vocabulary ids of image tokens.
         packs: (B, T) int64, the packed sample of its row that a token belongs to, any numbers; None where each row is
             one sample. What a method keeps of a sample's image tokens is kept of each packed sample.
+        images: (B, T) int64, which of its images and videos an image token belongs to, any numbers; None where each run
+            of image tokens is one.
+        frames: (B, T) int64, which frame of its video an image token belongs to, ascending; 0 for one of an image. None
+            where nobody knows.
         new: what generated tokens are where no ids say it, "text" or "image"; None for text, and for images where
             tokens come one by one as embeddings behind a prompt that came as ids.
 
@@ -63,6 +69,8 @@ class TokenLayout:
     image_ids: Tensor | None = None
     packs: Tensor | None = None
     new: Literal["text", "image"] | None = None
+    images: Tensor | None = None
+    frames: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.image, Tensor) or self.image.dtype != torch.bool or self.image.dim() != 2:
@@ -73,7 +81,8 @@ class TokenLayout:
         self._check("segments", self.segments, _INTEGERS, "integer")
         self._check("padding", self.padding, (torch.bool,), "bool")
         self._check("labels", self.labels, (torch.int64,), "int64")
-        self._check("packs", self.packs, (torch.int64,), "int64")
+        for name in ("packs", "images", "frames"):
+            self._check(name, getattr(self, name), (torch.int64,), "int64")
         self._check_values()
         self._check_task()
 
@@ -159,40 +168,6 @@ class TokenLayout:
         return cls(torch.isin(input_ids, values), task, None, padding, labels, values)
 
 
-def places(sizes: Iterable[Sequence[int]], device: torch.device) -> Tensor:
-    """Where the V tokens of some images lie, image by image and row by row.
-
-    Args:
-        sizes: frames, rows and columns of each, in tokens.
-        device: of the result.
-
-    Returns:
-        (V, 3) int64: the number of its image or frame, row and column.
-
-    Example:
-        >>> places([(1, 1, 2), (1, 2, 1)], torch.device("cpu")).tolist()
-        [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0]]
-    """
-    found = [torch.zeros(0, 3, dtype=torch.int64)]
-    for frames, rows, columns in sizes:
-        found += [
-            torch.cartesian_prod(torch.tensor([len(found) - 1 + frame]), torch.arange(rows), torch.arange(columns))
-            for frame in range(frames)
-        ]
-    return torch.cat(found).to(device)
-
-
-def window_by_window(place: Tensor, side: int) -> Tensor:
-    """The order of tokens at `place` (..., V, 3) int64 by windows of `side` rows and columns; (..., V) int64.
-
-    Example:
-        >>> window_by_window(places([(1, 2, 4)], torch.device("cpu")), 2).tolist()
-        [0, 1, 4, 5, 2, 3, 6, 7]
-    """
-    cells = place // place.new_tensor([1, side, side])
-    return ((cells[..., 0] << 40) + (cells[..., 1] << 20) + cells[..., 2]).argsort(dim=-1, stable=True)
-
-
 def scoring_mask(layout: TokenLayout, kind: str) -> Tensor:
     """The rows whose attention scores image tokens; the last real one in samples that have no other.
 
@@ -223,13 +198,22 @@ def scoring_mask(layout: TokenLayout, kind: str) -> Tensor:
     return chosen | (last & ~chosen.any(1, keepdim=True))
 
 
+def prompt_text(layout: TokenLayout, tokens: int) -> Tensor:
+    """(B, T) bool, real tokens that are no image and have no label, among the first `tokens`: the prompt's text."""
+    text = ~layout.image & (torch.arange(layout.image.shape[1], device=layout.image.device) < tokens)
+    if layout.padding is not None:
+        text = text & layout.padding
+    return text if layout.labels is None else text & (layout.labels == IGNORED)
+
+
 def packed_samples(given: Mapping[str, Any], shape: tuple[int, int], padding: Tensor | None = None) -> Tensor | None:
     """The packed sample of its row that each token belongs to, as a batch or the arguments of a model say it.
 
-    A sample begins where `cu_seq_lens_q` says, in a batch of one row; else where `position_ids` begin again.
+    A sample begins where `cu_seq_lens_q` says, in a batch of one row; else where `seq_idx` changes, or where
+    `position_ids` begin again: behind a higher one, or at 0.
 
     Args:
-        given: `position_ids` (B or 1, T), or (3 or 4, B, T) as M-RoPE has them; `cu_seq_lens_q` (N + 1,).
+        given: `cu_seq_lens_q`, N + 1 integers; `seq_idx` (B, T); `position_ids` (B or 1, T), or (3 or 4, B, T).
         shape: (B, T).
         padding: (B, T) bool, True for real tokens.
 
@@ -237,26 +221,37 @@ def packed_samples(given: Mapping[str, Any], shape: tuple[int, int], padding: Te
         (B, T) int64, from 0 up in each row; None where each row is one sample, or nothing is said.
 
     Example:
-        >>> packed_samples({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, (1, 5)).tolist()
-        [[0, 0, 0, 1, 1]]
+        >>> packed_samples({"position_ids": torch.tensor([[0, 1, 2, 0, 0, 1]])}, (1, 6)).tolist()
+        [[0, 0, 0, 1, 2, 2]]
     """
-    lengths = next((given[name] for name in _LENGTHS if isinstance(given.get(name), Tensor)), None)
+    lengths = next((given[name] for name in _LENGTHS if isinstance(given.get(name), Tensor | list | tuple)), None)
+    if isinstance(lengths, list | tuple):
+        device = next((x.device for x in (padding, *given.values()) if isinstance(x, Tensor)), None)
+        lengths = torch.tensor(lengths, device=device)
     if lengths is not None and lengths.dim() == 1 and shape[0] == 1:
         tokens = torch.arange(shape[1], device=lengths.device)
-        return torch.bucketize(tokens, lengths[1:], right=True)[None] if len(lengths) > 2 else None
-    at = given.get("position_ids")
-    if not isinstance(at, Tensor) or at.dim() not in (2, 3) or at.shape[-1] != shape[1]:
+        return torch.bucketize(tokens, lengths[1:].long(), right=True)[None] if len(lengths) > 2 else None
+    begins = _begins(given, shape)
+    if begins is None:
         return None
-    text = at.dim() == 2 or len(at) == 4  # of three, the first is time, which stands still within an image
-    at = at if at.dim() == 2 else at[0]
-    begins = at.diff(dim=1) < 0
-    if text:  # behind a sample of one token; zeros in a row are padding
-        begins[:, :-1] |= (at[:, 1:-1] == 0) & (at[:, 2:] == 1)
     if padding is not None:
         begins = begins & padding[:, 1:] & padding[:, :-1]
     if len(begins) not in (1, shape[0]) or not begins.any():
         return None
     return torch.cat([torch.zeros_like(begins[:, :1]), begins], 1).cumsum(1).expand(shape)
+
+
+def _begins(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    # (B or 1, T - 1) bool, the tokens behind the first with which a packed sample begins.
+    numbers, at = given.get("seq_idx"), given.get("position_ids")
+    if isinstance(numbers, Tensor) and numbers.shape == shape:
+        return numbers.diff(dim=1) != 0
+    if not isinstance(at, Tensor) or at.dim() not in (2, 3) or at.shape[-1] != shape[1]:
+        return None
+    text = at.dim() == 2 or len(at) == 4  # of three, the first is time, which stands still within an image
+    at = at if at.dim() == 2 else at[0]
+    begins = at.diff(dim=1) < 0
+    return begins | (at[:, 1:] == 0) if text else begins
 
 
 def id_tensor(image_ids: object) -> Tensor:

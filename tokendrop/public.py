@@ -31,6 +31,9 @@ from tokendrop.errors import (
 from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
 from tokendrop.methods import (
+    DART,
+    CDPruner,
+    DivPrune,
     Drop,
     DuetVLM,
     FastV,
@@ -39,22 +42,28 @@ from tokendrop.methods import (
     HMGen,
     MixtureOfDepths,
     MixtureOfTransformers,
+    PMoD,
     PyramidDrop,
     RandomLTD,
     SkipVision,
     SVDPrune,
+    VisionZip,
     VScan,
 )
 from tokendrop.roles import Method, Role
 from tokendrop.schedule import Schedule
+from tokendrop.scoring import sees
 
 __all__ = [
+    "DART",
     "Allocation",
     "AppliedError",
     "AttentionAllocation",
     "BatchError",
     "Benchmark",
+    "CDPruner",
     "DecoderError",
+    "DivPrune",
     "Drop",
     "DropLayers",
     "DuetVLM",
@@ -77,6 +86,7 @@ __all__ = [
     "MixtureOfTransformers",
     "NeededRowError",
     "NoEffectWarning",
+    "PMoD",
     "PyramidDrop",
     "RandomLTD",
     "Role",
@@ -92,6 +102,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedError",
     "VScan",
+    "VisionZip",
     "apply",
     "attention_allocation",
     "benchmark",
@@ -103,5 +114,6 @@ __all__ = [
     "methods_of",
     "recipe",
     "scatter_tokens",
+    "sees",
     "to_config",
 ]

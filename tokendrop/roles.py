@@ -1,13 +1,12 @@
 """Roles of image tokens per decoder layer: which layers, which role, since when.
 
-Shape letters: B batch, T tokens, R scoring rows, H heads, G heads of keys and values, D hidden, L layers, E layers of
-the vision encoder.
+Shape letters: B batch, T tokens, L layers.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,8 +15,12 @@ from tokendrop.ranges import Layers as Layers
 from tokendrop.ranges import check_layers as check_layers
 from tokendrop.ranges import deepest as deepest
 from tokendrop.ranges import layer_indices as layer_indices
+from tokendrop.scoring import Attention as Attention
+from tokendrop.scoring import Encoded as Encoded
+from tokendrop.scoring import Merge, Scoring
 
 Separate = Literal["none", "shared", "per-task"]
+Per = Literal["sample", "image", "frame"]
 
 
 class Role(IntEnum):
@@ -28,87 +31,6 @@ class Role(IntEnum):
     BYPASS = 2  # is carried past the layer, neither computing nor seen
     GONE = 3  # has left for good
     ATTEND = 4  # attends, and is seen as key and value, but has no FFN: x + attention(norm x)
-
-
-class Attention(NamedTuple):
-    """What the scoring rows of a layer look at.
-
-    Args:
-        probabilities: (B, H, R, T) float32, of each scoring row over the tokens still there.
-        valid: (B, R) bool, False for rows that only fill up.
-        values: (B, G, T, D / H), the value vectors of the layer.
-    """
-
-    probabilities: Tensor
-    valid: Tensor
-    values: Tensor
-
-
-class Encoded(NamedTuple):
-    """What the vision encoder says of image tokens, in the layers that a selection looks at; 0 for other tokens.
-
-    Args:
-        attention: (E, B, T) float32, mean over heads of the attention that a token gets from [CLS], or, where there is
-            none, from the mean row of its image.
-        keys: (E, B, T, D / H) float32, mean over heads of its key vectors.
-        place: (B, T, 3) int64, its image (or frame) in the batch, row and column; -1 for an image token that comes of
-            no patch, such as the newline behind a row, whose attention and keys are 0.
-    """
-
-    attention: Tensor
-    keys: Tensor
-    place: Tensor
-
-    @property
-    def patches(self) -> Tensor:
-        """(B, T) bool, False for image tokens that come of no patch."""
-        return self.place[..., 0] >= 0
-
-    def of(self, samples: Tensor) -> "Encoded":
-        """The same of some samples, (N,) int64."""
-        return Encoded(self.attention[:, samples], self.keys[:, samples], self.place[samples])
-
-
-class Merge(NamedTuple):
-    """Image tokens that leave, added to those that stay.
-
-    x'[b, t] = sum over u with into[b, u] = t of weight[b, u] x[b, u] where into[b, t] = t, else x[b, t]
-
-    Args:
-        into: (B, T) int64, the token that each is added to; itself where it stays.
-        weight: (B, T) float.
-    """
-
-    into: Tensor
-    weight: Tensor
-
-
-class Scoring(NamedTuple):
-    """What a score may look at, at the entry of a span.
-
-    Args:
-        states: (B, T, D) hidden states.
-        image: (B, T) bool, the image tokens still there.
-        samples: (B,) int64, the index of each sample in the global batch.
-        layer: the layer being entered.
-        seed: of the method.
-        step: (2,) int64, of training: the optimiser step and the micro-batch.
-        counts: (B,) int64, how many image tokens stay.
-        attention: of the selection's `queries`; None where it has none.
-        encoded: of the selection's `encoder` layers; None where it has none.
-        router: (B, T) float32, what the layer's router gives each token; None where the selection is not learned.
-    """
-
-    states: Tensor
-    image: Tensor
-    samples: Tensor
-    layer: int
-    seed: int
-    step: Tensor
-    counts: Tensor
-    attention: Attention | None = None
-    encoded: Encoded | None = None
-    router: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +62,12 @@ class Select:
         of: an earlier selection; shares are of what it kept.
         encoder: layers of the vision encoder that `score` and `merge` look at.
         merge: from `Scoring` and the kept (B, T), how those that leave are merged into them.
+        gate: above 0, the router r has a bias and begins at 0, and 1 + gate tanh(r) scales what the FFN gives to a
+            token that is kept and the state of one that is not, in place of what the layer adds.
+        restore: whether they are given, where the range ends, what those that they were merged into have been given.
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
+        per: what keeps so many: a sample, each of its images, or each of their frames.
+        frames: whether `score` sees which image and frame a token belongs to.
 
     Raises:
         MethodError: queries of a layer that is neither entered nor the one before.
@@ -157,6 +84,10 @@ class Select:
     encoder: tuple[int, ...] = ()
     merge: Callable[[Scoring, Tensor], Merge] | None = None
     learned: bool = False
+    restore: bool = False
+    gate: float = 0.0
+    per: Per = "sample"
+    frames: bool = False
 
     def __post_init__(self) -> None:
         if self.queries is not None and self.queries.layer not in (self.layer, max(0, self.layer - 1)):
@@ -173,8 +104,7 @@ class Select:
             2
         """
         images = images if self.of is None else self.of.count(images)
-        share = self.keep * images
-        rounded = int(share + 1e-9) if self.floor else round(share)
+        rounded = int(self.keep * images + 1e-9) if self.floor else round(self.keep * images)
         least = min(images, max(1, rounded) if isinstance(self.keep, float) else self.keep)
         return images - int(self.strength * (images - least) + 1e-9)
 

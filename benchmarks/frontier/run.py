@@ -23,7 +23,7 @@ from tokendrop.unified.data import TASKS
 
 ROWS = ROOT / "benchmarks" / "results" / "frontier" / "rows.jsonl"
 CONTROLS = [
-    *ALONE, JOINT, f"{ALONE[0]} x2", f"{ALONE[0]} x3", f"{ALONE[1]} x2",
+    *ALONE, JOINT, *(f"{ALONE[0]} x{x}" for x in (0.5, 2, 3)), f"{ALONE[1]} x2",
     *(f"{JOINT} x{x}" for x in (0.6, 0.8, 0.4)), PLACEBO,
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Bytes per second of every kernel and of its torch reference, against a device copy in the same run.
 
-Run from the repository root, on a machine with a GPU: `python -m benchmarks.kernels.bandwidth`.
+Run from the repository root, on a machine with a GPU: `python -m benchmarks.kernels.bandwidth`. `--device cpu`
+rehearses it.
 """
 
 import argparse
@@ -12,10 +13,13 @@ import torch
 
 from benchmarks.kernels.cases import cases
 from benchmarks.results import ROOT, append, environment, row
+from benchmarks.train.measure import seconds as on_cpu
 
 
 def seconds(runs: dict[Any, Callable[[], Any]], repeats: int, warmup: int = 5) -> dict[Any, list[float]]:
     """Device time of each run, one of each in turn, so that a change of clock meets all of them."""
+    if not torch.cuda.is_available():
+        return on_cpu(runs, repeats, warmup)
     events = {key: [] for key in runs}
     for repeat in range(warmup + repeats):
         for key, run in runs.items():
@@ -29,13 +33,15 @@ def seconds(runs: dict[Any, Callable[[], Any]], repeats: int, warmup: int = 5) -
     return {key: [start.elapsed_time(stop) / 1e3 for start, stop in pairs] for key, pairs in events.items()}
 
 
-def measure(dtype: torch.dtype, sizes: dict[str, int], repeats: int, shared: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(
+    dtype: torch.dtype, sizes: dict[str, int], repeats: int, shared: dict[str, Any], device: str
+) -> list[dict[str, Any]]:
     """Rows of bytes per second for one dtype."""
     shape = (sizes["batch"], sizes["tokens"], sizes["width"])
-    source, target = torch.randn(shape, dtype=dtype, device="cuda"), torch.empty(shape, dtype=dtype, device="cuda")
+    source, target = torch.randn(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
     runs: dict[Any, Callable[[], Any]] = {("copy", "torch"): lambda: target.copy_(source)}
     moved = {"copy": 2 * source.numel() * dtype.itemsize}
-    for label, case in cases(dtype, device="cuda", **sizes).items():
+    for label, case in cases(dtype, device=device, **sizes).items():
         moved[label] = case.rows * sizes["width"] * dtype.itemsize
         runs |= {(label, provider): run for provider, run in case.runs().items()}
     config = {"dtype": str(dtype).removeprefix("torch."), **sizes}
@@ -53,12 +59,17 @@ def main() -> None:
     for name, value in {"batch": 8, "tokens": 4096, "kept": 1024, "width": 4096, "repeats": 50}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/kernels-bandwidth.jsonl")
+    parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bandwidth is measured on a GPU, and torch sees none here; static.py needs none")
     sizes = {name: getattr(args, name) for name in ("batch", "tokens", "kept", "width")}
     shared = environment()
-    rows = [found for name in args.dtypes for found in measure(getattr(torch, name), sizes, args.repeats, shared)]
+    rows = [
+        found
+        for name in args.dtypes
+        for found in measure(getattr(torch, name), sizes, args.repeats, shared, args.device)
+    ]
     append(args.out, rows)
     print(f"{len(rows)} rows in {args.out}")
 

@@ -9,7 +9,6 @@ Shape letters: B batch, T tokens, D hidden, L layers.
 
 import argparse
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,15 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import tokendrop as td
 from benchmarks.results import append, environment, row
 from benchmarks.train.cases import Sizes, decoder, inputs
+from tokendrop.analysis.timing import now
 
 
 class Timed(L.LightningModule):
     """The decoder, its batch, and the time of each step."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, device: str) -> None:
         super().__init__()
-        self.model = decoder(sizes)
-        ids, layout = inputs(sizes, "cpu")
+        self.model = decoder(sizes, device)
+        ids, layout = inputs(sizes, device)
         self.batch = {"input_ids": ids, "labels": layout.labels, "image_mask": layout.image}
 
     def training_step(self, batch: dict[str, Any], index: int) -> Any:
@@ -61,7 +61,7 @@ class First(L.Callback):
     """Notes when a batch starts; the first of the callbacks."""
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.start = time.process_time()
+        self.start = now()
 
 
 class Last(L.Callback):
@@ -71,7 +71,7 @@ class Last(L.Callback):
         self.first, self.seconds = first, []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.process_time() - self.first.start)
+        self.seconds.append(now() - self.first.start)
 
 
 def fit(module: Timed, *callbacks: L.Callback) -> list[float]:
@@ -79,7 +79,7 @@ def fit(module: Timed, *callbacks: L.Callback) -> list[float]:
     first = First()
     last = Last(first)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    rest = {"enable_checkpointing": False, "max_epochs": 1, "accelerator": "cpu", "devices": 1}
+    rest = {"enable_checkpointing": False, "max_epochs": 1, "accelerator": "auto", "devices": 1}
     L.Trainer(callbacks=[first, *callbacks, last], **quiet, **rest).fit(module)
     return last.seconds[1:]
 
@@ -90,11 +90,11 @@ def loop(module: Timed, own: bool) -> list[float]:
     image = batch.pop("image_mask")
     given = batch | {"use_cache": False} | ({"image_mask": torch.zeros_like(image)} if own else {})
     for _ in range(5):
-        start = time.process_time()
+        start = now()
         module.model(**given).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.process_time() - start)
+        seconds.append(now() - start)
     return seconds[1:]
 
 
@@ -109,15 +109,19 @@ def main() -> None:
     """Measure, print, and append to the results where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--sizes", type=int, nargs=3, action="append", help="layers, width and tokens")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)
     rows, shared = [], environment()
-    for sizes in (Sizes(layers=4, width=256, tokens=256), Sizes(layers=12, width=512, tokens=256)):
-        with_it, without, schedule = Timed(sizes), Timed(sizes), td.Schedule(start=10**9)
-        drop = td.TokenDrop(td.HiMix(), schedule=schedule)
-        own, ratios, own_ratios = Timed(sizes), [], []
+    for layers, width, tokens in given.sizes or [(4, 256, 256), (12, 512, 256)]:
+        sizes = Sizes(layers=layers, width=width, tokens=tokens, dtype=given.dtype)
+        with_it, without, own = (Timed(sizes, device) for _ in range(3))
+        drop, ratios, own_ratios = td.TokenDrop(td.HiMix(), schedule=td.Schedule(start=10**9)), [], []
         td.apply(own.model, td.HiMix(), layout="auto")
         for turn in range(given.rounds):
             pairs = zip(fit(with_it, drop), fit(without), strict=True)

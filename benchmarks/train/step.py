@@ -5,6 +5,7 @@
     python benchmarks/train/step.py --only HiMix "HMGen middle"  # some methods
 
 capture = (FLOPs ratio) / (time ratio), both against dense: 1 where every saved FLOP saved its time.
+computed capture = the same by FLOPs as computed: causal attention by half.
 saved-time share = (1 - time ratio) / (1 - FLOPs ratio).
 Shape letters: B batch, T tokens, D hidden, L layers.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,25 +31,28 @@ CASE = "train step"
 Figure = dict[str, float]
 
 
-def measure(sizes: Sizes, only: list[str] | None, device: str, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    base: nn.Module, sizes: Sizes, only: list[str] | None, device: str, rounds: int, unchecked: bool = False
+) -> list[dict[str, Any]]:
     """Result rows of forward and backward under each method, and of the dense model beside the first."""
-    base, (ids, layout) = decoder(sizes).to(device), inputs(sizes, device)
+    ids, layout = inputs(sizes, device)
     chosen = {IDLE: ({"any": None}, {})} | methods(sizes)
     found: dict[str, dict[str, Any]] = {}
     for options in ({}, {"labelled_logits": True}):
         asked = {name: one for name, (one, own) in chosen.items() if own == options and (not only or name in only)}
         if asked:
             batch = {"input_ids": ids, "labels": layout.labels, "use_cache": False}
-            one_task = list(asked.values())
-            said = td.benchmark(base, [batch], lambda _: layout, one_task, rounds=rounds, optimizer=None, **options)
+            more = {"rounds": rounds, "optimizer": None, "unchecked": unchecked, **options}
+            said = td.benchmark(base, [batch], lambda _: layout, list(asked.values()), **more)
             steps = [row for row in said.rows if row["part"] == "step"]
             found |= dict(zip(asked, steps, strict=True))
     order = [name for name in chosen if name in found]
     first = found[order[0]]
-    dense = {name: first[f"dense_{name}"] for name in ("seconds", "memory", "flops")}
+    dense = {name: first[f"dense_{name}"] for name in ("seconds", "memory", "flops", "computed_flops")}
     one = {"median": 1.0, "p20": 1.0, "p80": 1.0, "n": first["seconds"]["n"]}
     same = {"flops_ratio": 1.0, "kept_ratio": 1.0, "memory_ratio": 1.0, "time_ratio": one, "capture": one}
-    shared, config = environment(), sizes.config | {"threads": torch.get_num_threads()}
+    same |= {"computed_flops_ratio": 1.0, "computed_capture": one}
+    shared, config = environment(), sizes.config | {"threads": torch.get_num_threads(), "checked": not unchecked}
     rows = _rows("dense", dense | same, config, shared)
     return rows + [each for name in order for each in _rows(name, found[name], config, shared)]
 
@@ -61,13 +67,32 @@ def _rows(name: str, found: dict[str, Any], config: dict[str, Any], shared: dict
         ("memory", "B"): _once(found["memory"]),
         ("memory ratio", "1"): _once(found["memory_ratio"]),
         ("capture", "1"): found["capture"],
+        ("computed FLOPs ratio", "1"): _once(found["computed_flops_ratio"]),
+        ("computed capture", "1"): found["computed_capture"],
     }
+    rate = {key: value if key == "n" else 1 / value for key, value in found["seconds"].items()}
+    rate["p20"], rate["p80"] = rate["p80"], rate["p20"]
+    figures["tokens per second", "tokens/s"] = _times(rate, config["batch"] * config["tokens"])
+    peak = available_flops(config["dtype"])
+    for metric, name in {"MFU": "flops", "computed MFU": "computed_flops"}.items() if peak else ():
+        figures[metric, "1"] = _times(rate, found[name] / peak)
     if flops < 1:
         figures["saved-time share", "1"] = _saved(found["time_ratio"], flops)
     return [
         {"case": CASE, "provider": name, "metric": metric, "unit": unit, **figure, "config": config, **shared}
         for (metric, unit), figure in figures.items()
     ]
+
+
+def available_flops(dtype: str) -> float | None:
+    """FLOPs per second that the maker promises of this device, or None where nobody knows."""
+    if not torch.cuda.is_available():
+        return None
+    return get_available_flops(torch.device("cuda", torch.cuda.current_device()), getattr(torch, dtype))
+
+
+def _times(figure: Figure, factor: float) -> Figure:
+    return {key: value if key == "n" else value * factor for key, value in figure.items()}
 
 
 def _once(value: float) -> Figure:
@@ -82,7 +107,7 @@ def _saved(ratio: Figure, flops: float) -> Figure:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text, a line for each step."""
-    metrics = ("seconds", "FLOPs ratio", "time ratio", "capture", "kept ratio", "memory ratio")
+    metrics = ("seconds", "FLOPs ratio", "time ratio", "capture", "computed capture", "kept ratio", "memory ratio")
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for one in rows:
         found.setdefault(one["provider"], {})[one["metric"]] = one
@@ -107,7 +132,7 @@ def main() -> None:
     if device == "cpu":
         torch.set_num_threads(1)
     sizes = Sizes(**given)
-    rows = measure(sizes, only, device, rounds)
+    rows = measure(decoder(sizes, device), sizes, only, device, rounds)
     print(table(rows))
     if out:
         append(out, rows)

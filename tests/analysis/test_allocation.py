@@ -7,6 +7,7 @@ import collections
 import copy
 import dataclasses
 import math
+from dataclasses import replace
 
 import families
 import pytest
@@ -15,7 +16,8 @@ from helpers import batch, llama, snapshot
 
 import tokendrop as td
 from tokendrop.analysis import attention_seen as seen_by
-from tokendrop.analysis.allocation import SEGMENTS, borders, segments_of
+from tokendrop.analysis.allocation import SEGMENTS, borders, of_all, segments_of
+from tokendrop.analysis.allocation_report import share_table
 from tokendrop.layout import Segment
 
 BASE = llama(spread=0.2)
@@ -277,15 +279,44 @@ def test_segments_follow_from_images_and_labels():
     assert torch.equal(segments_of(made.layout(segments=own)), own)
 
 
-def test_the_figure_shows_every_task_and_layer():
+def test_the_figure_stacks_every_task_and_layer():
     found = td.attention_allocation(BASE, [MADE], lambda made: made.layout(), blocks=4, loss=run(BASE))
     figure = found.plot()
-    assert len(figure.axes) >= 5 * len(found.tasks)
-    titles = " ".join(axes.get_title() for axes in figure.axes)
-    assert all(f"{task}, layer 1" in titles and f"{task}, layer 3" in titles for task in found.tasks)
-    (line, *_), at = figure.axes[2].get_lines(), found.tasks[0]
-    assert list(line.get_ydata()) == found.share[found.tasks.index(at), :, 0].tolist()
-    assert len(td.attention_allocation(BASE, [MADE], lambda made: made.layout(), loss=run(BASE)).plot().axes) == 9
+    drawn = [axes for axes in figure.axes if axes.containers]
+    assert [axes.get_title(loc="left") for axes in drawn] == list(found.tasks)
+    for axes, share in zip(drawn, found.share, strict=True):
+        heights = torch.tensor([[bar.get_height() for bar in bars] for bars in axes.containers], dtype=torch.float64)
+        assert torch.allclose(heights, share.T)
+        assert {bar.get_y() for bar in axes.containers[0]} == {0.0}
+        tops = [bar.get_y() + bar.get_height() for bar in axes.containers[-1]]
+        assert all(math.isclose(top, 1, rel_tol=1e-5) for top in tops)
+    heat = {
+        axes.get_title(loc="left"): axes.images[0].get_array() for axes in figure.axes if axes.images and axes.title
+    }
+    for task in found.tasks:
+        for layer in (1, 3):
+            values = heat[f"{task}, layer {layer}"]
+            assert values.mask.tolist() == torch.ones(4, 4).triu(1).bool().tolist()
+    assert len(td.attention_allocation(BASE, [MADE], lambda made: made.layout(), loss=run(BASE)).plot().axes) == 3
+
+
+def test_an_output_of_image_tokens_is_called_the_tasks_own_image():
+    made = batch(["ttiiitt", "tttiiii"], "ug")
+    made.labels[0, :6], made.labels[1, 3:] = -100, made.ids[1, 3:]
+    found = td.attention_allocation(BASE, [made], lambda made: made.layout(), blocks=4, loss=run(BASE))
+    assert found.own_images == ("g",)
+    said = {axes.get_title(loc="left"): {text.get_text() for text in axes.texts} for axes in found.plot().axes}
+    assert {"own image", "output"} & said["g"] == {"own image"}
+    assert {"own image", "output"} & said["u"] == {"output"}
+    assert {"own image", "output"} & said["g, layer 3"] == {"own image"}
+    table = share_table(found)
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert rows["g, layer 0"]["output"] == rows["u, layer 0"]["own image"] == "-"
+    assert float(rows["g, layer 0"]["own image"]) > 0
+    assert replace(found, own_images=()) != found
+    assert of_all([found, replace(found, tasks=("u", "g"))]).own_images == ("g",)
+    alone = td.attention_allocation(BASE, [batch(["ttiiitt"], "u")], lambda made: made.layout(), loss=run(BASE))
+    assert share_table(alone).header == ("attention to", *alone.segments)
 
 
 def test_it_is_plain_values():

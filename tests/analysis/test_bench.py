@@ -184,7 +184,7 @@ def wrong(monkeypatch):
     def reversed_update(self, keys, values, *_):
         k, v = update(self, keys, values)
         rows = keys.shape[2]
-        return (torch.cat([x[:, :, :rows], x[:, :, rows:].flip(2)], 2) for x in (k, v))
+        return (torch.cat([x[:, :, :-rows].flip(2), x[:, :, -rows:]], 2) for x in (k, v))
 
     monkeypatch.setattr(context.ContextKeys, "update", reversed_update)
 

@@ -104,10 +104,11 @@ def test_it_says_where_it_is_from_and_that_it_was_not_measured(caplog):
 
 
 def test_what_cannot_be_had_is_left_out():
-    # A decoder whose layers take no cache cannot have CONTEXT, nor scores by attention.
-    flash = config(attn="eager", layers=4)
-    flash._attn_implementation = "flex_attention"
-    assert isinstance(td.recipe(flash, UNDERSTANDING, 0.5), td.SVDPrune)
+    # An attention that nobody knows cannot have CONTEXT.
+    own, known = llama(), llama()
+    own.config._attn_implementation, known.config._attn_implementation = "of_their_own", "flash_attention_2"
+    assert isinstance(td.recipe(own, UNDERSTANDING, 0.5), td.HiDrop)
+    assert isinstance(td.recipe(known, UNDERSTANDING, 0.5), td.HiMix)
 
 
 def test_layers_of_unknown_cost_are_refused():

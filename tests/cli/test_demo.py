@@ -5,7 +5,9 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -14,7 +16,7 @@ from tokendrop.analysis.report import Table
 from tokendrop.cli import app
 from tokendrop.cli.screen import print_table
 from tokendrop.errors import LayerRangeError
-from tokendrop.study import runner, study, summary
+from tokendrop.study import runner, study, summary, train
 from tokendrop.study.study import Study
 from tokendrop.unified.images import DemoDependencyError
 
@@ -86,11 +88,37 @@ def test_table_rounds_to_the_spread_between_seeds():
     rows += [row("HiMix-U", 0, 0.60, 0.40), row("HiMix-U", 1, 0.70, 0.44)]
     table = summary.table(rows)
     assert [len(cells) for cells in table.rows] == [len(table.header)] * 2
-    assert table.rows[0][:4] == ("U-only", "0.72 ±0.03", "0.32 ±0.03", "-")
-    assert table.rows[1][:4] == ("HiMix-U", "0.65 ±0.07", "0.42 ±0.03", "-0.07 ±0.04")
-    assert table.rows[1][4:] == ("-", "-", "-", "0.36", "0.0377 ±0.0006", "16")
-    (one,) = summary.table(rows[:1]).rows
-    assert one[1:3] == ("0.70 ±0.01", "0.300 ±0.001")
+    shown = [dict(zip(table.header, cells, strict=True)) for cells in table.rows]
+    assert list(shown[0])[:3] == ["run", "FLOPs ratio", "U exact"]  # what decides comes first
+    one, two = ([row[name] for name in ("run", "U exact", "U NLL", "U synergy")] for row in shown)
+    assert one == ["U-only", "0.72 ±0.03", "0.32 ±0.03", "-"]
+    assert two == ["HiMix-U", "0.65 ±0.07", "0.42 ±0.03", "-0.07 ±0.04"]
+    others = ("G NLL", "G agrees", "G synergy", "FLOPs ratio", "s/step", "MiB kept")
+    assert [shown[1][name] for name in others] == ["-", "-", "-", "0.36", "0.0377 ±0.0006", "16"]
+    alone = summary.table(rows[:1])
+    cells = dict(zip(alone.header, *alone.rows, strict=True))
+    assert (cells["U exact"], cells["U NLL"]) == ("0.70 ±0.01", "0.300 ±0.001")
+    assert not table.marked  # no run of both tasks drops
+
+
+def test_the_dropped_run_of_both_tasks_that_reads_best_is_marked():
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "demo.json").read_text())
+    table = summary.table(rows)
+    reads = {cells[0]: float(cells[2].split()[0]) for cells in table.rows if cells[0].startswith(("share", "late"))}
+    (at,) = table.marked
+    assert table.rows[at][0] == max(reads, key=reads.get) == "late"
+
+
+def test_what_was_asked_for_and_made_is_one_grid():
+    pictures = [train.Picture(caption, np.eye(4, dtype=np.float32)) for caption in ("one two", "three")]
+    runs = [
+        train.Outcome(name, 0, {}, [], pictures if name != "U-only" else []) for name in ("U-only", "G-only", "late")
+    ]
+    (section,) = summary._gallery(runner.Finished(None, runs, {}))
+    assert list(section.grid.header) == ["asked for", "G-only", "late"]
+    rows = [(name, [one.caption for one in images]) for name, images in section.grid.rows]
+    assert rows == [(name, [f"G-only: {name}", f"late: {name}"]) for name in ("one two", "three")]
+    assert summary._gallery(runner.Finished(None, runs[:1], {})) == []
 
 
 def test_a_missing_package_is_one_sentence_with_its_cure(tmp_path, monkeypatch):

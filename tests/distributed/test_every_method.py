@@ -20,8 +20,13 @@ METHODS = [
     td.Drop("1:3", keep=0.5, score="value_norm"),
     td.Drop("1:3", keep=0.5, score="leverage"),
     td.Drop("1:3", keep=0.5, score="norm", then="context"),
+    td.Drop("1:3", keep=0.5, score="norm", then="merge"),
     td.SkipVision("1:3", keep=2, score="norm"),
     td.SVDPrune(keep=3, rank=2),
+    td.CDPruner(keep=3),
+    td.DivPrune(keep=3),
+    td.PMoD(0.2),
+    td.DART(2, keep=0.5, image_pivots=1, text_pivots=2),
     td.MixtureOfDepths("1:3", keep=0.4),
     td.MixtureOfTransformers("1:3"),
 ]
@@ -48,8 +53,8 @@ def name(case):
 
 def test_every_method_is_here():
     found = {value for value in vars(td).values() if isinstance(value, type) and hasattr(value, "route")}
-    # VScan needs a vision encoder; its selection and merge are those of the others.
-    assert {type(method) for method in METHODS} == found - {td.VScan, td.Method}
+    # VScan and VisionZip need a vision encoder; their selection and merge are those of the others.
+    assert {type(method) for method in METHODS} == found - {td.VScan, td.VisionZip, td.Method}
 
 
 @pytest.fixture(scope="module")

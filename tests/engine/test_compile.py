@@ -38,9 +38,14 @@ METHODS: dict[str, Any] = {
         td.Drop("0:1", keep=0.5, score="norm", then="context"),
         td.FastV(1),
         td.PyramidDrop((1,), (0.5,)),
+        td.PyramidDrop((1,), (0.5,), "renumber"),
+        td.DART(1, 0.5),
+        td.DivPrune(3),
+        td.PMoD(-0.5),
+        td.Drop("0:1", keep=0.5, score="norm", then="merge"),
         td.SVDPrune(0.5),
     ],
-    ids=lambda m: type(m).__name__ + getattr(m, "then", ""),
+    ids=lambda m: type(m).__name__ + getattr(m, "then", "") + getattr(m, "positions", ""),
 )
 def test_one_graph_for_each_rounded_count(method):
     torch._dynamo.reset()

@@ -42,19 +42,19 @@ def test_context_order_reversed(monkeypatch, case):
     def reversed_update(self, keys, values, *_):
         k, v = update(self, keys, values)
         rows = keys.shape[2]
-        return (torch.cat([x[:, :, :rows], x[:, :, rows:].flip(2)], 2) for x in (k, v))
+        return (torch.cat([x[:, :, :-rows].flip(2), x[:, :, -rows:]], 2) for x in (k, v))
 
     monkeypatch.setattr(context.ContextKeys, "update", reversed_update)
     assert not agrees(**case)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_context_before_the_text(monkeypatch, case):
+def test_context_behind_the_text(monkeypatch, case):
     update = context.ContextKeys.update
 
     def swapped(self, keys, values, *_):
         rows = keys.shape[2]
-        return (torch.cat([x[:, :, rows:], x[:, :, :rows]], 2) for x in update(self, keys, values))
+        return (torch.cat([x[:, :, -rows:], x[:, :, :-rows]], 2) for x in update(self, keys, values))
 
     monkeypatch.setattr(context.ContextKeys, "update", swapped)
     assert not agrees(**case)
@@ -108,13 +108,12 @@ def test_padding_mask_dropped(monkeypatch):
 
 
 def test_rows_that_fill_are_seen(monkeypatch):
-    columns = arguments._columns
+    places = arguments.places
 
-    def all_seen(active, context):
-        rows, cols, seen, fills = columns(active, context)
-        return rows, cols, torch.ones_like(seen), fills
+    def all_seen(group, form):
+        return replace(places(group, form), valid=None)
 
-    monkeypatch.setattr(arguments, "_columns", all_seen)
+    monkeypatch.setattr(arguments, "places", all_seen)
     assert not all(agrees(**case) for case in CASES)
 
 

@@ -5,6 +5,7 @@ Shape letters: B batch, T tokens.
 
 import pytest
 import torch
+from device import DEVICE
 from helpers import MIXED, batch, dropped, llama, loss_of, reference_step
 
 import tokendrop as td
@@ -22,7 +23,7 @@ TOLERANCES = {torch.bfloat16: 0.08, torch.float16: 0.01}
 
 def run(model, drop, autocast):
     with drop.layout(MADE.layout(), step=(0, 0)):
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
             logits = model(input_ids=MADE.ids, attention_mask=MADE.mask, use_cache=False).logits
         loss_of(logits.float(), MADE.labels).backward()
     grads = {name: p.grad for name, p in model.named_parameters()}

@@ -10,6 +10,7 @@ import torch
 from families import model
 from helpers import batch as written
 from helpers import llama, snapshot
+from kernels_stand_in import ignores_masks
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -113,14 +114,6 @@ def test_a_breaking_vision_encoder_or_head_leaves_the_model_as_it_was(monkeypatc
         assert snapshot(built) == before
 
 
-def ignores_masks(module, query, key, value, mask, scaling=None, **_):
-    """An attention that takes no mask, causal by position in the row."""
-    times = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(times, 1) for x in (key, value))
-    out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=scaling)
-    return out.transpose(1, 2), None
-
-
 @pytest.fixture
 def registered():
     AttentionInterface.register("ignores_masks", ignores_masks)
@@ -129,7 +122,7 @@ def registered():
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("method", [td.HiMix("1:"), td.FastV(2, 0.5), td.Drop("1:", 0.5, "value_norm")], ids=repr)
+@pytest.mark.parametrize("method", [td.HiMix("1:"), td.Drop("1:", 0.5, "norm", "context")], ids=repr)
 def test_another_attention_after_apply_is_refused_where_it_is_used(method, cached, registered):
     built = llama()
     drop = td.apply(built, method)

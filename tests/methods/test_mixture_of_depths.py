@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from helpers import batch, close, dropped, engine_step, llama, reference_step, same, step, without_labels
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,7 +148,7 @@ def test_a_dense_checkpoint_keeps_the_routers():
 def test_the_router_is_exact_under_autocast():
     router, x = Router(8, 1, bias=False), torch.randn(2, 3, 8)
     expected = F.linear(x, router.weight)[..., 0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert torch.equal(router(x), expected)
 
 

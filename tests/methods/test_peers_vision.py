@@ -177,6 +177,105 @@ def test_the_vision_stage_of_duet(name):
         assert run.kept(0) == sorted(dominant + anchors)
 
 
+def zipped(name):
+    """Dominant patches, anchors and the anchor of each member, as the library chooses them; [CLS] is one of theirs."""
+    settings = CASES[name]["settings"]
+    _, keys, looked, _ = encoder()
+    every, count = torch.ones(1, 576, dtype=torch.bool), settings["dominant"] - 1 + settings["contextual"]
+    dominant, anchors = scores.spread(
+        looked[None], every, torch.tensor([count]), torch.tensor([settings["contextual"]])
+    )
+    into, _ = scores.nearest(keys[None], every & ~dominant & ~anchors, anchors)
+    members = (every & ~dominant & ~anchors)[0].nonzero().flatten().tolist()
+    found = (one[0].nonzero().flatten().tolist() for one in (dominant, anchors))
+    return (*found, {one: int(into[0, one]) for one in members})
+
+
+@pytest.mark.parametrize("name", ["visionzip-54-10", "visionzip-191-30"])
+def test_vision_zip(name):
+    """Same patches and groups; the peer keeps a [CLS] row, which is no token here, and merges before the projector."""
+    case = CASES[name]
+    dominant, anchors, members = zipped(name)
+    assert (dominant, anchors) == (case["dominant"], case["anchors"])
+    assert [list(members.values()).count(anchor) for anchor in anchors] == case["members_of_each_anchor"]
+    check_features(name, *as_shipped(name, anchors, members))
+    settings = case["settings"]
+    run, inputs = llava(td.VisionZip(settings["dominant"] - 1, settings["contextual"], vision_layer=6))
+    with torch.no_grad(), run:
+        states, _ = merged(run, inputs)
+        whole = run.model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    assert sorted(states) == sorted(dominant + anchors)
+    for anchor in anchors:
+        own = [one for one in members if members[one] == anchor]
+        expected = whole[anchor] + (whole[own].mean(0) if own else 0)
+        torch.testing.assert_close(states[anchor], expected, rtol=0, atol=1e-4)
+
+
+def test_vision_zip_as_a_whole():
+    """Its decoder sees the shortened sequence at positions 0 to 128, its image block in its own order."""
+    case, name = CASES["visionzip-whole-54-10"], "visionzip-54-10"
+    _, anchors, members = zipped(name)
+    _, rows = as_shipped(name, anchors, members)
+    given, model = made("visionzip-whole-54-10"), model_of("llava()")
+    embed, ids = model.get_input_embeddings(), given["ids"][0]
+    with torch.no_grad():
+        parts = [embed(ids[: peer_inputs.BEFORE]), rows, embed(ids[peer_inputs.BEFORE + 576 :])]
+        logits = model(inputs_embeds=torch.cat(parts)[None], use_cache=False).logits
+    close(logits[0, -1], case["logits_last_row"])
+
+
+@pytest.mark.parametrize("name", cases("divprune", "dualspeed-divprune"))
+def test_div_prune(name):
+    """DualSpeed rounds the share down."""
+    case, features = CASES[name], made(name)["features"]
+    count = td.DivPrune(case["settings"]["ratio"]).route(1)[0].select.count(len(features))
+    assert count - case["counts"][0] == (1 if name == "dualspeed-divprune-57" else 0)
+    every, count = torch.ones(1, 576, dtype=torch.bool), case["counts"][0]
+    found = scores.diverse(features[None], every, torch.tensor([count]))[0]
+    assert found.topk(count).indices.sort().values.tolist() == case["kept"][0]
+    if "order_of_choice" in case:
+        assert found.topk(count).indices.tolist() == case["order_of_choice"]
+
+
+@pytest.mark.parametrize("name", cases("cdpruner"))
+def test_cd_pruner(name):
+    """On CLIP's embeddings of image and text, as the peer weighs; the method takes the decoder's features for both."""
+    case, given = CASES[name], made(name)
+    both = torch.cat([given["image"], given["text"][None]], 1)
+    image, text = (torch.arange(both.shape[1]) < 576)[None], (torch.arange(both.shape[1]) >= 576)[None]
+    weight, count = scores.relevance(both, image, text)[:, :576], case["counts"][0]
+    found = scores.conditional(given["features"][None], weight, image[:, :576], torch.tensor([count]))[0]
+    assert found.topk(count).indices.tolist() == case["order_of_choice"]
+    assert found.topk(count).indices.sort().values.tolist() == case["kept"][0]
+    assert td.CDPruner(case["settings"]["visual_token_num"]).route(1)[0].select.count(576) == count
+
+
+@pytest.mark.parametrize("name", cases("dart"))
+def test_dart(name):
+    """The peer's pivots are in the order of a Python set, ours by length; in its order they keep what it keeps.
+
+    Its states stand behind the decoder's final norm; the library takes them as they enter the layer.
+    """
+    case, given = CASES[name], made(name)
+    image = torch.zeros(1, 641, dtype=torch.bool)
+    image[:, given["start"] : given["start"] + given["images"]] = True
+    settings, count = case["settings"], torch.tensor(case["counts"])
+    found, valid = scores.pivots(
+        given["keys"], image, ~image, settings["pivot_image_token"], settings["pivot_text_token"]
+    )
+    assert valid.all()
+    ours = sorted(found[0].tolist())
+    assert ours == sorted(case["rows_of_pivots_in_the_order_visited"])
+    assert sorted(found[0, :4].tolist()) == [given["start"] + at for at in case["image_pivots"]]
+    assert sorted(found[0, 4:].tolist()) == case["text_pivot_rows"]
+    for order in (torch.tensor([case["rows_of_pivots_in_the_order_visited"]]), found):
+        score = scores.unlike(given["states"], image, count, order, valid)
+        kept = (score[0].topk(int(count)).indices - given["start"]).sort().values.tolist()
+        assert int((score > 0).sum()) == int(count)
+        assert set(case["image_pivots"]) <= set(kept)
+        assert (kept == case["kept"][0]) is (order is not found)
+
+
 def test_duet_as_a_whole():
     """On the rows that the peer's projector gives, the decoder is the peer's."""
     case, name = CASES["duet-whole-301-7-shipped"], "duet-vision-301-7"

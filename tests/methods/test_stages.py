@@ -7,6 +7,7 @@ import torch
 from helpers import batch, llama
 
 import tokendrop as td
+from tokendrop.engine.forward.state import frames
 from tokendrop.roles import Queries, Role, Select
 
 IMAGES, LAYERS = 576, 32
@@ -206,3 +207,45 @@ def test_bad_values_are_refused(case):
     with pytest.raises(error) as caught:
         make()
     assert message in str(caught.value)
+
+
+def test_tread_is_one_set_for_a_range():
+    """Drop over a range: what runs in its layers is one random set, another in the next step; the rest waits."""
+    made, module = batch(["ttiiiiiiiitt", "tiiiiiiiittt"], "gg"), llama(layers=5, dtype=torch.float64)
+    drop, seen = td.apply(module, td.Drop("1:4", 0.5), multiple=1), []
+    entered = {}
+    for index, layer in enumerate(module.model.layers):
+        layer.register_forward_pre_hook(lambda _, args, index=index: entered.update({index: args[0]}))
+    for step in (0, 1, 0):
+        with drop.layout(made.layout(), step=(step, 0)) as plan:
+            embedded = module.model.embed_tokens(made.ids).detach().requires_grad_()
+            module(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+            kept = [span.groups[0].active for span in frames(drop.key)[-1].ran]
+        assert [one.stop - one.start for one in plan.spans] == [1, 3, 1]
+        assert kept[0] is kept[4] is None
+        assert kept[1] is kept[2] is kept[3]  # one choice for the range
+        chosen = torch.zeros_like(made.image).scatter(1, kept[1].index, kept[1].valid) & made.image
+        assert chosen.sum(1).tolist() == [4, 4]
+        seen.append(chosen)
+        routed = made.image & ~chosen
+        # Behind the range they go on from where it began, which layer 1 was called with.
+        assert [entered[n].shape[1] for n in range(5)] == [12, 8, 8, 8, 12]
+        assert (embedded.grad[routed].abs().amax(-1) > 0).all()
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+    # By hand: the layers of the range on the chosen rows alone.
+    states, rotary = module.model.embed_tokens(made.ids), module.model.rotary_emb
+    drop.remove()
+    for sample in range(2):
+        every = torch.arange(12)
+        rows = (~made.image[sample] | seen[2][sample]).nonzero().flatten()
+        x = states[sample : sample + 1]
+        for index, layer in enumerate(module.model.layers):
+            at = rows if 1 <= index < 4 else every
+            out = layer(x[:, at], position_embeddings=rotary(x, at[None]), attention_mask=None)
+            x = x.index_copy(1, at, out[0] if isinstance(out, tuple) else out)
+        logits = module.lm_head(module.model.norm(x))
+        with td.apply(module, td.Drop("1:4", 0.5), multiple=1).layout(made.layout(), step=(0, 0)), torch.no_grad():
+            engine = module(made.ids, use_cache=False).logits
+        td.handle(module).remove()
+        torch.testing.assert_close(engine[sample], logits[0], rtol=1e-9, atol=1e-9)

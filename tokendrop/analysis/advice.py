@@ -82,7 +82,9 @@ class Advice:
             for task, plans in self.plans.items()
             for one in plans
         ]
-        return Table(("task", "plan", "FLOPs", "seconds", "memory", "loss gap", "fidelity"), rows)
+        starts = [sum(map(len, list(self.plans.values())[:at])) for at in range(len(self.plans))]
+        header = ("task", "plan", "FLOPs", "seconds", "memory", "loss gap", "fidelity")
+        return Table(header, rows, starts, "the plan proposed for each task")
 
     def evidence(self) -> str:
         """Why, a line for each task."""

@@ -18,7 +18,7 @@ from tokendrop.engine.handle import Handle
 from tokendrop.engine.model.decoder import find_layers
 from tokendrop.engine.plan.plan import needed_rows
 from tokendrop.errors import LayoutError, MethodError, check_flag, check_integer
-from tokendrop.layout import TokenLayout
+from tokendrop.layout import Segment, TokenLayout
 from tokendrop.synergy.evaluate import preserved
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Allocation:
         heads: (tasks, L, H, S) float64, the same of each head; None where it was not asked for.
         maps: task -> heat map of its first sample; empty where it was not asked for.
         counts: of each task, the rows that were counted.
+        own_images: tasks whose output is mostly image tokens, which tables and figures call their own image.
     """
 
     share: Tensor
@@ -46,13 +47,14 @@ class Allocation:
     heads: Tensor | None = None
     maps: Mapping[str, HeatMap] = field(default_factory=dict)
     counts: tuple[int, ...] = ()
+    own_images: tuple[str, ...] = ()
     _subject: Any = field(default=None, repr=False, compare=False)
 
     def plot(self) -> "Figure":
-        """Pies of a shallow and of the last layer, a line for each segment over depth, and the heat maps there are."""
+        """Shares of the segments stacked over depth, and heat maps of a shallow and of the last layer if there are."""
         from tokendrop.analysis.allocation_plot import plot
 
-        return plot(self.share, self.tasks, self.segments, self.maps)
+        return plot(self.share, self.tasks, self.segments, self.maps, self.own_images)
 
     def advise(self, budget: float = 0.5) -> "Advice":
         """What to drop on this model and these batches; see `tokendrop.analysis.advisor.advise`."""
@@ -111,6 +113,7 @@ def attention_allocation(
     drop = next((one for one in model.modules() if isinstance(one, Handle)), None)
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    own: dict[str, int] = {}  # image tokens less others, in the output
     maps: dict[str, HeatMap] = {}
     for batch, made in subject.held():
         each = _Batch(made, rows, len(found), blocks, maps)
@@ -120,6 +123,7 @@ def attention_allocation(
         for sample, name in enumerate(each.tasks):
             sums[name] = sums.get(name, 0) + each.sums[:, sample]
             counts[name] = counts.get(name, 0) + int(each.counted[sample].sum())
+            own[name] = own.get(name, 0) + each.own[sample]
         maps |= {each.tasks[at]: HeatMap(one, borders(each.segments[at], blocks)) for at, one in each.maps.items()}
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
@@ -128,9 +132,9 @@ def attention_allocation(
             "give batches with labels, or rows='all'"
         )
     each_head = torch.stack([sums[name] / counts[name] for name in sums])
-    return Allocation(
-        each_head.mean(2), tuple(sums), SEGMENTS, each_head if heads else None, maps, tuple(counts.values()), subject
-    )
+    images = tuple(name for name, more in own.items() if more > 0)
+    kept = each_head if heads else None
+    return Allocation(each_head.mean(2), tuple(sums), SEGMENTS, kept, maps, tuple(counts.values()), images, subject)
 
 
 def of_all(found: Sequence[Allocation]) -> Allocation:
@@ -145,7 +149,9 @@ def of_all(found: Sequence[Allocation]) -> Allocation:
         for task, share, count in zip(one.tasks, one.share, one.counts, strict=True):
             sums[task], counts[task] = sums[task] + share * count, counts[task] + count
     share = torch.stack([sums[task] / counts[task] for task in tasks])
-    return replace(found[0], share=share, tasks=tasks, heads=None, maps={}, counts=tuple(counts.values()))
+    own = tuple(task for task in tasks if any(task in one.own_images for one in found))
+    same = {"heads": None, "maps": {}, "own_images": own}
+    return replace(found[0], share=share, tasks=tasks, counts=tuple(counts.values()), **same)
 
 
 def check_rows(rows: object) -> None:
@@ -164,6 +170,8 @@ class _Batch:
     def __init__(self, layout: TokenLayout, rows: str, depth: int, blocks: int, known: Container[str]) -> None:
         self.tasks = [task or "all" for task in layout.tasks]
         self.segments = segments_of(layout)
+        kinds = torch.where(layout.image, 1, -1)
+        self.own: list[int] = kinds.masked_fill(self.segments != Segment.OUTPUT, 0).sum(1).tolist()
         self.into = torch.nn.functional.one_hot(self.segments, len(SEGMENTS)).float()
         real = torch.ones_like(layout.image) if layout.padding is None else layout.padding
         self.counted = real if rows == "all" else needed_rows(layout)

@@ -12,8 +12,6 @@ import platform
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from tokendrop.analysis.equality import check_equal
 from tokendrop.analysis.report import Section, Table
 from tokendrop.analysis.subject import Subject
 from tokendrop.analysis.timing import clock, spread
+from tokendrop.analysis.where import made_where
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import (
@@ -268,14 +267,7 @@ def _fingerprint(model: nn.Module) -> str:
 def _environment(subject: Subject) -> Row:
     device = next(subject.model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # a part that is not installed, or installed under another name
-            continue
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"device": name, "clock": clock(), "versions": versions, "date": date}
+    return {"device": name, "clock": clock(), **made_where(PACKAGES)}
 
 
 def _known(out: str | Path | None, shared: Row) -> dict[str, list[Row]]:

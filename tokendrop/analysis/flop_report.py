@@ -207,7 +207,7 @@ def _layout(text: int, image: int, before: int, task: str | None) -> TokenLayout
     if _count("before", before) > text:
         raise LayoutError(f"before={before}: expected at most the {text} text tokens, which it is a part of")
     at = torch.arange(total)[None]
-    return TokenLayout((at >= before) & (at < before + image), task)
+    return TokenLayout((at >= before) & (at < before + image), task, frames=torch.zeros_like(at))
 
 
 def _weightless(source: Any) -> nn.Module:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.plan.plan import Group, Plan
+from tokendrop.engine.plan.plan import Choice, Group, Plan
 from tokendrop.engine.plan.rows import choose_rows
-from tokendrop.roles import Role, Select
+from tokendrop.roles import Role
 
 
 class Pairs:
@@ -59,23 +59,24 @@ class Pairs:
             return [every[member] for member in group.members]
         members = list(group.members)
         image = self.image[members]
-        kept = torch.zeros_like(image) if group.choice is None else self._kept(group.choice.select, members)
+        kept = torch.zeros_like(image) if group.choice is None else self._kept(group.choice, members)
         chosen = self.computing[members] | kept
         index = choose_rows(chosen, chosen.sum(1), group.size).index
         rows = torch.zeros_like(image).scatter(1, index, True)
         context = image & ~kept if group.role is Role.CONTEXT else torch.zeros_like(image)
         return self._count(rows, context, members, window)
 
-    def _kept(self, select: Select, members: Sequence[int]) -> Tensor:
+    def _kept(self, choice: Choice, members: Sequence[int]) -> Tensor:
         # The image tokens that are kept, spread evenly among those of their sample.
-        kept = torch.zeros(len(members), self.plan.shape[1], dtype=torch.bool)
-        for row, member in enumerate(members):
-            image, packs = self.image[member], None if self.packs is None else self.packs[member]
-            for one in [image] if packs is None else [image & (packs == pack) for pack in packs.unique()]:
-                at = one.nonzero().flatten()
-                count, rank = select.count(len(at)), torch.arange(len(at))
-                if count:
-                    kept[row, at] = (rank + 1) * count // len(at) > rank * count // len(at)
+        kept, packs = torch.zeros(len(members), self.plan.shape[1], dtype=torch.bool), choice.packs
+        own = [(row, self.image[member].nonzero().flatten()) for row, member in enumerate(members)]
+        if packs is not None:
+            index = [row[valid] for row, valid in zip(packs.tokens.index.cpu(), packs.tokens.valid.cpu(), strict=True)]
+            own = [(members.index(row), at[self.image[row, at]]) for row, at in zip(packs.rows, index, strict=True)]
+        for (row, at), count in zip(own, choice.kept.tolist(), strict=True):
+            if count:
+                rank = torch.arange(len(at))
+                kept[row, at] = (rank + 1) * count // len(at) > rank * count // len(at)
         return kept
 
     def _count(self, rows: Tensor, context: Tensor, members: Sequence[int], window: int | None) -> list[int]:

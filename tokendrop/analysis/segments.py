@@ -12,6 +12,7 @@ from torch import Tensor
 from tokendrop.layout import IGNORED, Segment, TokenLayout
 
 SEGMENTS = tuple(one.name.lower() for one in Segment)
+OWN_IMAGE = "own image"  # the output of a task that makes images
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,8 @@ def _of_ranks(trainer: L.Trainer, own: Allocation | str | None) -> list[Allocati
     if trainer.world_size == 1:
         return [own]
     every: list[Any] = [None] * trainer.world_size
-    sent = Allocation(own.share, own.tasks, counts=own.counts) if isinstance(own, Allocation) else own
+    sent = own
+    if isinstance(own, Allocation):
+        sent = Allocation(own.share, own.tasks, counts=own.counts, own_images=own.own_images)
     torch.distributed.all_gather_object(every, sent)
     return every

@@ -63,7 +63,8 @@ def flops_ratio(handle: Handle, task: str | None, method: Method) -> float | Non
     """FLOPs of a step over dense ones, for a sample of 576 image tokens and then 64 of text, the method whole."""
     if unknown_flops(handle) is not None:
         return None
-    layout = TokenLayout(torch.arange(IMAGES + TEXT)[None] < IMAGES)
+    at = torch.arange(IMAGES + TEXT)[None]
+    layout = TokenLayout(at < IMAGES, frames=torch.zeros_like(at))
     plan = Planner(layout, [method.route(len(handle.layers))], [handle.names.get(task)], handle.multiple).plan()
     (cost,) = task_costs(handle, plan, (task,)).values()
     return cost.flops_ratio

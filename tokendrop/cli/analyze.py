@@ -30,6 +30,7 @@ def analyze(
     from tokendrop.analysis.allocation import attention_allocation
     from tokendrop.analysis.allocation_report import sections, share_table
     from tokendrop.analysis.report import render
+    from tokendrop.analysis.where import foot, made_where, subject_of
     from tokendrop.cli.source import blamed, read_source
 
     with one_line_errors():
@@ -42,7 +43,8 @@ def analyze(
         out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"allocation": found.to_dict(), "advice": advice.to_dict()}, indent=1)
     (out / "analysis.json").write_text(text + "\n")
-    (out / "report.html").write_text(render("tokendrop analyze", sections(found, advice)))
+    page = render("tokendrop analyze", sections(found, advice), foot(subject_of(model), made_where()))
+    (out / "report.html").write_text(page)
     if as_json:
         typer.echo(text)
     else:

@@ -45,6 +45,7 @@ def bench(
     """Measure FLOPs, seconds, memory and capture of a step of your own model under methods, dense beside each."""
     from tokendrop.analysis.bench import benchmark
     from tokendrop.analysis.report import render
+    from tokendrop.analysis.where import foot, subject_of
     from tokendrop.cli.source import blamed, read_source
     from tokendrop.methods.text import each_from_text
 
@@ -63,7 +64,8 @@ def bench(
             found = benchmark(
                 model, batches, layout, methods, loss, rounds=rounds, unchecked=unchecked, out=out, progress=progress
             )
-        (out / "report.html").write_text(render("tokendrop bench", found.sections()))
+        page = render("tokendrop bench", found.sections(), foot(subject_of(model), found.rows[0]))
+        (out / "report.html").write_text(page)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:

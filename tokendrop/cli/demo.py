@@ -31,7 +31,7 @@ def demo(
     rows = finished.rows()
     text = json.dumps(rows, indent=1)
     (out / "results.json").write_text(text + "\n")
-    (out / "report.html").write_text(render("tokendrop demo", summary.report(finished, quick)))
+    (out / "report.html").write_text(render("tokendrop demo", summary.report(finished, quick), summary.foot_of(rows)))
     if as_json:
         typer.echo(text)
     else:

@@ -49,13 +49,17 @@ def flops(
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=1))
         return
-    note = f"{'Forward and backward' if backward else 'Forward'} of {text} text and {image} image tokens."
+    print_table(console(), flop_table(report), flop_notes(report, text, image, backward))
+
+
+def flop_notes(report: "FlopReport", text: int, image: int, backward: bool) -> list[str]:
+    """What the figures of a table are of, and what is computed of them."""
     dense, dropped = (f"{one / 1e9:,.2f}" for one in (report.computed_dense, report.computed_dropped))
-    computed = (
+    return [
+        f"{'Forward and backward' if backward else 'Forward'} of {text} text and {image} image tokens.",
         f"Computed where pairs that no query sees are skipped, causal attention by half: {dense} dense, "
-        f"{dropped} dropped, ratio {report.computed_ratio:.3f}."
-    )
-    print_table(console(), flop_table(report), [note, computed])
+        f"{dropped} dropped, ratio {report.computed_ratio:.3f}.",
+    ]
 
 
 def flop_table(report: "FlopReport") -> "Table":

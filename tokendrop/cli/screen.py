@@ -58,8 +58,9 @@ def print_table(console: Console, table: "Table", notes: Sequence[str]) -> None:
         # Where there is no room for that either, long words go on in the next line; no figure breaks, none is cut off.
         side = "right" if index else "left"
         shown.add_column(name, justify=side, min_width=min(width, FIGURE), max_width=width, overflow="fold")
-    for row in table.rows:
-        shown.add_row(*row)
+    for index, row in enumerate(table.rows):
+        shown.add_row(*row, style="bold" if index in table.marked else None)
     console.print(shown)
-    for note in notes:
+    why = [f"Bold: {table.why}."] if table.marked else []
+    for note in [*why, *notes]:
         console.print(note, style="dim")

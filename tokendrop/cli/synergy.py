@@ -71,6 +71,7 @@ def _demo(quick: bool, seeds: int, more_seeds: int, out: Path, as_json: bool) ->
     from tokendrop.study import synergy as study_of
     from tokendrop.study import synergy_summary as summary
     from tokendrop.study.runner import made_where
+    from tokendrop.study.summary import foot_of
     from tokendrop.synergy.history import read_history
 
     screen, notices = console(), console(stderr=True)
@@ -79,7 +80,8 @@ def _demo(quick: bool, seeds: int, more_seeds: int, out: Path, as_json: bool) ->
         notices.print(f"{done} of {due}: {row['name']}, seed {row['seed']}, {row['seconds']:.0f} s")
     rows = read_history(out / "rows.jsonl")
     flops = {name: summary.flops_ratio(study, name) for name in dict.fromkeys(row["name"] for row in rows)}
-    (out / "report.html").write_text(render("tokendrop synergy", summary.report(rows, study, flops, out)))
+    page = render("tokendrop synergy", summary.report(rows, study, flops, out), foot_of(rows))
+    (out / "report.html").write_text(page)
     if as_json:
         typer.echo(json.dumps(rows))
     else:
@@ -99,6 +101,7 @@ def _own(
     as_json: bool,
 ) -> None:
     from tokendrop.analysis.report import render
+    from tokendrop.analysis.where import foot
     from tokendrop.cli.source import blamed, read_run
     from tokendrop.study import own, own_summary
     from tokendrop.study.runner import made_where
@@ -112,7 +115,8 @@ def _own(
     found, silent = own_summary.qualities(study, rows, *directions)
     said = own_summary.summarised(study, rows, found)
     lines = own_summary.notes(study, rows, silent)
-    (out / "report.html").write_text(render("tokendrop synergy", own_summary.report(rows, said, lines)))
+    page = render("tokendrop synergy", own_summary.report(rows, said, lines), foot(source, rows[-1]))
+    (out / "report.html").write_text(page)
     if as_json:
         typer.echo(json.dumps({"results": said, "notes": lines, "runs": rows}, indent=1))
     else:

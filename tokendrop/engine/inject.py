@@ -16,7 +16,9 @@ from tokendrop.engine.forward.span import WORK, call
 from tokendrop.engine.forward.state import frames
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.model import ffn, own, projections, sets
+from tokendrop.engine.model.attention import follows, settle, unseen
 from tokendrop.engine.model.decoder import (
+    attention_of,
     check_module,
     find_layers,
     layer_specs,
@@ -26,7 +28,7 @@ from tokendrop.engine.model.saved import notice_saving, take_saved
 from tokendrop.engine.model.swap import Swapped, reach, reached, swap
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.model.weights import check_one_device
-from tokendrop.engine.support import Methods, attending, check_methods, check_shared, check_support
+from tokendrop.engine.support import Methods, attending, check_methods, check_shared, check_support, weighing
 from tokendrop.errors import AppliedError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import selections
 
@@ -120,7 +122,8 @@ def apply(
     check_support(model, found, specs, given)
     check_one_device(found, path)
     projections.check(found, specs, own.splits(given.values(), len(found)))
-    attends = {index for method in given.values() for index in attending(method, len(found))}
+    kinds = attending, weighing
+    attends = {index for method in given.values() for kind in kinds for index in kind(method, len(found))}
     for index in attends:
         ffn.check(found[index], f"decoder layer {index}")
     headed = head.find_head(model) if labelled_logits else None
@@ -172,6 +175,9 @@ def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Mod
     for index, (layer, spec) in enumerate(zip(layers, handle.specs, strict=True)):
         swap(layer, _RoutedLayer)
         layer.__dict__["_tokendrop"] = Binding(handle, index, spec)
+        attention = attention_of(layer)
+        if attention is not None and unseen(attention) and follows(attention):
+            settle(attention)
     if handle.splits:
         own.settle(layers, handle.specs, handle.layers)
     for index in attends:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tokendrop.engine.model.decoder import LayerSpec
-from tokendrop.roles import LayerRoute, Method, Role, Route
+from tokendrop.roles import Method, Role, Route
 
 _NAMES = {Role.ATTEND: "ATTEND (without FFN)"}
 IMAGES = 576  # of a sample that is spoken of; what a method counts in is said of as many as LLaVA-1.5 has
@@ -20,24 +20,26 @@ def computed_share(route: Route, images: int = IMAGES) -> float:
     """The share of image token-layers that is computed, with an FFN or without, for a sample of so many image tokens.
 
     Example:
+        >>> from tokendrop.roles import LayerRoute
         >>> computed_share((LayerRoute(), LayerRoute(Role.BYPASS)))
         0.5
     """
-    computed = (images if one.image is Role.ATTEND else _stay(one, images) for one in route)
-    return sum(computed) / (images * len(route))
+    stays = zip(route, _stay(route, images), strict=True)
+    return sum(images if one.image is Role.ATTEND else stay for one, stay in stays) / (images * len(route))
 
 
 def in_words(route: Route) -> str:
     """What image tokens do in L layers, where they do not compute.
 
     Example:
+        >>> from tokendrop.roles import LayerRoute
         >>> in_words((LayerRoute(), LayerRoute(Role.BYPASS), LayerRoute(), LayerRoute(Role.BYPASS)))
         'BYPASS in 1:4:2'
     """
     kinds: dict[tuple[Role, int], list[int]] = {}
-    for index, one in enumerate(route):
+    for index, (one, stay) in enumerate(zip(route, _stay(route, IMAGES), strict=True)):
         if one.image is not Role.ACTIVE:
-            kinds.setdefault((one.image, _stay(one, IMAGES)), []).append(index)
+            kinds.setdefault((one.image, stay), []).append(index)
     found = [
         f"{_NAMES.get(role, role.name)} in {_layers(indices)}" + (f" but for {stay} of {IMAGES}" if stay else "")
         for (role, stay), indices in kinds.items()
@@ -81,10 +83,14 @@ class Described:
         return text("Handle", self.heads(), task_lines(self.methods, len(self.layers)))
 
 
-def _stay(one: LayerRoute, images: int) -> int:
-    if one.image is Role.ACTIVE:
-        return images
-    return 0 if one.select is None else one.select.count(images)
+def _stay(route: Route, images: int) -> list[int]:
+    # How many of so many image tokens compute in each layer; those that are GONE do not come back.
+    stay, left = [], images
+    for one in route:
+        asked = images if one.image is Role.ACTIVE else 0 if one.select is None else one.select.count(images)
+        stay.append(min(asked, left))
+        left = stay[-1] if one.image is Role.GONE else left
+    return stay
 
 
 def _layers(indices: Sequence[int]) -> str:

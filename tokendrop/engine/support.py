@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tokendrop.engine.model import own
-from tokendrop.engine.model.decoder import LayerSpec, has_mrope, is_sharded
+from tokendrop.engine.model.decoder import LayerSpec, attention_of, is_sharded
 from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
 from tokendrop.errors import MethodError, UnsupportedError
@@ -43,6 +43,12 @@ def attending(method: Method, num_layers: int) -> list[int]:
     return [index for index, layer in enumerate(method.route(num_layers)) if layer.image is Role.ATTEND]
 
 
+def weighing(method: Method, num_layers: int) -> list[int]:
+    """The layers in which a router weighs what the FFN gives."""
+    selects = [layer.select for layer in method.route(num_layers)]
+    return [index for index, select in enumerate(selects) if select is not None and select.gate]
+
+
 def check_shared(layers: nn.ModuleList, path: str) -> None:
     """Refuse a layer that stands in the list twice: it would not know which of its calls comes when.
 
@@ -72,12 +78,13 @@ def check_support(
         route = method.route(len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
         _check_skipping(layers, specs, method)
+        _check_weighing(layers, specs, method)
         if refusal := _chosen_refusal(route) or _numbered_refusal(route, layers):
             raise UnsupportedError(f"{method} {refusal}")
         if refusal := _refusal(layers, specs, context):
             raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
         looked = {one.select.queries.layer for one in route if one.select is not None and one.select.queries}
-        if refusal := _refusal(layers, specs, sorted(looked)):
+        if refusal := _refusal(layers, specs, sorted(looked), looks=True):
             raise UnsupportedError(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
@@ -118,6 +125,12 @@ def _check_owned(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Meth
             raise UnsupportedError(f"{method} needs image-only {what}, but {refusal}; use separate='none'")
 
 
+def _check_weighing(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method) -> None:
+    for index in weighing(method, len(layers)):
+        if refusal := skip_refusal(layers[index], specs[index], adds=0.5):
+            raise UnsupportedError(f"{method} weighs what an FFN gives, but {refusal}; use MixtureOfDepths")
+
+
 def _chosen_refusal(route: Route) -> str | None:
     # What a selection cannot be combined with.
     gone = False
@@ -127,6 +140,8 @@ def _chosen_refusal(route: Route) -> str | None:
         looks = None if layer.select is None or layer.select.queries is None else layer.select.queries.layer
         if looks is not None and route[looks].separate:
             return f"scores by attention of layer {looks}, where image tokens have own projections; do one"
+        if layer.select is not None and layer.select.gate and layer.image is not Role.BYPASS:
+            return f"weighs what image tokens get in layer {index}, where the others are {layer.image.name}; use BYPASS"
         if layer.select is not None and layer.image in (Role.CONTEXT, Role.ATTEND) and gone:
             role = layer.image.name
             return f"selects image tokens in layer {index}, the others {role}, behind others that are GONE; use BYPASS"
@@ -135,17 +150,21 @@ def _chosen_refusal(route: Route) -> str | None:
 
 
 def _numbered_refusal(route: Route, layers: nn.ModuleList) -> str | None:
-    if not any(layer.renumber for layer in route) or not has_mrope(layers):
+    config = next((one.config for one in map(attention_of, layers) if hasattr(one, "config")), None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not any(layer.renumber for layer in route) or not isinstance(rope, dict) or "mrope_section" not in rope:
         return None
     return "numbers tokens anew, but under M-RoPE those of an image have a row and a column; use positions='keep'"
 
 
-def _refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec], wanted: Sequence[int]) -> str | None:
-    # Why rows of some layer cannot be keys and values only, and in which layers they can.
+def _refusal(
+    layers: nn.ModuleList, specs: Sequence[LayerSpec], wanted: Sequence[int], looks: bool = False
+) -> str | None:
+    # Why rows of some layer cannot be keys and values only, or look at others, and in which layers they can.
     for index in wanted:
-        refusal = specs[index].context_refusal(layers[index])
+        refusal = specs[index].context_refusal(layers[index], looks)
         if refusal is not None:
-            able = [at for at, spec in enumerate(specs) if spec.context_refusal(layers[at]) is None]
+            able = [at for at, spec in enumerate(specs) if spec.context_refusal(layers[at], looks) is None]
             where = f"; layers {able} can" if able else ""
             return refusal if all(one == specs[0] for one in specs) else f"in layer {index} {refusal}{where}"
     return None

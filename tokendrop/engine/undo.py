@@ -3,7 +3,7 @@
 from torch import nn
 
 from tokendrop.engine.forward import deepstack, head, routers
-from tokendrop.engine.model import own
+from tokendrop.engine.model import attention, own
 from tokendrop.engine.model.swap import Swapped, restore
 from tokendrop.engine.model.vision import Encoder
 from tokendrop.errors import AppliedError
@@ -27,6 +27,7 @@ def undo(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> No
         while "_tokendrop_base" in vars(type(module)):  # one may be swapped for several reasons
             restore(module)
     own.restore(layers)
+    attention.restore(layers)
     head.restore(model)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 from torch import Tensor
@@ -12,7 +13,9 @@ from tokendrop.roles import (
     Attention,
     LayerRoute,
     Layers,
+    Merge,
     Method,
+    Per,
     Queries,
     Role,
     Route,
@@ -21,6 +24,7 @@ from tokendrop.roles import (
     check_layers,
     layer_indices,
 )
+from tokendrop.scoring import seen_by, sees
 
 SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "random": lambda s: scores.random(s.image, s.samples, s.layer, s.seed, s.step),
@@ -28,15 +32,20 @@ SCORES: dict[str, Callable[[Scoring], Tensor]] = {
     "norm": lambda s: scores.norm(s.states),
     "similarity": lambda s: scores.similarity(s.states, s.image),
     "leverage": lambda s: scores.leverage(s.states, s.image),
-    "attention": lambda s: scores.attention(*_attention(s)[:2]),
-    "value_norm": lambda s: scores.value_norm(_attention(s).values),
+    "attention": sees("answer")(lambda s: scores.attention(*_attention(s)[:2])),
+    "value_norm": sees("answer")(lambda s: scores.value_norm(_attention(s).values)),
+    "temporal": sees(frames=True)(lambda s: scores.temporal(s.states, cast(Tensor, s.images), cast(Tensor, s.frames))),
 }
-LOOKING = ("attention", "value_norm")
-ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "attend": Role.ATTEND}
+ROLES = {"rejoin": Role.BYPASS, "gone": Role.GONE, "context": Role.CONTEXT, "attend": Role.ATTEND, "merge": Role.BYPASS}
 
 
 def _attention(scoring: Scoring) -> Attention:
     return cast(Attention, scoring.attention)  # such a selection has queries
+
+
+def _average(scoring: Scoring, kept: Tensor) -> Merge:
+    into, sizes = scores.nearest(scoring.states, scoring.image & ~kept, kept)
+    return Merge(into, 1 / sizes)
 
 
 def check_keep(keep: int | float) -> None:
@@ -51,6 +60,16 @@ def check_keep(keep: int | float) -> None:
         raise MethodError(f"keep={keep!r}: expected a share in (0, 1] as a float, or a count of 0 or more")
 
 
+def check_per(per: object) -> None:
+    """Refuse what image tokens have no budget of.
+
+    Raises:
+        MethodError: with the value.
+    """
+    if not isinstance(per, str) or per not in ("sample", "image", "frame"):
+        raise MethodError(f"per={per!r} is unknown; use 'sample', 'image' or 'frame'")
+
+
 @dataclass(frozen=True)
 class Drop(Method):
     """Image tokens with the lowest scores leave where a range of layers begins.
@@ -60,15 +79,20 @@ class Drop(Method):
     Args:
         layers: the range; with then="gone" only its first layer counts.
         keep: share of the sample's image tokens, or a count.
-        score: "random", "uniform", "norm", "similarity", "leverage", "attention" or "value_norm", or a function from
-            `Scoring` to (B, T) float; higher is kept.
+        score: "random", "uniform", "norm", "similarity", "leverage", "attention", "value_norm" or "temporal"; or a
+            function from `Scoring` to (B, T) float, higher is kept, which sees attention, keys, the encoder and frames
+            where `td.sees` asks so.
         then: "rejoin" carries the others past the range (BYPASS), "gone" ends them (GONE), "context" leaves them as
             keys and values of the state they had at its entry (CONTEXT) until its end, "attend" lets them go on without
-            an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too.
+            an FFN (ATTEND) until its end; with keep=0 image tokens that are generated, too; "merge" makes each kept
+            token the mean of itself and those most like it by cosine, and at the end gives all of these its update.
         seed: of random scores.
+        per: what keeps `keep`: the "sample", each "image" (or video) of it, or each "frame" (an image is one). Images
+            and frames are those of the layout.
 
     Raises:
         LayerRangeError: `layers` is no range.
+        LayoutError: frames are asked for, and the layout does not say which they are.
         MethodError: a value that makes no sense.
 
     Example:
@@ -81,12 +105,14 @@ class Drop(Method):
     layers: Layers
     keep: int | float
     score: str | Callable[[Scoring], Tensor] = "random"
-    then: Literal["rejoin", "gone", "context", "attend"] = "rejoin"
+    then: Literal["rejoin", "gone", "context", "attend", "merge"] = "rejoin"
     seed: int = 0
+    per: Per = "sample"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_keep(self.keep)
+        check_per(self.per)
         check_integer("seed", self.seed)
         if not callable(self.score) and (not isinstance(self.score, str) or self.score not in SCORES):
             raise MethodError(
@@ -102,11 +128,16 @@ class Drop(Method):
         inside = range(chosen[0], num_layers) if gone else chosen
         routes = []
         entry, score = chosen[0], SCORES[self.score] if isinstance(self.score, str) else self.score
+        asked = seen_by(score)
         for index in range(num_layers):
             if index in inside:
                 entry = entry if index - 1 in inside else index
-                queries = Queries("answer", entry) if self.score in LOOKING else None
-                select = Select(self.keep, score, entry, self.seed, strength, queries)
+                rows, layer = asked.attention, max(0, entry - asked.before)
+                queries = None if rows is None else Queries(rows, layer)
+                merge = _average if self.then == "merge" else None
+                kept = partial(Select, encoder=asked.encoder, merge=merge, restore=merge is not None)
+                kept = partial(kept, per=self.per, frames=asked.frames)
+                select = kept(self.keep, score, entry, self.seed, strength, queries)
                 # With none to choose, a token that is generated is like those of the prompt.
                 select = None if none else select
                 routes.append(LayerRoute(ROLES[self.then], select=select))

@@ -65,12 +65,7 @@ class DuetVLM(Method):
         check_positions(self.positions)
         check_keep(self.contextual)
         if self.dominant != 0 or not isinstance(self.dominant, int) or isinstance(self.dominant, bool):
-            check_keep(self.dominant)
-            if type(self.dominant) is not type(self.contextual):
-                raise MethodError(
-                    f"dominant={self.dominant!r}, contextual={self.contextual!r}: expected two counts or two shares"
-                )
-            check_keep(self.dominant + self.contextual)
+            check_parts(self.dominant, self.contextual)
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept counts."""
@@ -83,12 +78,26 @@ class DuetVLM(Method):
         return staged(stages, num_layers, strength, "prompt", floor=True, first=first, renumber=renumber)
 
 
+def check_parts(dominant: int | float, contextual: int | float) -> None:
+    """Refuse what are not two shares or two counts that fit together.
+
+    Raises:
+        MethodError: with the values.
+    """
+    check_keep(dominant)
+    check_keep(contextual)
+    if type(dominant) is not type(contextual):
+        raise MethodError(f"dominant={dominant!r}, contextual={contextual!r}: expected two counts or two shares")
+    check_keep(dominant + contextual)
+
+
 @lru_cache
 def _vision(share: float, width: int) -> tuple[Any, Any]:
     def parts(scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
         encoded = cast(Encoded, scoring.encoded)
         contextual = (scoring.counts * share).round().long()
-        return scores.dominant(encoded.attention[0], scoring.image, scoring.counts, contextual, width, encoded.patches)
+        patches = encoded.place[..., 0] >= 0
+        return scores.dominant(encoded.attention[0], scoring.image, scoring.counts, contextual, width, patches)
 
     def score(scoring: Scoring) -> Tensor:
         dominant, anchors, _ = parts(scoring)
@@ -97,7 +106,12 @@ def _vision(share: float, width: int) -> tuple[Any, Any]:
     def merge(scoring: Scoring, kept: Tensor) -> Merge:
         _, anchors, pool = parts(scoring)
         members = pool & ~anchors
-        into, sizes = scores.nearest(cast(Encoded, scoring.encoded).keys[0], members, anchors)
-        return Merge(into, torch.where(members, 1 / (sizes - 1).clamp(min=1), 1.0))
+        return added_mean(scoring, members, anchors)
 
     return score, merge
+
+
+def added_mean(scoring: Scoring, members: Tensor, anchors: Tensor) -> Merge:
+    """The mean of the members whose keys in the encoder are most like an anchor's is added to it."""
+    into, sizes = scores.nearest(cast(Encoded, scoring.encoded).keys[0], members, anchors)
+    return Merge(into, torch.where(members, 1 / (sizes - 1).clamp(min=1), 1.0))

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from tokendrop.errors import MethodError
-from tokendrop.methods.drop import check_keep
+from tokendrop.methods.drop import check_keep, check_per
 from tokendrop.methods.stages import Stage, check_stage_layers, staged
-from tokendrop.roles import Method, Route
+from tokendrop.roles import Method, Per, Route
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class FastV(Method):
     Args:
         layer: K, the first layer without them.
         keep: share of the sample's image tokens, or a count.
+        per: what keeps so many: the "sample", each "image" (or video) of it, or each "frame"; see `Drop`.
 
     Raises:
         LayerRangeError: a layer that is none.
@@ -31,13 +32,15 @@ class FastV(Method):
 
     layer: int = 2
     keep: int | float = 0.5
+    per: Per = "sample"
 
     def __post_init__(self) -> None:
         check_stage_layers((self.layer,), "layer")
         check_keep(self.keep)
+        check_per(self.per)
         if self.layer == 0:
             raise MethodError("layer=0: FastV scores with the attention of the layer before; use 1 or more")
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
-        return staged((Stage(self.layer, self.keep),), num_layers, strength, "answer", back=1)
+        return staged((Stage(self.layer, self.keep),), num_layers, strength, "answer", back=1, per=self.per)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokendrop.errors import LayerRangeError
+from tokendrop.methods.drop import check_per
 from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import LayerRoute, Method, Role, Route
+from tokendrop.roles import LayerRoute, Method, Per, Role, Route
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class HiDrop(Method):
         layers: the first layer of each stage, ascending.
         keep: for each stage, a share of the sample's original image tokens, or a count.
         exit: the first layer without any.
+        per: what keeps so many: the "sample", each "image" (or video) of it, or each "frame"; see `Drop`.
 
     Raises:
         LayerRangeError: layers that do not ascend from `entry` to `exit`.
@@ -38,9 +40,11 @@ class HiDrop(Method):
     layers: Sequence[int] = (10, 14, 16, 18)
     keep: Sequence[int | float] = (215, 10, 5, 1)
     exit: int = 24
+    per: Per = "sample"
 
     def __post_init__(self) -> None:
         check_stages(self, "layers", "keep")
+        check_per(self.per)
         bounds = (self.entry, self.exit)
         whole = all(isinstance(one, int) and not isinstance(one, bool) for one in bounds)
         if not whole or not 0 <= self.entry <= self.layers[0] or not self.layers[-1] < self.exit:
@@ -52,6 +56,6 @@ class HiDrop(Method):
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept counts and the entry."""
         stages = [Stage(*one) for one in zip(self.layers, self.keep, strict=True)]
-        route = staged([*stages, Stage(self.exit, 0)], num_layers, strength, "answer", floor=True)
+        route = staged([*stages, Stage(self.exit, 0)], num_layers, strength, "answer", floor=True, per=self.per)
         late = int(strength * self.entry + 1e-9)
         return (LayerRoute(Role.BYPASS),) * late + route[late:]

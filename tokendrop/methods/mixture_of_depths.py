@@ -9,7 +9,8 @@ from tokendrop.methods.drop import check_keep
 from tokendrop.roles import LayerRoute, Layers, Method, Role, Route, Scoring, Select, check_layers, layer_indices
 
 
-def _router(scoring: Scoring) -> Tensor:
+def routed(scoring: Scoring) -> Tensor:
+    """What the layer's router gives each token."""
     return cast(Tensor, scoring.router)  # such a selection is learned
 
 
@@ -48,7 +49,7 @@ class MixtureOfDepths(Method):
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count, and is dense at 0."""
         chosen = layer_indices(self.layers, num_layers) if strength else ()
         return tuple(
-            LayerRoute(Role.BYPASS, select=Select(self.keep, _router, index, 0, strength, learned=True))
+            LayerRoute(Role.BYPASS, select=Select(self.keep, routed, index, 0, strength, learned=True))
             if index in chosen
             else LayerRoute()
             for index in range(num_layers)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tokendrop.methods.drop import check_per
 from tokendrop.methods.stages import Stage, check_positions, check_stages, staged
-from tokendrop.roles import Method, Route
+from tokendrop.roles import Method, Per, Route
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PyramidDrop(Method):
         keep: for each stage, a share of the sample's original image tokens, or a count.
         positions: "keep"; or "renumber", after each stage the K tokens left, text and image, have positions 0 to K - 1,
             and a generated one that of its index less the tokens dropped before the layer, as in its code.
+        per: what keeps so many: the "sample", each "image" (or video) of it, or each "frame"; see `Drop`.
 
     Raises:
         LayerRangeError: layers that do not ascend.
@@ -39,13 +41,15 @@ class PyramidDrop(Method):
     layers: Sequence[int] = (8, 16, 24)
     keep: Sequence[int | float] = (0.5, 0.25, 0.125)
     positions: Literal["keep", "renumber"] = "keep"
+    per: Per = "sample"
 
     def __post_init__(self) -> None:
         check_stages(self, "layers", "keep")
         check_positions(self.positions)
+        check_per(self.per)
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept counts."""
         stages = [Stage(*one) for one in zip(self.layers, self.keep, strict=True)]
         renumber = self.positions == "renumber"
-        return staged(stages, num_layers, strength, "answer", floor=True, renumber=renumber)
+        return staged(stages, num_layers, strength, "answer", floor=True, renumber=renumber, per=self.per)

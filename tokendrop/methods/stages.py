@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from tokendrop.errors import LayerRangeError, MethodError
 from tokendrop.methods.drop import SCORES, check_keep
-from tokendrop.roles import LayerRoute, Queries, Role, Route, Select
+from tokendrop.roles import LayerRoute, Per, Queries, Role, Route, Select
 
 
 class Stage(NamedTuple):
@@ -91,6 +91,7 @@ def staged(
     floor: bool = False,
     first: Select | None = None,
     renumber: bool = False,
+    per: Per = "sample",
 ) -> Route:
     """The L routes of image tokens that are ACTIVE until the first stage, then GONE but for those each stage keeps.
 
@@ -103,6 +104,7 @@ def staged(
         floor: whether shares are rounded down.
         first: the selection at layer 0 before the stages, whose shares are of what it keeps.
         renumber: whether rows are numbered anew after each of these.
+        per: what keeps so many.
 
     Raises:
         LayerRangeError: a stage outside the model.
@@ -113,7 +115,8 @@ def staged(
         )
     routes = [LayerRoute() if first is None else LayerRoute(Role.GONE, select=first, renumber=renumber)] * num_layers
     for layer, keep in stages:
-        select = Select(keep, SCORES["attention"], layer, 0, strength, Queries(rows, layer - back), floor, first)
+        queries = Queries(rows, layer - back)
+        select = Select(keep, SCORES["attention"], layer, 0, strength, queries, floor, first, per=per)
         # Where all leave, nothing is to be scored.
         none = keep == 0 and strength == 1
         whole = LayerRoute(Role.GONE, select=None if none else select, renumber=renumber)

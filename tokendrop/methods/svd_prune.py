@@ -6,9 +6,9 @@ from typing import Any
 
 from tokendrop import scores
 from tokendrop.errors import MethodError
-from tokendrop.methods.drop import check_keep
+from tokendrop.methods.drop import check_keep, check_per
 from tokendrop.methods.stages import check_count, staged
-from tokendrop.roles import Method, Route, Select
+from tokendrop.roles import Method, Per, Route, Select
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class SVDPrune(Method):
         keep: a count, or a share of the sample's image tokens.
         rank: r, less than M: with all M directions every token is as good as another; None to choose it by `energy`.
         energy: share of the sum of S^2, in (0, 1), that the first r directions hold at least.
+        per: what keeps so many: the "sample", each "image" (or video) of it, or each "frame"; the leverage is that in
+            the features of the sample all the same.
 
     Raises:
         MethodError: a value that makes no sense.
@@ -37,9 +39,11 @@ class SVDPrune(Method):
     keep: int | float = 32
     rank: int | None = None
     energy: float = 0.9
+    per: Per = "sample"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        check_per(self.per)
         if self.rank is not None:
             check_count(self.rank, "rank")
         if not isinstance(self.energy, float) or not 0 < self.energy < 1:
@@ -48,7 +52,7 @@ class SVDPrune(Method):
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule lowers the kept count."""
         score = _leverage(self.rank, self.energy)
-        return staged((), num_layers, strength, "answer", first=Select(self.keep, score, 0, 0, strength))
+        return staged((), num_layers, strength, "answer", first=Select(self.keep, score, 0, 0, strength, per=self.per))
 
 
 @lru_cache

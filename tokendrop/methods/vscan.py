@@ -94,6 +94,6 @@ def _scans(window: int, kind: str) -> Any:
 
 def average(scoring: Scoring, kept: Tensor) -> Merge:
     """Each token that leaves goes to the kept one whose state is most like its own, which becomes the mean of all."""
-    patches = cast(Encoded, scoring.encoded).patches
+    patches = cast(Encoded, scoring.encoded).place[..., 0] >= 0  # a newline goes to no token
     into, sizes = scores.nearest(scoring.states, scoring.image & ~kept & patches, kept & patches)
     return Merge(into, 1 / sizes)

@@ -114,6 +114,42 @@ def dominant(
     return image & (rank < first), pool & (runs[0] != runs[1]), pool
 
 
+def spread(
+    looked: Tensor, image: Tensor, counts: Tensor, contextual: Tensor, patches: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The dominant tokens, and anchors spread evenly over the others.
+
+    The n - c tokens with the highest attention are dominant. Of the r others, in the order of the image, every
+    max(1, floor(r / c))-th is an anchor, from the first on, c in all.
+
+    Args:
+        looked: (B, T) float, attention in the vision encoder.
+        image: (B, T) bool, the tokens to choose from, n or more.
+        counts: (B,) int64, n.
+        contextual: (B,) int64, c.
+        patches: (B, T) bool, those that come of patches, before which none of the others is taken; None for all.
+
+    Returns:
+        The two, (B, T) bool each; fewer than n where fewer come of patches.
+
+    Example:
+        >>> looked, image = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.0]]), torch.ones(1, 6, dtype=torch.bool)
+        >>> one, other = spread(looked, image, torch.tensor([4]), torch.tensor([2]))
+        >>> one.nonzero()[:, 1].tolist(), other.nonzero()[:, 1].tolist()
+        ([0, 2], [1, 4])
+
+    Source: VisionZip, github.com/dvlab-research/VisionZip.
+    """
+    seen = image if patches is None else image & patches
+    order, at = _order(looked, seen), torch.arange(image.shape[1], device=image.device)
+    rank = torch.empty_like(order).scatter(1, order, at.expand_as(order))
+    first = seen & (rank < (counts - contextual)[:, None])
+    others = seen & ~first
+    step = (others.sum(1) // contextual.clamp(min=1)).clamp(min=1)[:, None]
+    number = others.cumsum(1) - 1
+    return first, others & (number % step == 0) & (number // step < contextual[:, None])
+
+
 def nearest(features: Tensor, members: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """For each member the target that is most like it, by cosine; for other tokens themselves.
 

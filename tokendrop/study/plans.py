@@ -5,6 +5,7 @@ Shape letters: L layers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tokendrop.errors import TokenDropError
@@ -45,6 +46,22 @@ def _tail(share: float) -> Callable[[int], Schedule]:
     return lambda updates: Schedule(dense_tail=round(share * updates))
 
 
+def _twice(one: Method, schedule: Callable[[int], Schedule] | None = None) -> Plan:
+    return _joint(one, one, schedule)
+
+
+def _range(layers: int, start: int, stop: int | None = None, step: int = 1) -> str:
+    # Of the layers that have such numbers among 6.
+    deep = layers // 6
+    last = "" if stop is None else str(layers - deep * (6 - stop))
+    return f"{deep * start}:{last}" + (f":{step}" if step > 1 else "")
+
+
+def _controls() -> dict[str, Plan]:
+    alone = {name: Plan((task,), {}) for name, task in zip(ALONE, TASKS, strict=True)}
+    return alone | {JOINT: Plan(TASKS, {}), PLACEBO: Plan(TASKS, {}, placebo=True)}
+
+
 def plans(layers: int) -> dict[str, Plan]:
     """Every plan by name, for a decoder of L layers, a multiple of 6; names give layers as those of 6.
 
@@ -55,25 +72,13 @@ def plans(layers: int) -> dict[str, Plan]:
     if layers % 6:
         raise FrontierError(f"layers: found {layers}; plans are written for 6 layers or a multiple of it")
 
-    def at(start: int, stop: int | None = None, step: int = 1) -> str:
-        deep = layers // 6
-        last = "" if stop is None else str(layers - deep * (6 - stop))
-        return f"{deep * start}:{last}" + (f":{step}" if step > 1 else "")
-
-    u, g = ((task,) for task in TASKS)
+    at = partial(_range, layers)
     late, alternate, middle = HiMix(at(2)), HMGen(at(1, 5, 2)), HMGen(at(2, 5))
 
     def some(then: Any, score: str = "random") -> Drop:
         return Drop(at(1, 5), 0.25, score, then)
 
-    def twice(one: Method, schedule: Callable[[int], Schedule] | None = None) -> Plan:
-        return _joint(one, one, schedule)
-
-    return {
-        ALONE[0]: Plan(u, {}),
-        ALONE[1]: Plan(g, {}),
-        JOINT: Plan(TASKS, {}),
-        PLACEBO: Plan(TASKS, {}, placebo=True),
+    return _controls() | {
         "Share All": _joint(HiMix(), alternate),
         "Share Partial": _joint(HiMix(separate="per-task"), HMGen(at(1, 5, 2), "per-task")),
         # Where in depth, for each task: U reads its image in the first layers, G needs the last ones.
@@ -81,17 +86,21 @@ def plans(layers: int) -> dict[str, Plan]:
         "U 2:, G 2:5 skipped": _joint(late, middle),
         "U 3:, G 1:5 skipped": _joint(HiMix(at(3)), HMGen(at(1, 5))),
         "U 1:, G 2:4 skipped": _joint(HiMix(at(1)), HMGen(at(2, 4))),
+        "U 2:, G dense": _joint(late, None),
         # Image tokens that stay visible for G, too, in its own layers or in those of U.
         "U 2:, G 2:5 visible": _joint(late, HiMix(at(2, 5))),
-        "both 2:5 visible": twice(HiMix(at(2, 5))),
+        "both 2:5 visible": _twice(HiMix(at(2, 5))),
         # A random quarter over the middle range in both tasks, and a dense end.
-        "quarter rejoins, dense end": twice(some("rejoin"), _tail(0.2)),
-        "quarter, rest visible, dense end": twice(some("context"), _tail(0.2)),
-        "RandomLTD quarter, dense end": twice(RandomLTD(at(1, 5), 0.25), _tail(0.2)),
+        "quarter rejoins, dense end": _twice(some("rejoin"), _tail(0.2)),
+        "quarter, rest visible, dense end": _twice(some("context"), _tail(0.2)),
+        "RandomLTD quarter, dense end": _twice(RandomLTD(at(1, 5), 0.25), _tail(0.2)),
         # Severe at first, dense at the end; or dense now and then, an odd number so that both tasks have their turn.
         "Share All, growing": _joint(
             HiMix(), alternate, lambda updates: Schedule(steps=round(0.9 * updates), direction="out")
         ),
-        "both 1:5 visible, dense end": twice(HiMix(at(1, 5)), _tail(0.2)),
+        "both 1:5 visible, dense end": _twice(HiMix(at(1, 5)), _tail(0.2)),
+        "U 2:, G 2:5 skipped, growing": _joint(
+            late, middle, lambda updates: Schedule(steps=round(0.8 * updates), direction="out")
+        ),
         "U 2:, G 2:5 skipped, each 5th dense": _joint(late, middle, lambda updates: Schedule(dense_every=5)),
     }

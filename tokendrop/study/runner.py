@@ -2,15 +2,12 @@
 
 import logging
 import os
-import platform
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from multiprocessing.queues import Queue
 from queue import Empty
@@ -18,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tokendrop.analysis.where import made_where
 from tokendrop.study.costs import Cost, costs
 from tokendrop.study.study import Study
 from tokendrop.study.train import Outcome, train
@@ -25,7 +23,6 @@ from tokendrop.study.train import Outcome, train
 Event = tuple[str, int, int | None]
 Watch = Callable[[str, int, int | None], None]
 TIMING = "timing side by side"
-PACKAGES = ("tokendrop", "torch", "lightning", "transformers", "torchmetrics", "scikit-learn", "mlxtend")
 
 _events: "Queue[Event] | None" = None
 
@@ -81,12 +78,6 @@ def run_study(study: Study, seeds: int = 1, workers: int = 2, watch: Watch = lam
             raise
     outcomes = tuple(jobs[seed, name].result() for seed in range(seeds) for name in names)
     return Finished(study, outcomes, timing.result())
-
-
-def made_where() -> dict[str, Any]:
-    """What a row says of where it was made: versions, and the date."""
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    return {"versions": versions, "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def job_name(name: str, seed: int) -> str:

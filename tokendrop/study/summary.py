@@ -5,18 +5,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokendrop.analysis.noise import to_noise
-from tokendrop.analysis.report import Image, Section, Table, lines_png, pixels_png
+from tokendrop.analysis.report import Grid, Image, Section, Table, lines_png, pixels_png
+from tokendrop.analysis.where import foot
 from tokendrop.study.runner import Finished
 from tokendrop.unified.data import TASKS
 
 Row = Mapping[str, Any]
+BEST = "the dropped run of both tasks with the best captions"
 BASELINE = {"understanding": "U-only", "generation": "G-only"}
 # The metric that synergy is taken on, and the sign that makes more of it better.
 QUALITY = {"understanding": ("accuracy", 1), "generation": ("nll", -1)}
 MISSING = "-"
 
 HEADER = (
-    "run", "U exact", "U NLL", "U synergy", "G NLL", "G agrees", "G synergy", "FLOPs ratio", "s/step", "MiB kept"
+    "run", "FLOPs ratio", "U exact", "U synergy", "G NLL", "G synergy", "s/step", "MiB kept", "U NLL", "G agrees"
 )  # fmt: skip
 
 QUALITY_NOTE = (
@@ -36,22 +38,41 @@ QUICK_NOTE = "--quick trains too short to judge quality: read the costs, not the
 
 def table(rows: Sequence[Row]) -> Table:
     """For each run: how well it does each task, what training both was worth, and what a step costs."""
-    return Table(HEADER, [_cells(rows, name) for name in dict.fromkeys(row["name"] for row in rows)])
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    best = best_dropped(rows)
+    return Table(HEADER, [_cells(rows, name) for name in names], [names.index(best)] if best else [], BEST)
+
+
+def best_dropped(rows: Sequence[Row]) -> str | None:
+    """The run that drops in both tasks and reads best."""
+    joint = [row for row in rows if row["understanding"] and row["generation"] and row["config"]["methods"]]
+    quality = {
+        name: statistics.fmean(row["understanding"]["accuracy"] for row in _of(joint, name))
+        for name in dict.fromkeys(row["name"] for row in joint)
+    }
+    return max(quality, key=lambda name: quality[name]) if quality else None
+
+
+def foot_of(rows: Sequence[Row]) -> list[str]:
+    """What was measured, where and when, of a report on the demo's model."""
+    config, seeds = rows[0]["config"], len({row["seed"] for row in rows})
+    size = ", ".join(f"{name} {config[name]}" for name in ("layers", "hidden", "steps", "source") if name in config)
+    return foot(f"the demo's unified model ({size}), {seeds} {'seeds' if seeds > 1 else 'seed'}", rows[-1])
 
 
 def _cells(rows: Sequence[Row], name: str) -> tuple[str, ...]:
     row = _of(rows, name)[0]
     return (
         name,
+        f"{row['flops_ratio']:.2f}",
         _score(rows, name, "understanding", "accuracy"),
-        _score(rows, name, "understanding", "nll"),
         _synergy(rows, name, "understanding"),
         _score(rows, name, "generation", "nll"),
-        _score(rows, name, "generation", "agreement"),
         _synergy(rows, name, "generation"),
-        f"{row['flops_ratio']:.2f}",
         to_noise(row["step_seconds"], row["step_seconds_spread"]),
         f"{row['peak_bytes'] / 2**20:.0f}",
+        _score(rows, name, "understanding", "nll"),
+        _score(rows, name, "generation", "agreement"),
     )
 
 
@@ -74,7 +95,7 @@ def report(finished: Finished, quick: bool) -> list[Section]:
         Section("Eight runs", quality, table(rows)),
         Section("What a step costs", cost),
         Section("Learning curves", "On validation digits, first seed.", images=_curves(finished)),
-        *_galleries(finished),
+        *_gallery(finished),
     ]
 
 
@@ -86,20 +107,19 @@ def _curves(finished: Finished) -> list[Image]:
             for outcome in finished.outcomes
             if outcome.seed == 0 and task in outcome.scores
         }
-        chart = lines_png(lines, f"batches of {task}", "validation NLL")
+        chart = lines_png(lines, f"updates of {task}", "validation NLL")
         images.append(Image(f"Validation NLL of {task}, under each run's own method", chart))
     return images
 
 
-def _galleries(finished: Finished) -> list[Section]:
-    return [
-        Section(
-            f"Asked for and made: {outcome.name}",
-            images=[Image(picture.caption, pixels_png(picture.pixels), small=True) for picture in outcome.pictures],
-        )
-        for outcome in finished.outcomes
-        if outcome.seed == 0 and outcome.pictures
-    ]
+def _gallery(finished: Finished) -> list[Section]:
+    drew = [outcome for outcome in finished.outcomes if outcome.seed == 0 and outcome.pictures]
+    if not drew:
+        return []
+    captions = [picture.caption for picture in drew[0].pictures]  # every run was given the same ones
+    made = [[Image(f"{run.name}: {one.caption}", pixels_png(one.pixels)) for one in run.pictures] for run in drew]
+    grid = Grid(("asked for", *(run.name for run in drew)), list(zip(captions, zip(*made, strict=True), strict=True)))
+    return [Section("Asked for and made", "Images of the first seed, for the first test captions.", grid=grid)]
 
 
 def _of(rows: Sequence[Row], name: str) -> list[Row]:

@@ -12,25 +12,25 @@ import numpy as np
 from tokendrop.analysis.report import Image, Section, Table, lines_png
 from tokendrop.study.costs import Steps
 from tokendrop.study.intervals import interval
-from tokendrop.study.summary import BASELINE, MISSING, QUALITY
+from tokendrop.study.summary import BASELINE, BEST, MISSING, QUALITY, best_dropped
 from tokendrop.study.synergy import TABLE_3, TWICE, SynergyStudy
 from tokendrop.synergy.history import heat_map, read_history
 from tokendrop.unified.data import TASKS
 
 Row = Mapping[str, Any]
 PAIR = "/".join(TASKS)
-# arXiv 2606.01503, Table 3: GQA, FID on MJHQ-30K (lower is better), FLOPs.
+# arXiv 2606.01503, Table 3: FLOPs, GQA, FID on MJHQ-30K (lower is better).
 PAPER = {
-    "U-only": ("52.86", "-", "1x"),
-    "G-only": ("-", "17.45", "1x"),
-    "unified": ("56.00", "15.78", "1x"),
-    "HiMix-U": ("49.92", "-", "0.24x"),
-    "HMGen-G": ("-", "12.16", "0.85x"),
-    "share-all": ("33.00", "12.53", "0.56x"),
-    "share-partial": ("47.05", "14.54", "0.55x"),
+    "U-only": ("1x", "52.86", "-"),
+    "G-only": ("1x", "-", "17.45"),
+    "unified": ("1x", "56.00", "15.78"),
+    "HiMix-U": ("0.24x", "49.92", "-"),
+    "HMGen-G": ("0.85x", "-", "12.16"),
+    "share-all": ("0.56x", "33.00", "12.53"),
+    "share-partial": ("0.55x", "47.05", "14.54"),
 }
 HEADER = (
-    "run", "paper GQA", "paper FID", "paper FLOPs", "FLOPs", "U exact", "U synergy", "G NLL", "G synergy", "CPU s"
+    "run", "FLOPs", "U exact", "U synergy", "G NLL", "G synergy", "CPU s", "paper FLOPs", "paper GQA", "paper FID"
 )  # fmt: skip
 PREDICTORS = ("alignment", "fidelity", "affinity U to G", "affinity G to U")
 NOTE = (
@@ -50,19 +50,24 @@ def flops_ratio(study: SynergyStudy, name: str) -> float:
 def table(rows: Sequence[Row], flops: Mapping[str, float]) -> Table:
     """The paper's Table 3 beside ours."""
     names = [name for name in (*TABLE_3, "late", TWICE) if any(row["name"] == name for row in rows)]
-    return Table(HEADER, [_line(rows, name, flops[name]) for name in names])
+    return Table(HEADER, [_line(rows, name, flops[name]) for name in names], *_marked(rows, names))
+
+
+def _marked(rows: Sequence[Row], names: Sequence[str]) -> tuple[list[int], str]:
+    best = best_dropped([row for row in rows if row["name"] in names])
+    return ([names.index(best)] if best else []), BEST
 
 
 def _line(rows: Sequence[Row], name: str, flops: float) -> tuple[str, ...]:
     own = _of(rows, name)
     seconds = [row["seconds"] - row["monitor_seconds"] for row in own]
-    cells = [name, *PAPER.get(name, (MISSING,) * 3), f"{flops:.2f}x"]
+    cells = [name, f"{flops:.2f}x"]
     for task in TASKS:
         metric, _ = QUALITY[task]
         cells.append(interval([row[task][metric] for row in own]) if own[0][task] else MISSING)
         gains = synergies(rows, name, task)
         cells.append(interval(gains, signed=True) if gains and name != BASELINE[task] else MISSING)
-    return (*cells, interval(seconds))
+    return (*cells, interval(seconds), *PAPER.get(name, (MISSING,) * 3))
 
 
 def synergies(rows: Sequence[Row], name: str, task: str) -> list[float]:
@@ -129,14 +134,13 @@ def _spearman(x: np.ndarray, y: np.ndarray, draws: int) -> str:
 
 def configurations(rows: Sequence[Row], study: SynergyStudy) -> Table:
     """Every run of both tasks: what its gradients said in the first fifth, and what came of it."""
-    lines = []
-    for name in study.joint:
+    lines, names = [], [name for name in study.joint if _of(rows, name)]
+    for name in names:
         own = _of(rows, name)
-        if own:
-            said = [interval([early(row, predictor) for row in own], signed=True) for predictor in PREDICTORS]
-            came = [interval(synergies(rows, name, task), signed=True) for task in TASKS]
-            lines.append((name, str(len(own)), *said, *came))
-    return Table(("run", "seeds", *PREDICTORS, "U synergy", "G synergy"), lines)
+        said = [interval([early(row, predictor) for row in own], signed=True) for predictor in PREDICTORS]
+        came = [interval(synergies(rows, name, task), signed=True) for task in TASKS]
+        lines.append((name, str(len(own)), *came, *said))
+    return Table(("run", "seeds", "U synergy", "G synergy", *PREDICTORS), lines, *_marked(rows, names))
 
 
 def curves(rows: Sequence[Row], names: Sequence[str], kind: str, key: str) -> bytes:

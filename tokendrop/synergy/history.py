@@ -73,14 +73,14 @@ def heat_map(events: list[dict[str, Any]], pair: str) -> "Figure":
     names = held[-1]["groups"]["names"]
     held = [event for event in held if event["groups"]["names"] == names]
     values = [[_cosine(x) for x in event["groups"]["alignment"][pair]] for event in held]
-    figure = Figure(
-        figsize=(min(max(4.0, 0.25 * len(held) + 3), WIDEST), max(2.5, 0.22 * len(names) + 1)), layout="constrained"
-    )
+    # A column for each event, wide enough for the steps below them; names on the left, the scale on the right.
+    width = max(0.25 * len(held), 3.4) + 1.5 + 0.058 * max(map(len, names))
+    figure = Figure(figsize=(min(width, WIDEST), max(2.5, 0.22 * len(names) + 1)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(list(zip(*values, strict=True)), cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     axes.set_yticks(range(len(names)), names, fontsize=7)
-    every = max(1, len(held) // 8)
-    axes.set_xticks(range(0, len(held), every), [str(event["step"]) for event in held[::every]])
+    every = -(-len(held) // 8)
+    axes.set_xticks(range(0, len(held), every), [str(event["step"]) for event in held[::every]], fontsize=8)
     axes.set_xlabel("optimiser step")
     axes.set_title(f"alignment of {pair}")
     figure.colorbar(image, ax=axes, label="cosine")

@@ -27,6 +27,7 @@ METHODS: dict[str, Any] = {
     "transformers": td.MixtureOfTransformers("2:4"),
     "rejoin": td.Drop("0:3", 0.5),
     "gone": td.Drop("1:", 0.5, then="gone"),
+    "merge": td.Drop("1:3", 0.5, "norm", "merge"),
     "context": td.Drop("1:3", 0.5, then="context"),
     "context_last": td.Drop("2:", 2, "norm", "context"),
     "attend": td.Drop("1:", 0, then="attend"),
@@ -36,6 +37,10 @@ METHODS: dict[str, Any] = {
     "renumbered": td.PyramidDrop((1, 2, 4), (0.8, 0.5, 0.2), "renumber"),
     "hidrop": td.HiDrop(1, (2, 3), (0.6, 2), 4),
     "duet_vlm": td.DuetVLM((1, 3), (0.5, 0)),
+    "pmod": td.PMoD(0.2),
+    "dart": td.DART(2, 0.6, 1, 2),
+    "cd_pruner": td.CDPruner(0.5),
+    "div_prune": td.DivPrune(0.5),
     "svd_prune": td.SVDPrune(0.5, rank=2),
 }
 # Under the others a new image token would end with a stale state.

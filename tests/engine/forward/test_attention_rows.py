@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from families import FAMILIES, batch, model
 from helpers import Spy, checkpointed, close, dropped, engine_step, llama, reference_step
 from helpers import batch as written
@@ -156,9 +157,8 @@ def test_under_checkpointing_a_score_looks_once(at: int, recompute: bool) -> Non
 
 
 REFUSED = {
-    "flash": (lambda: _backend("flash_attention_2"), "'flash_attention_2' attention takes no rectangular mask"),
-    "flex": (lambda: _backend("flex_attention"), "'flex_attention' attention takes no rectangular mask"),
     "no cache": (lambda: Plain(), "PlainLayer.forward takes no key and value cache"),
+    "written elsewhere": (lambda: _written(), "'of_their_own' attention takes no rectangular mask"),
 }
 
 
@@ -181,10 +181,22 @@ class Plain(nn.Module):
         self.layers = nn.ModuleList(PlainLayer() for _ in range(4))
 
 
-def _backend(name: str) -> nn.Module:
+def _written() -> nn.Module:
+    """A Llama whose attention calls a kernel of its own."""
     module = llama()
-    module.config._attn_implementation = name
+    module.config._attn_implementation = "of_their_own"
+    for layer in module.model.layers:
+        layer.self_attn.__class__ = Written
     return module
+
+
+class Written(nn.Module):
+    """An attention that looks up nothing, and hands its mask to a kernel."""
+
+    flash_attn_of_their_own: Any
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **_: Any) -> Any:
+        return self.flash_attn_of_their_own(hidden_states, attention_mask)
 
 
 @pytest.mark.parametrize("method", [td.FastV(2), td.Drop("2:", 0.5, "attention"), td.Drop("2:", 0.5, "value_norm")])
@@ -221,7 +233,7 @@ def test_autocast_keeps_the_gradients_of_the_layers_looked_into(attention: str) 
     grads = []
     for method in (Looking(Spy(), 1), Looking(Spy(), 2), None):
         drop = td.apply(module, {"u": method})
-        with drop.layout(made.layout()), torch.autocast("cpu", torch.bfloat16):
+        with drop.layout(made.layout()), torch.autocast(DEVICE.type, torch.bfloat16):
             module(made.ids, labels=made.labels, use_cache=False).loss.backward()
         grads.append({name: parameter.grad for name, parameter in module.named_parameters()})
         module.zero_grad(set_to_none=True)

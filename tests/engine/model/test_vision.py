@@ -15,6 +15,7 @@ import torch
 from families import IMAGE, Batch, batch, model
 from families import _images as pixels
 from helpers import Spy, checkpointed, snapshot
+from kernels_stand_in import kernels
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
@@ -105,6 +106,27 @@ def test_cls_attention_and_keys_equal_those_of_the_eager_encoder(attention: str)
     # One image in the first sample, two in the second, each of 2 x 2 tokens.
     expected_places = [[n, row, column] for n in range(3) for row in range(2) for column in range(2)]
     assert seen.place[data.image].tolist() == expected_places
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "internvl", "qwen3_vl"])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_an_encoder_that_runs_a_kernel_is_looked_into(name: str, attention: str) -> None:
+    """In the layers that are looked at sdpa runs instead, which computes the same; the others keep the kernel."""
+    data, found, logits = batch(name, "left"), [], []
+    for one in ("sdpa", attention):
+        module, spy = copy.deepcopy(model(name, "sdpa")), Spy()
+        drop = td.apply(module, Looking(spy, (-1,)))
+        module.config._attn_implementation = one
+        layout = td.TokenLayout(data.image, padding=data.real, labels=data.trained([False, False]))
+        with kernels() as calls, drop.layout(layout), torch.no_grad():
+            logits.append(module(**data.inputs, use_cache=False).logits[data.real])
+        assert bool(calls.plain or calls.varlen or calls.flex) == (one != "sdpa")
+        found.append(spy.given[0].encoded)
+        drop.remove()
+        assert not any("_tokendrop_base" in vars(type(part)) for part in module.modules())
+    for part in range(3):
+        torch.testing.assert_close(found[1][part], found[0][part], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows_at_once", [3, 256])

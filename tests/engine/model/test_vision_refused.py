@@ -74,9 +74,19 @@ def test_tokens_made_of_patches_all_over_the_image_are_refused(method: str, make
     assert snapshot(module) == before
 
 
+class Written(torch.nn.Module):
+    """An attention that looks up nothing, and calls a kernel of its own."""
+
+    flash_attn_of_their_own: Any
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
+        return self.flash_attn_of_their_own(hidden_states)
+
+
 def test_an_attention_that_shows_nothing_is_refused() -> None:
     module = copy.deepcopy(model("internvl", "sdpa"))
-    module.model.vision_tower.encoder.layer[-1].attention.config._attn_implementation = "flash_attention_2"
+    attention = module.model.vision_tower.encoder.layer[-1].attention
+    attention.config._attn_implementation, attention.__class__ = "flash_attention_2", Written
     with pytest.raises(td.UnsupportedError, match=r"runs the 'flash_attention_2' attention.*'sdpa', or use SVDPrune"):
         td.apply(module, METHODS["vscan"])
 

@@ -25,12 +25,17 @@ METHODS: dict[str, Any] = {
     "renumbered": td.PyramidDrop((1, 2), (0.5, 0.25), "renumber"),
     "hidrop": td.HiDrop(1, (2,), (0.6,), 3),
     "duet": td.DuetVLM((1, 3), (0.5, 0)),
+    "pmod": td.PMoD(0.2),
+    "cd_pruner": td.CDPruner(0.5),
+    "div_prune": td.DivPrune(0.5),
+    "dart": td.DART(2, 0.5, 1, 2),
     "svd": td.SVDPrune(0.5, rank=1),
     "depths": td.MixtureOfDepths("0:3", 0.5),
     "count": td.Drop("1:3", 2, "value_norm", "gone"),
     "gone": td.Drop("1:", 0.5, "similarity", "gone"),
     "context": td.Drop("1:3", 0.5, "norm", "context"),
     "transformers": td.MixtureOfTransformers("1:"),
+    "merge": td.Drop("1:3", 0.5, "norm", "merge"),
     "attend": td.Drop("1:", 0.5, "norm", "attend"),
     "uniform": td.Drop("0:2", 0.5, "uniform"),
     "leverage": td.Drop("1:", 0.5, "leverage"),
@@ -298,15 +303,16 @@ def test_what_the_encoder_says_is_cut_into_samples() -> None:
 
 @pytest.mark.parametrize("what", ["cu_seq_lens_q", "position ids that restart"])
 def test_packed_sequences_that_an_attention_tells_apart_itself_are_refused(what: str) -> None:
+    """An attention that nobody knows; FlashAttention is told of them again."""
     model, drop = dropped(llama(), td.HMGen("1:3"))
-    model.config._attn_implementation = "flash_attention_2"
+    model.config._attn_implementation = "of_their_own"
     _, together, positions = packed()
     layer, rotary = model.model.layers[0], model.model.rotary_emb
     states = torch.zeros(1, positions.shape[1], 32)
     given = {"attention_mask": None, "position_embeddings": rotary(states, positions)}
     given |= {"cu_seq_lens_q": torch.tensor([0, 9])} if what == "cu_seq_lens_q" else {"position_ids": positions}
     layout = td.TokenLayout(together["image"])
-    with drop.layout(layout), pytest.raises(td.UnsupportedError, match=rf"{what}.*'flash_attention_2'.*'sdpa'"):
+    with drop.layout(layout), pytest.raises(td.UnsupportedError, match=rf"{what}.*'of_their_own'.*'sdpa'"):
         layer(states, **given)
 
 

@@ -3,18 +3,22 @@
 Shape letters: B batch, T tokens, K computed rows, M context rows, H heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from tokendrop.engine.model.block_masks import compact_block, is_block_mask
+from tokendrop.engine.model.sight import Sight, additive
 from tokendrop.engine.plan.plan import Group
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.kernels import gather_rotary
 
 _BIASES = ("alibi", "position_bias")
+_KNOWN = "load the model with attn_implementation='sdpa' or 'eager'"
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,22 @@ class Form:
     Args:
         shape: (B, T).
         mask: name of the argument that takes the attention mask, if any.
+        kind: of the attention, see `tokendrop.engine.model.attention.kind`.
         float_mask: the dtype of the masks that the attention takes; None for bool.
         merged: whether a cache returns the keys of all tokens in order.
+        sight: whether the attention is given a `Sight` for its mask.
+        packs: (B, T) int64, the packed samples that the attention finds by itself; None where each row is one.
+        both: whether the attention sees both sides where it is given no mask.
     """
 
     shape: tuple[int, int]
     mask: str | None
+    kind: str | None
     float_mask: torch.dtype | None
-    merged: bool
+    merged: bool = False
+    sight: bool = False
+    packs: Tensor | None = None
+    both: bool = False
 
 
 def compact(named: dict[str, Any], group: Group, form: Form) -> dict[str, Any]:
@@ -53,11 +65,26 @@ def compact(named: dict[str, Any], group: Group, form: Form) -> dict[str, Any]:
 def _compact(name: str, value: Any, group: Group, form: Form) -> Any:
     if name == form.mask:
         return compact_mask(value, group, form)
+    if name.startswith("cu_seq_lens") and isinstance(value, Tensor):
+        return value if form.sight else _lengths(value, group, form)
+    if name.startswith("max_length") and value is not None:
+        return group.size
     if _is_square(value, form):
         return _square(name, value, group, form)
     if is_bias(value, form.shape[1]) or (name in _BIASES and isinstance(value, Tensor)):
         return _bias(name, value, group, form)
     return select(value, group, group.active, form.shape, name)
+
+
+def _lengths(ends: Tensor, group: Group, form: Form) -> Tensor:
+    # Where sequences (N + 1,) of the flat batch begin among the rows that compute; those that fill up are one more.
+    tokens = torch.arange(form.shape[0] * form.shape[1], device=ends.device)
+    packs = torch.bucketize(tokens, ends[1:].to(tokens.dtype), right=True).view(form.shape)[group.samples]
+    if group.active is not None:
+        packs = packs.gather(1, group.active.index).where(group.active.valid, -1)
+    begins = torch.ones_like(packs, dtype=torch.bool)
+    begins[:, 1:] = packs.diff() != 0
+    return F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).to(ends.dtype)
 
 
 def is_bias(value: Any, tokens: int) -> bool:
@@ -77,37 +104,13 @@ def _bias(name: str, value: Tensor, group: Group, form: Form) -> Tensor:
     value = value if len(value) == 1 else value[group.samples]
     if group.active is None or form.merged:
         return value
-    columns = _columns(group.active, group.context)[1]
-    return columns_of(value, columns)
+    return columns_of(value, places(group, form).columns)
 
 
 def columns_of(value: Tensor, columns: Tensor) -> Tensor:
     """The columns (B, K) of a bias (B or 1, ..., 1, T)."""
     index = columns.view(len(columns), *[1] * (value.dim() - 2), -1).expand(-1, *value.shape[1:-1], -1)
     return value.expand(len(columns), *value.shape[1:]).gather(-1, index)
-
-
-def check_packing(named: dict[str, Any], backend: str) -> None:
-    """Refuse packed sequences where an attention finds their borders by itself, among rows that are compact by then.
-
-    Args:
-        named: the layer's arguments by name.
-        backend: the attention implementation; sdpa and eager are given their borders in the mask.
-
-    Raises:
-        UnsupportedError: lengths of packed sequences, or position ids that restart.
-    """
-    if backend in ("sdpa", "eager"):
-        return
-    lengths = next((name for name in named if name.startswith("cu_seq_lens") and named[name] is not None), None)
-    ids = named.get("position_ids")
-    restarts = isinstance(ids, Tensor) and ids.dim() == 2 and bool((ids.diff(dim=1) < 0).any())
-    if lengths or restarts:
-        found = f"{lengths!r}" if lengths else "position ids that restart"
-        raise UnsupportedError(
-            f"packed sequences ({found}) with the {backend!r} attention, which would look for their borders among the "
-            "rows that are left; pass position ids that restart, with attn_implementation='sdpa'"
-        )
 
 
 def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], name: str) -> Any:
@@ -153,40 +156,55 @@ def compact_mask(mask: Any, group: Group, form: Form) -> Any:
     """The attention mask of a group: rows that compute against rows that are seen, by original position.
 
     Args:
-        mask: None for causal, (B or 1, T) for padding alone, or (B or 1, H or 1, T, T), bool or additive.
+        mask: None for causal, (B or 1, T) for padding alone, (B or 1, H or 1, T, T), bool or additive, or a BlockMask.
         group: the samples and rows.
         form: what the arguments look like.
 
     Returns:
-        None where the computing rows stay causal without a mask; else (B, H or 1, K, K + M), context last, or
-        (B, H or 1, K, T) where a cache returns the keys.
+        None where the computing rows stay causal; else (B, H or 1, K, M + K), context first, or (B, H or 1, K, T) where
+        a cache returns the keys; or a BlockMask or a `Sight` of these.
 
     Raises:
         UnsupportedError: a mask that is no tensor.
     """
+    if is_block_mask(mask):
+        return compact_block(mask, group.samples, places(group, form))
     if mask is not None and not isinstance(mask, Tensor):
-        raise UnsupportedError(
-            f"an attention mask of type {type(mask).__name__} cannot be made compact; load the model with "
-            "attn_implementation='sdpa' or 'eager'"
-        )
+        found = type(mask).__name__
+        raise UnsupportedError(f"an attention mask of type {found} cannot be made compact; {_KNOWN}")
+    if form.sight and (mask is None or mask.dim() == 2):
+        return _sight(mask, group, form)
     if mask is not None and mask.dim() == 2:
         if _is_square(mask, form):
             return _square(form.mask or "", mask, group, form)
         return select(mask, group, group.active, form.shape, form.mask or "")
-    if mask is None and group.context is None:
+    if mask is None and (group.context is None or group.active is None):
         return None
     if group.active is None:
-        return mask if mask is None or len(mask) == 1 else mask[group.samples]
+        return mask if len(mask) == 1 else mask[group.samples]
     if form.merged:
         return _merged_mask(mask, group.active.index, group, form)
-    rows, columns, seen, fills = _columns(group.active, group.context)
+    seen = places(group, form)
     if mask is None:
-        return _as_dtype((seen & (columns[:, None] <= rows[:, :, None])[:, None]) | fills, form.float_mask)
+        return _as_dtype(seen.mask(None), form.float_mask)
     mask = mask.expand(form.shape[0], -1, -1, -1)
-    mask = mask[group.samples[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-    if mask.dtype == torch.bool:
-        return (mask & seen) | fills
-    return mask.masked_fill(~(seen | fills), torch.finfo(mask.dtype).min)
+    mask = mask[group.samples[:, None, None], :, seen.rows[:, :, None], seen.columns[:, None]].permute(0, 3, 1, 2)
+    return seen.among(mask)
+
+
+def _sight(padding: Tensor | None, group: Group, form: Form) -> Sight:
+    seen, packs = places(group, form), form.packs
+    fills = form.both and group.active is not None  # which those before them would see
+    causal = not fills and padding is None and packs is None and group.context is None and not form.merged
+    if group.late is not None and padding is None and packs is None and not form.merged and not form.both:
+        seen.before = group.size - len(group.late)
+    if padding is not None:
+        real = padding.bool().expand(form.shape[0], -1)[group.samples].gather(1, seen.columns)
+        seen.valid = real if seen.valid is None else seen.valid & real
+    if packs is not None:
+        packs = packs[group.samples]
+        seen.packs = packs.gather(1, seen.rows), packs.gather(1, seen.columns)
+    return replace(seen, causal=causal, both=form.both)
 
 
 def _merged_mask(mask: Tensor | None, rows: Tensor, group: Group, form: Form) -> Tensor:
@@ -218,16 +236,21 @@ def _square(name: str, mask: Tensor, group: Group, form: Form) -> Tensor:
     return mask[: group.size, : group.size]
 
 
-def _columns(active: Rows, context: Rows | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, valid = active.index, active.valid
-    columns = rows if context is None else torch.cat([rows, context.index], 1)
-    seen = valid if context is None else torch.cat([valid, context.valid], 1)
-    # A row that only fills up sees itself, so that its discarded softmax stays finite.
-    own = torch.eye(rows.shape[1], columns.shape[1], dtype=torch.bool, device=rows.device)
-    return rows, columns, seen[:, None, None], own & ~valid[:, None, :, None]
+def places(group: Group, form: Form) -> Sight:
+    """The positions of the rows that compute and of those that are seen, context first, or all where a cache returns
+    them; without what an argument says of them."""
+    tokens, active, context = form.shape[1], group.active, group.context
+    every = torch.arange(tokens, device=group.samples.device).expand(len(group.samples), -1)
+    rows = every if active is None else active.index
+    if form.merged or active is None:
+        return Sight(rows, every, rows, None, None, tokens)
+    columns, valid = rows, active.valid
+    own = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    if context is not None:
+        columns, valid = torch.cat([context.index, rows], 1), torch.cat([context.valid, valid], 1)
+        own = own + context.index.shape[1]
+    return Sight(rows, columns, own, valid, None, tokens)
 
 
 def _as_dtype(allowed: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None:
-        return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    return allowed if dtype is None else additive(allowed, dtype)

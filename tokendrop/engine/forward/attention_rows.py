@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokendrop.engine.forward.arguments import Form, compact, select
+from tokendrop.engine.forward.packing import form_of
+from tokendrop.engine.model.attention import choosing, settle
+from tokendrop.engine.model.block_masks import is_block_mask, rows_of_block
 from tokendrop.engine.model.context import keys_values
-from tokendrop.engine.model.decoder import LayerSpec, sees_both_sides
+from tokendrop.engine.model.decoder import LayerSpec, attention_of
 from tokendrop.engine.model.logits import SOFTMAX, products
+from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.plan import Group
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
@@ -71,6 +75,26 @@ class _AllKeys:
         return self.keys, self.values
 
 
+class _Looking(NamedTuple):
+    """The layer of which rows look, with its arguments.
+
+    Args:
+        layer: the decoder layer.
+        spec: how it is called.
+        named: its arguments by name, for all (B, T) tokens.
+        group: the samples.
+        states: (B, T, D) at its input, of all samples.
+        form: what the arguments look like.
+    """
+
+    layer: nn.Module
+    spec: LayerSpec
+    named: dict[str, Any]
+    group: Group
+    states: Tensor
+    form: Form
+
+
 @torch.no_grad()
 def attention_rows(
     layer: nn.Module,
@@ -99,44 +123,80 @@ def attention_rows(
 
     Source: ours.
     """
-    if refusal := spec.context_refusal(layer):
+    if refusal := spec.context_refusal(layer, looks=True):
         raise UnsupportedError(f"image tokens are scored by the attention of {type(layer).__name__}, but {refusal}")
     unshard: Any = getattr(layer, "unshard", None)
     if unshard is not None:
         # FSDP2 gathers parameters in a hook of the layer's call, which these runs go without. They stay gathered for
         # the call that follows, so that ranks that score and ranks that do not communicate alike.
         unshard()
-    states, forward, cache = states_of(), spec.layer_class.forward, spec.cache or ""
-    shape = (states.shape[0], states.shape[1])
-    named = {spec.mask or "": None} | named
-    _check_mask(named[spec.mask or ""], shape[1])
-    if named[spec.mask or ""] is None and sees_both_sides(layer):
-        seen = torch.ones(1, 1, shape[1], shape[1], dtype=torch.bool, device=states.device)
-        named[spec.mask or ""] = states.new_zeros(seen.shape) if spec.backend(layer) == "eager" else seen
-    float_mask = states.dtype if spec.backend(layer) == "eager" else None
-    if group.active is not None:  # packed samples, each as a row of its own
-        named = compact(named, group, Form(shape, spec.mask, float_mask, False))
-        states = states[group.samples[:, None], group.active.index]
-        shape = (states.shape[0], states.shape[1])
-        group = replace(group, samples=torch.arange(shape[0], device=states.device), whole=True, active=None)
-    maskless = {name: None if name == spec.mask else value for name, value in named.items()}
-    if not group.whole:
-        states = states[group.samples]
-        maskless = {name: select(value, group, None, shape, name) for name, value in maskless.items()}
-    # With a context, and merged, the mask is made for these rows against all T tokens.
-    arguments = compact(named, replace(group, active=rows, context=rows), Form(shape, spec.mask, float_mask, True))
+    look = _alone(_looking(layer, spec, {spec.mask or "": None} | named, group, states_of()))
+    logits, values = _run(look, rows)
+    return Attention(probabilities(logits, live), rows.valid, values)
+
+
+def _run(look: _Looking, rows: Rows) -> tuple[Tensor, Tensor]:
+    # The logits (B, H, R, T + S) of the rows, and values (B, G, T, W).
+    layer, group, forward, cache = look.layer, look.group, look.spec.layer_class.forward, look.spec.cache or ""
+    states = look.states if group.whole else look.states[group.samples]
+    arguments = _of_rows(look, rows)
+    ours = look.form.kind not in ("sdpa", "eager")  # whose attention cannot be looked into
+    if ours and not torch.compiler.is_compiling():
+        settle(attention_of(layer))
     chosen = states[torch.arange(len(states), device=states.device)[:, None], rows.index]
     kind = states.device.type
     # Older torch would remember the weights that autocast casts here, and leave them without gradients in the step.
-    with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-        keys, values = keys_values(layer, forward, states, maskless, cache)
+    with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False), choosing(ours):
+        keys, values = keys_values(layer, forward, states, _of_keys(look), cache)
         everyone = {cache: _AllKeys(keys, values)}
         logits, attended = caught_attention(lambda: forward(layer, chosen, **(arguments | everyone)))
     # A single row of grouped queries comes as (B, G, H / G, T), where transformers packs it for decoding.
     logits = logits.reshape(len(states), -1, rows.index.shape[1], logits.shape[-1])
     # What a cache is given for values may be something they are made of, as in latent attention.
-    values = values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:])
-    return Attention(probabilities(logits, live), rows.valid, values)
+    return logits, values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:])
+
+
+def _looking(layer: nn.Module, spec: LayerSpec, named: dict[str, Any], group: Group, states: Tensor) -> _Looking:
+    mask, (batch, tokens) = spec.mask or "", states.shape[:2]
+    form = form_of(layer, spec, (batch, tokens), named, states)
+    _check_mask(named[mask], tokens)
+    if named[mask] is None and form.both and not form.sight:
+        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=states.device)
+        named[mask] = seen if form.float_mask is None else states.new_zeros(seen.shape)
+    return _Looking(layer, spec, named, group, states, form)
+
+
+def _alone(look: _Looking) -> _Looking:
+    # Packed samples, each as a row of its own.
+    group, states, form = look.group, look.states, look.form
+    if group.active is None:
+        return look
+    form = replace(form, sight=False, packs=None)
+    named = compact(look.named, group, form)
+    states = states[group.samples[:, None], group.active.index]
+    group = replace(group, samples=torch.arange(len(states), device=states.device), whole=True, active=None)
+    form = replace(form, shape=(states.shape[0], states.shape[1]), sight=look.form.sight)
+    return look._replace(named=named, group=group, states=states, form=form)
+
+
+def _of_keys(look: _Looking) -> dict[str, Any]:
+    maskless = {name: None if name == look.spec.mask else value for name, value in look.named.items()}
+    if look.group.whole:
+        return maskless
+    return {name: select(value, look.group, None, look.form.shape, name) for name, value in maskless.items()}
+
+
+def _of_rows(look: _Looking, rows: Rows) -> dict[str, Any]:
+    # With a context, and merged, the mask is made for these rows against all T tokens.
+    group, form = replace(look.group, active=rows, context=rows), replace(look.form, merged=True)
+    mask = look.named[name := look.spec.mask or ""]
+    if not is_block_mask(mask):
+        arguments = compact(look.named, group, form)
+        if isinstance(sight := arguments[name], Sight):
+            arguments[name] = replace(sight, own=None)
+        return arguments
+    seen = rows_of_block(mask, group.samples, rows.index)
+    return compact(look.named | {name: None}, group, form) | {name: seen}
 
 
 def _check_mask(mask: Any, tokens: int) -> None:

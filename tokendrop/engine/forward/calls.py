@@ -4,6 +4,7 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, D hidden.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,40 +12,49 @@ from torch import Tensor, nn
 
 from tokendrop.engine.forward.arguments import Form, compact, select
 from tokendrop.engine.forward.groups import Call
+from tokendrop.engine.forward.packing import form_of
 from tokendrop.engine.model.cache import growing_layer, holed_layer
-from tokendrop.engine.model.decoder import LayerSpec, sees_both_sides
+from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.plan.plan import Group, Span
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Role
 
-Made = dict[tuple[int, str, str], list[tuple[Any, Rows | None, Any]]]
+# What was made, by group, kind and name, with what it was made of; and the packed samples.
+Made = dict[Any, Any]
 _MISSING = object()
 
 
-def group_calls(
-    layer: nn.Module,
-    spec: LayerSpec,
-    index: int,
-    span: Span,
-    tokens_shape: tuple[int, int],
-    contexts: tuple[Tensor | None, ...],
-    cache: Any,
-    made: Made,
-    named: dict[str, Any],
-    hidden: Tensor,
-) -> tuple[Call, ...]:
-    """What each group of a layer needs.
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A layer of one forward.
 
     Args:
         layer: the decoder layer.
         spec: how it is called.
         index: which it is.
-        span: it belongs to.
-        tokens_shape: (B, T).
-        contexts: for each group, (B, M, D) states of its context rows.
+        shape: (B, T).
         cache: what this forward fills, if anything.
         made: compact arguments made so far in this forward, with what they were made of.
+    """
+
+    layer: nn.Module
+    spec: LayerSpec
+    index: int
+    shape: tuple[int, int]
+    cache: Any
+    made: Made
+
+
+def group_calls(
+    site: Site, span: Span, contexts: tuple[Tensor | None, ...], named: dict[str, Any], hidden: Tensor
+) -> tuple[Call, ...]:
+    """What each group of a layer needs.
+
+    Args:
+        site: the layer.
+        span: it belongs to.
+        contexts: for each group, (B, M, D) states of its context rows.
         named: the layer's arguments by name, for all (B, T) tokens.
         hidden: the layer's hidden states.
 
@@ -52,41 +62,43 @@ def group_calls(
         UnsupportedError: a cache to fill, and groups with different roles, or a state carried from row to row; CONTEXT
             under an attention that has been changed since to one that cannot have it.
     """
+    spec, cache, tokens = site.spec, site.cache, site.shape[1]
     if spec.cache in named:
         named[spec.cache] = cache
     if spec.mask is not None and any(group.context is not None for group in span.groups):
-        if refusal := spec.context_refusal(layer):
-            raise UnsupportedError(f"image tokens are CONTEXT in layer {index}, but {refusal}; or use HMGen")
-        named.setdefault(spec.mask, None)
+        if refusal := spec.context_refusal(site.layer):
+            raise UnsupportedError(f"image tokens are CONTEXT in layer {site.index}, but {refusal}; or use HMGen")
         named.setdefault(spec.cache or "", cache)
-    if spec.mask is not None and named.get(spec.mask) is None and sees_both_sides(layer):
-        named[spec.mask] = _everyone(made, tokens_shape[1], hidden, spec.backend(layer) == "eager")
+        named.setdefault(spec.mask, None)
+    form = form_of(site.layer, spec, site.shape, named, hidden, site.made)
+    if spec.mask is not None and form.sight:
+        named.setdefault(spec.mask, None)
+    elif spec.mask is not None and named.get(spec.mask) is None and form.both:
+        named[spec.mask] = _everyone(site.made, tokens, hidden, form.float_mask is not None)
     if cache is not None:
-        _fill(spec, span, index, cache, tokens_shape[1])
-    float_mask = hidden.dtype if spec.backend(layer) == "eager" else None
-    calls = []
-    for group, context in zip(span.groups, contexts or (None,) * len(span.groups), strict=True):
-        merged = cache is not None and group.context is not None
-        late = group.late if named.get(spec.mask or "") is None and float_mask is None and not merged else None
+        _fill(spec, span, site.index, cache, tokens)
+    contexts = contexts or (None,) * len(span.groups)
+    return tuple(_call(site, form, *each, named) for each in zip(span.groups, contexts, strict=True))
 
-        def active(one: dict[str, Any], group: Group = group, merged: bool = merged) -> dict[str, Any]:
-            return compact(one, group, Form(tokens_shape, spec.mask, float_mask, merged))
 
-        arguments = _once(made, group, "active", named, active)
-        shape = (len(group.samples), group.size)
-        if context is None:
-            calls.append(Call(shape, arguments, group.split, None, {}, None, None, ffn=group.ffn))
-            continue
+def _call(site: Site, form: Form, group: Group, context: Tensor | None, named: dict[str, Any]) -> Call:
+    mask, tokens = form.mask or "", form.shape[1]
+    form = replace(form, merged=site.cache is not None and group.context is not None)
+    kind = "active, sequences" if form.sight else "active"
+    arguments = _once(site.made, group, kind, named, lambda one: compact(one, group, form))
+    shape = (len(group.samples), group.size)
+    if context is None:
+        return Call(shape, arguments, group.split, None, {}, None, None, ffn=group.ffn, gate=group.gate)
 
-        def chosen(one: dict[str, Any], group: Group = group) -> dict[str, Any]:
-            return {name: select(value, group, group.context, tokens_shape, name) for name, value in one.items()}
+    def chosen(one: dict[str, Any]) -> dict[str, Any]:
+        return {name: select(value, group, group.context, form.shape, name) for name, value in one.items()}
 
-        # No mask: nothing behind the keys and values of these rows runs.
-        maskless = {name: None if name == spec.mask else value for name, value in named.items()}
-        context_arguments = _once(made, group, "context", maskless, chosen)
-        order = _order(group.active, group.context, tokens_shape[1]) if merged else None
-        calls.append(Call(shape, arguments, group.split, context, context_arguments, group.context_split, order, late))
-    return tuple(calls)
+    # No mask: nothing behind the keys and values of these rows runs.
+    maskless = {name: None if name == mask else value for name, value in named.items()}
+    context_arguments = _once(site.made, group, "context", maskless, chosen)
+    order = _order(group.active, group.context, tokens) if form.merged else None
+    late = group.late if named.get(mask) is None and form.kind == "sdpa" and not form.merged else None
+    return Call(shape, arguments, group.split, context, context_arguments, group.context_split, order, late)
 
 
 def _once(
@@ -142,5 +154,5 @@ def _fill(spec: LayerSpec, span: Span, index: int, cache: Any, tokens: int) -> N
 def _order(active: Rows | None, context: Rows | None, tokens: int) -> Tensor | None:
     if active is None or context is None:
         return None
-    positions = torch.cat([rows.index.where(rows.valid, tokens) for rows in (active, context)], 1)
+    positions = torch.cat([rows.index.where(rows.valid, tokens) for rows in (context, active)], 1)
     return positions.argsort(dim=1, stable=True)[:, :tokens]

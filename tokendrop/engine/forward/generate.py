@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import Role, Route
+from tokendrop.roles import Role, Route, selections
 
 
 class Ids(NamedTuple):
@@ -51,12 +51,13 @@ def check_length(layout: TokenLayout, ids: Ids, length: int, follows: bool) -> N
 
 
 def refuse_routers(routes: Sequence[Route]) -> None:
-    """Refuse to generate where a layer has a router.
+    """Refuse to generate where a layer has a router that ranks generated tokens too.
 
     Raises:
         UnsupportedError: with the reason.
     """
-    if any(layer.select is not None and layer.select.learned for route in routes for layer in route):
+    learned = [select for select in selections(routes) if select.learned and not select.gate]
+    if learned:
         raise UnsupportedError(
             "a router keeps the highest of all image tokens, which a token that is being generated cannot know: how "
             "many compute would then depend on the data. Generate inside drop.disabled(), or pass use_cache=False for "
@@ -90,7 +91,7 @@ def by_ids(layout: TokenLayout, routes: Sequence[Route], ids: Ids, shape: tuple[
     images = new_images(layout, ids, *shape, False)
     if bool(layout.image.any() | images[:, 0].any()) or (_selects(routes) and bool(images.any())):
         return layout
-    return replace(layout, image=layout.image[:, :1], padding=None, segments=None)
+    return replace(layout, image=layout.image[:, :1], padding=None, segments=None, images=None, frames=None)
 
 
 def row_order(layout: TokenLayout, routes: Sequence[Route], ids: Ids, hidden: Tensor) -> list[int]:
@@ -214,4 +215,7 @@ def grown(layout: TokenLayout, routes: Sequence[Route], order: Sequence[int], ne
     task = layout.task
     if task is not None and not isinstance(task, str):
         task = tuple(task[row] for row in rows)
-    return replace(layout, image=image, task=task, padding=padding, segments=None)
+    behind = torch.full(new.shape, -1, device=device)  # new images are no part of a selection
+    images, frames = (None if x is None else torch.cat([x[rows], behind], 1) for x in (layout.images, layout.frames))
+    more = {"images": images, "frames": frames, "segments": None}
+    return replace(layout, image=image, task=task, padding=padding, **more)

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.forward.split_attention import split_attention
+from tokendrop.engine.model.attention import choosing
+from tokendrop.engine.model.attention import settle as settle_attention
 from tokendrop.engine.model.context import ContextKeys, keys_values
-from tokendrop.engine.model.decoder import LayerSpec
-from tokendrop.engine.model.ffn import some_rows
+from tokendrop.engine.model.decoder import LayerSpec, attention_of
+from tokendrop.engine.model.ffn import gated, some_rows
 from tokendrop.engine.model.own import settle
 from tokendrop.engine.model.projections import touch
+from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.model.using import using
 from tokendrop.engine.plan.rows import Rows, Split
 
@@ -29,9 +32,10 @@ class Call(NamedTuple):
         context: (B, M, D) states of the context rows, or None.
         context_arguments: the layer's arguments for the context rows.
         context_split: which projections these use.
-        order: (B, T), puts the keys of computing rows and of context rows into token order for a cache; or None.
+        order: (B, T), puts the keys of context rows and of computing rows into token order for a cache; or None.
         late: what the rows behind the image see, where attention is split there; or None.
         ffn: of the computing rows, those whose FFN runs; None for all.
+        gate: (B, K), what scales the FFN's output; or None.
     """
 
     shape: tuple[int, int]
@@ -43,6 +47,7 @@ class Call(NamedTuple):
     order: Tensor | None
     late: Tensor | None = None
     ffn: Rows | None = None
+    gate: Tensor | None = None
 
 
 class Work(NamedTuple):
@@ -89,11 +94,22 @@ def run(
         if (call.split is not None or call.context is not None) and not torch.compiler.is_compiling():
             settle((layer,), (work.spec,), (work.sets,))  # an adapter may have come or gone inside the layout
         arguments = _arguments(layer, forward, call, work)
-        with using(call.split, work.sets, call.shape), split_attention(call.late), some_rows(call.ffn, call.shape[1]):
+        ours = choosing(_chosen(layer, work, arguments))
+        ffn = some_rows(call.ffn, call.shape[1]), gated(call.gate)
+        with using(call.split, work.sets, call.shape), split_attention(call.late), ffn[0], ffn[1], ours:
             out, rest = split_output(forward(layer, x, **arguments))
         outs.append(out)
     out = outs[0] if len(outs) == 1 else torch.cat([out.reshape(1, -1, out.shape[-1]) for out in outs], 1)
     return joined_output(touch(work.sets, out) if torch.is_grad_enabled() else out, rest)
+
+
+def _chosen(layer: nn.Module, work: Work, arguments: dict[str, Any]) -> bool:
+    # Whether the layer's attention is given a sight, which is ours to follow.
+    if not isinstance(arguments.get(work.spec.mask or ""), Sight):
+        return False
+    if not torch.compiler.is_compiling():  # the attention may have been exchanged since the layout was entered
+        settle_attention(attention_of(layer))
+    return True
 
 
 def _arguments(layer: nn.Module, forward: Callable[..., Any], call: Call, work: Work) -> dict[str, Any]:

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from tokendrop.engine.forward import generate
-from tokendrop.engine.forward.arguments import check_packing
 from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
-from tokendrop.engine.forward.calls import group_calls
+from tokendrop.engine.forward.calls import Site, group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.ids import check_rows, generating
+from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, told_packs, unkept
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.forward.step import Step, decode
+from tokendrop.engine.model.block_masks import first_columns, has_columns
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.sets import ROUTER
 from tokendrop.engine.plan.plan import Group, Plan, Span
 from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
-from tokendrop.layout import packed_samples
 from tokendrop.roles import Attention, Role
 
 WORK = "tokendrop_work"
@@ -78,7 +78,8 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
 def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
     name, forward = f"{type(layer).__name__} {binding.index}", frame.forward
     if binding.index == 0:
-        check_packing(named, binding.spec.backend(layer))
+        shape = hidden.shape[0], hidden.shape[1]
+        check_packing(named, form_of(layer, binding.spec, shape, named, hidden), binding.spec.backend(layer))
         forward = frame.forward = _begin(layer, binding, frame, hidden, named)
     elif forward is None or binding.index != forward.next_layer:
         due = 0 if forward is None else forward.next_layer
@@ -155,13 +156,13 @@ def _cache(binding: Binding, named: dict[str, Any]) -> tuple[Any, int]:
 def _cut(binding: Binding, forward: Forward, named: dict[str, Any]) -> dict[str, Any]:
     # The model made its masks before a cache of a fixed length was made to grow: the columns behind T are of no token.
     name, tokens = binding.spec.mask or "", forward.plan.shape[1]
-    mask = named.get(name)
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] <= tokens:
+    mask: Any = named.get(name)
+    if not has_columns(mask) or mask.shape[-1] <= tokens:
         return named
     if not grows(forward.cache, binding.index):
         return named
     if not any(given is mask for given, _ in forward.cut):
-        forward.cut.append((mask, mask[..., :tokens]))
+        forward.cut.append((mask, first_columns(mask, tokens)))
     return named | {name: next(left for given, left in forward.cut if given is mask)}
 
 
@@ -176,21 +177,18 @@ def _refuse_packs(plan: Plan) -> None:
 def _packed(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Plan:
     # The plan of the layout, and of the packed samples that a mask may keep apart and the layout does not know of.
     plan, layout, shape = frame.plan, frame.layout, (hidden.shape[0], hidden.shape[1])
-    mask = named.get(binding.spec.mask or "")
     if shape != plan.shape or torch.compiler.is_compiling() or isinstance(hidden, FakeTensor):
         return plan
-    if mask is None and plan.packs is not None and binding.spec.backend(layer) in ("sdpa", "eager"):
-        message = (
-            f"the layout has {len(plan.packs.rows)} samples packed into {shape[0]} rows, but the layers are given no "
-            "mask, so that a sample sees those before it; call the model with position_ids that begin again in each, "
-            "without attention_mask, and with use_cache=False, or transformers does not look for them"
-        )
+    form = form_of(layer, binding.spec, shape, named, hidden)
+    apart = keeps_apart(form, named)
+    if not apart and plan.packs is not None and form.kind is not None:
+        message = unkept(len(plan.packs.rows), form)
         binding.handle.say_once("packs", message, LayoutWarning, 1)
     selects = any(span.selects for span in plan.spans)
     # Under `generate` positions begin again behind padding, and nowhere else.
-    if mask is None or layout.packs is not None or not selects or (frame.generates and generating()):
+    if not apart or layout.packs is not None or not selects or (frame.generates and generating()):
         return plan
-    packs = packed_samples(named, shape, layout.padding)
+    packs = told_packs(form, named, layout.padding)
     return plan if packs is None else binding.handle.plan(replace(layout, packs=packs))
 
 
@@ -219,8 +217,8 @@ def _run(
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)
     frame.ran.append(span)
-    shape, made = forward.plan.shape, forward.made
-    calls = group_calls(layer, spec, index, span, shape, forward.context, cache, made, positions.of(named), hidden)
+    site = Site(layer, spec, index, forward.plan.shape, cache, forward.made)
+    calls = group_calls(site, span, forward.context, positions.of(named), hidden)
     if cache is not None:
         positions.fill(cache, index, named)
     out = proceed(hidden, **{WORK: Work(spec, calls, binding.handle.sets(index))})
@@ -228,7 +226,8 @@ def _run(
     frame.returns_tuple = rest is not None
     if index < span.stop - 1:
         return out
-    states = _scaled(forward, _full(forward, states))
+    states = forward.selections.scaled(span, forward.full, _full(forward, states))
+    states = forward.selections.leave(span.stop, states)
     forward.full, forward.context = None, ()
     return joined_output(states, rest)
 
@@ -242,7 +241,8 @@ def _decode(
     hidden: Tensor,
     named: dict[str, Any],
 ) -> Any:
-    index, step, backend = binding.index, cast(Step, forward.step), binding.spec.backend(layer)
+    index, step = binding.index, cast(Step, forward.step)
+    form = form_of(layer, binding.spec, (hidden.shape[0], hidden.shape[1]), named, hidden)
     cache, role = forward.cache, step.role(index)
     skips, mask = role is Role.BYPASS, binding.spec.mask or ""
     if skips:
@@ -250,12 +250,13 @@ def _decode(
     store = cache.layers[index] if index < len(cache.layers) else None  # a layer may keep its state elsewhere
     holed = isinstance(store, HoledLayer)
     named = forward.positions.step(store, named, *hidden.shape[:2])
-    if holed and backend not in ("sdpa", "eager"):
+    if holed and (form.kind is None or (form.kind == "flash" and not form.sight)):
         raise UnsupportedError(
-            f"layer {index} generates behind tokens that its cache does not hold, and the {backend!r} attention takes "
-            "no mask that says which; load it with attn_implementation='sdpa'"
+            f"layer {index} generates behind tokens that its cache does not hold, and the "
+            f"{binding.spec.backend(layer)!r} attention takes no mask that says which; load it with "
+            "attn_implementation='sdpa'"
         )
-    arguments = decode(store, step, skips, hidden, named, mask) if holed else named
+    arguments = decode(store, step, skips, hidden, named, mask, form.sight) if holed else named
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden
     ffn = step.text_rows() if role is Role.ATTEND else None
@@ -280,13 +281,6 @@ def _full(forward: Forward, states: Tensor) -> Tensor:
         return states
     rows, folded = span.rows, _folded(forward.full, span)
     return scatter_tokens(folded, states.to(folded.dtype), rows.index, rows.valid).view(forward.full.shape)
-
-
-def _scaled(forward: Forward, states: Tensor) -> Tensor:
-    scale = forward.selections.scale
-    if scale is None or forward.full is None:
-        return states
-    return torch.lerp(forward.full, states, scale[:, :, None].to(states.dtype))  # exact where the scale is 1
 
 
 def _folded(full: Tensor, span: Span) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.overrides import TorchFunctionMode
 
 
@@ -16,7 +17,7 @@ class _SplitAttention(TorchFunctionMode):
     """Takes the place of the one attention call of a layer's own forward.
 
     Args:
-        late: (K - P, K + M) bool, what rows behind the image see.
+        late: (K - P, M + K) bool, what rows behind the image see.
     """
 
     def __init__(self, late: Tensor) -> None:
@@ -37,15 +38,21 @@ def _split(
     if attn_mask is None or attn_mask.shape[-2:] != (query.shape[2], columns) or key.shape[2] != columns:
         return attend(query, key, value, attn_mask, **rest)
     rest.pop("is_causal", None)  # there was a mask
-    behind = attend(query[:, :, before:], key, value, late, **rest)
+    behind = attend(query[:, :, before:], key, value, lower_right(late) if query.is_cuda else late, **rest)
     if before == 0:
         return behind
-    own = (x[:, :, :before] for x in (query, key, value))
+    context = columns - query.shape[2]
+    own = query[:, :, :before], *(x[:, :, context : context + before] for x in (key, value))
     return torch.cat([attend(*own, is_causal=True, **rest), behind], 2)
 
 
+def lower_right(late: Tensor) -> Any:
+    """The mask (K - P, M + K) in words, for which CUDA has kernels that read no mask: the last row sees all keys."""
+    return causal_lower_right(*late.shape)
+
+
 def split_attention(late: Tensor | None) -> AbstractContextManager[object]:
-    """Split the attention that a layer calls inside under the whole (K, K + M) mask; None leaves it.
+    """Split the attention that a layer calls inside under the whole (K, M + K) mask; None leaves it.
 
     The P rows before the image are causal among themselves, without a mask; the others see what `late` says.
     """

@@ -51,7 +51,7 @@ class Forward:
     full: Tensor | None = None
     context: tuple[Tensor | None, ...] = ()
     made: Made = field(default_factory=dict)
-    cut: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    cut: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -103,8 +103,8 @@ class Frame:
     def start(self, plan: Plan, cache: Any = None, step: Step | None = None, prompt: Plan | None = None) -> Forward:
         """Begin a forward on rows of `prompt`, by default of the layout's own plan, and on what follows them."""
         self.ran = []
-        times, scoring = plan.shape[0] // len(self.layout.image), (prompt or self.plan).scoring
-        selections = Selections(plan, scoring, self.step, self.first, times, self.encode)
+        times = plan.shape[0] // len(self.layout.image)
+        selections = Selections(plan, prompt or self.plan, self.step, self.first, times, self.encode)
         return Forward(plan, selections, Positions(plan), cache, step)
 
     def one_by_one(self, reach: int) -> bool:

@@ -4,13 +4,15 @@ Shape letters: R rows, Q new tokens, S stored tokens, D hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokendrop.engine.forward.arguments import columns_of, is_bias
+from tokendrop.engine.model.block_masks import compact_block, is_block_mask
+from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.rows import Rows, Split, split_rows
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError
 from tokendrop.roles import Role, Route
@@ -100,7 +102,7 @@ class Step:
 
 
 def decode(
-    store: Any, step: Step, skips: bool, hidden: Tensor, named: dict[str, Any], mask: str
+    store: Any, step: Step, skips: bool, hidden: Tensor, named: dict[str, Any], mask: str, sight: bool
 ) -> dict[str, Any] | None:
     """The arguments of a layer whose cache has holes, for Q new tokens; None where all of them skip it.
 
@@ -111,6 +113,7 @@ def decode(
         hidden: (R, Q, D).
         named: the layer's arguments.
         mask: name of the one that takes the attention mask.
+        sight: whether that is to be a `Sight`.
     """
     batch, new = step.image.shape
     at = torch.arange(store.length, store.length + new, device=hidden.device).expand(batch, -1)
@@ -119,18 +122,23 @@ def decode(
         return None
     store.expect(at, ~step.image if skips else torch.ones_like(step.image), new)
     biased = {name: columns_of(x, store.positions) for name, x in named.items() if is_bias(x, store.length)}
-    return named | biased | {mask: _mask(named.get(mask), store, at)}
+    return named | biased | {mask: _mask(named.get(mask), store, at, sight)}
 
 
-def _mask(mask: Tensor | None, store: Any, rows: Tensor) -> Tensor:
-    columns = store.positions
-    own = columns[:, None] == rows[:, :, None]
-    allowed = ((store.valid[:, None] & (columns[:, None] <= rows[:, :, None])) | own)[:, None]
+def _mask(mask: Any, store: Any, rows: Tensor, sight: bool) -> Any:
+    columns, new = store.positions, rows.shape[1]
+    own = torch.arange(columns.shape[1] - new, columns.shape[1], device=rows.device).expand_as(rows)
+    seen = Sight(rows, columns, own, store.valid, None, store.length)
     if mask is None:
-        return allowed
+        return seen if sight else seen.mask(None)
     # A sliding layer's mask covers the last positions only.
     offset = store.length - mask.shape[-1]
-    index = (columns - offset).clamp(min=0)[:, None, None].expand(-1, mask.shape[1], rows.shape[1], -1)
-    seen = mask.expand(len(rows), -1, -1, -1).gather(-1, index)
-    allowed = allowed & (columns >= offset)[:, None, None]
-    return seen & allowed if mask.dtype == torch.bool else seen.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+    index, seen.valid = (columns - offset).clamp(min=0), store.valid & (columns >= offset)
+    if sight:
+        seen.valid = seen.valid & mask.bool().expand(len(rows), -1).gather(1, index)
+        return seen
+    if is_block_mask(mask):
+        every = torch.arange(len(rows), device=rows.device)
+        return compact_block(mask, every, replace(seen, columns=index), (rows - rows[:, :1]))
+    index = index[:, None, None].expand(-1, mask.shape[1], new, -1)
+    return seen.among(mask.expand(len(rows), -1, -1, -1).gather(-1, index))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokendrop.engine.model.frames import with_frames
 from tokendrop.errors import BatchError
 from tokendrop.layout import TokenLayout, packed_samples
 
@@ -21,7 +22,7 @@ def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ())
 
     Images come from `image_mask`, else `mm_token_type_ids` (nonzero), else `input_ids` against `image_ids` or the
     image token id of the model's config; the task from `task`, labels and padding from `labels` and `attention_mask`;
-    packed samples as `packed_samples` finds them.
+    packed samples as `packed_samples` finds them, images and frames as `with_frames` does.
 
     Args:
         batch: a mapping of (B, T) tensors.
@@ -54,7 +55,8 @@ def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ())
         layout = TokenLayout(found.image, task, segments, padding, labels, found.image_ids)
     if layout is not None:
         batch_size, tokens = layout.image.shape
-        return replace(layout, packs=packed_samples(batch, (batch_size, tokens), padding))
+        layout = replace(layout, packs=packed_samples(batch, (batch_size, tokens), padding))
+        return with_frames(layout, batch, module)
     unknown = (
         ", and neither image_ids= nor the model's config says which ids are images" if "input_ids" in batch else ""
     )

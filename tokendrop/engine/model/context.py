@@ -83,12 +83,12 @@ def check_export() -> None:
 
 
 class ContextKeys:
-    """Stands where a layer expects its cache, and appends the keys and values of context rows.
+    """Stands where a layer expects its cache, and puts the keys and values of context rows first.
 
     Args:
         keys: (B, H, M, W).
         values: (B, H, M, W).
-        order: (B, T), puts computing rows and then context rows into token order; None leaves them.
+        order: (B, T), puts context rows and then computing rows into token order; None leaves them.
         cache: the cache behind, which takes them in token order; or None.
     """
 
@@ -96,8 +96,8 @@ class ContextKeys:
         self.keys, self.values, self.order, self.cache = keys, values, order, cache
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, K + M, W) of all rows, or (B, H, T, W) in token order."""
-        keys, values = torch.cat([keys, self.keys], 2), torch.cat([values, self.values], 2)
+        """Keys and values (B, H, M + K, W) of all rows, or (B, H, T, W) in token order."""
+        keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         if self.order is None:
             return keys, values
         keys, values = (_gathered(x, self.order) for x in (keys, values))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokendrop.engine.model.attention import follows, kind
 from tokendrop.engine.model.linears import is_linear, linear_shape
 from tokendrop.errors import DecoderError, UnsupportedError
 
@@ -59,16 +60,16 @@ class LayerSpec:
         config = getattr(getattr(layer, self.attention or "", None), "config", None)
         return getattr(config, "_attn_implementation", None) or "sdpa"
 
-    def context_refusal(self, layer: nn.Module) -> str | None:
-        """Why image tokens cannot be CONTEXT in a layer, or None."""
+    def context_refusal(self, layer: nn.Module, looks: bool = False) -> str | None:
+        """Why image tokens cannot be CONTEXT in a layer, or, if it `looks`, cannot be scored there; or None."""
         if self.recurrent:
             return f"{self.recurrent} carries a state from row to row there, which keys and values alone do not enter"
-        backend = self.backend(layer)
-        if backend not in ("sdpa", "eager"):
+        backend, attention = self.backend(layer), attention_of(layer)
+        takes = kind(backend)
+        if takes not in ("sdpa", "eager") and not (follows(attention) and (looks or takes)):
             return f"the {backend!r} attention takes no rectangular mask; load it with attn_implementation='sdpa'"
-        attention = getattr(layer, self.attention or "", None)
         buffers = () if attention is None else attention.buffers(recurse=False)
-        if backend == "eager" and any(buffer.dim() == 4 for buffer in buffers):
+        if takes == "eager" and any(buffer.dim() == 4 for buffer in buffers):
             return (
                 "its eager attention applies a causal mask of its own by index; load it with attn_implementation='sdpa'"
             )
@@ -264,13 +265,6 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     """The attention of a layer, if it has one."""
     found = next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None)
     return found if isinstance(found, nn.Module) else None
-
-
-def has_mrope(layers: nn.ModuleList) -> bool:
-    """Whether positions are of three numbers, as in M-RoPE."""
-    config = next((one for one in map(_config, layers) if one is not None), None)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    return isinstance(rope, dict) and "mrope_section" in rope
 
 
 def reentrant(layer: nn.Module) -> bool:

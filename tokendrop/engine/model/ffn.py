@@ -46,6 +46,7 @@ class _Running(threading.local):
     rows: Rows | None = None
     tokens: int = 0
     ran: bool = False
+    gate: Tensor | None = None
 
 
 _running = _Running()
@@ -73,11 +74,31 @@ def some_rows(rows: Rows | None, tokens: int) -> Generator[None]:
         )
 
 
+@contextmanager
+def gated(gate: Tensor | None) -> Generator[None]:
+    """Inside, what the FFN of a layer gives to its (B, K) rows is scaled by `gate` (B, K); None leaves it.
+
+    Raises:
+        UnsupportedError: the layer ran without its FFN.
+    """
+    if gate is None:
+        yield
+        return
+    _running.gate, _running.ran = gate, False
+    try:
+        yield
+    finally:
+        _running.gate = None
+    if not _running.ran:
+        raise UnsupportedError("a layer ran without a call of its FFN as a module, which a router's weight scales")
+
+
 class _RoutedFFN(Swapped):
-    """Mixin of a layer's FFN: it runs on some rows, and the others get nothing added."""
+    """Mixin of a layer's FFN: it runs on some rows, and the others get nothing added; or what it gives is scaled."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if "forward" in self.__dict__ and (_running.rows is not None or current.split is not None):
+        busy = any(one is not None for one in (_running.rows, _running.gate, current.split))
+        if busy and "forward" in self.__dict__:
             return reach(self, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -90,7 +111,8 @@ class _RoutedFFN(Swapped):
             return _on_rows(self, shape, args, kwargs, lambda x, call: _attended(x, rows, call), text)
         split = current.split
         if split is None or not any("ffn" in own(name) for name in split.names):
-            return text(*args, **kwargs)
+            out = text(*args, **kwargs)
+            return out if _running.gate is None else _scaled(out, _running.gate)
         return _on_rows(self, current.shape, args, kwargs, lambda x, call: _split(x, split, call), text)
 
 
@@ -124,6 +146,17 @@ def _on_rows(
     full = run(given[0].reshape(*shape, -1), lambda part, other=text: call(part, other))
     full = full.view(*given[0].shape[:-1], -1)
     return (full, *rest[0]) if rest else full
+
+
+def _scaled(out: Any, gate: Tensor) -> Any:
+    _running.ran = True
+    made, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, None)
+    if made.numel() != gate.numel() * made.shape[-1]:
+        raise UnsupportedError(
+            f"an FFN gives {tuple(made.shape)} for {tuple(gate.shape)} rows that a router weighs; expected one for each"
+        )
+    made = made * gate.to(made.dtype).view(*made.shape[:-1], 1)
+    return made if rest is None else (made, *rest)
 
 
 def _attended(x: Tensor, rows: Rows, call: Callable[..., Tensor]) -> Tensor:

@@ -44,9 +44,10 @@ def make_sets(
         for task, name in names.items():
             wanted.setdefault(name, set()).update(methods[task].route(len(layers))[index].separate)
         made = {name: nn.ModuleDict(copies(layer, spec, parts)) for name, parts in sorted(wanted.items()) if parts}
-        selects = (method.route(len(layers))[index].select for method in methods.values())
-        routed = any(select is not None and select.learned for select in selects)
-        sets.append(nn.ModuleDict({**made, ROUTER: Router.of(layer)} if routed else made))
+        selects = [method.route(len(layers))[index].select for method in methods.values()]
+        learned = [select for select in selects if select is not None and select.learned]
+        gated = any(select.gate for select in learned)
+        sets.append(nn.ModuleDict({**made, ROUTER: Router.of(layer, gated)} if learned else made))
     sets.__dict__["_made"] = frozenset(name for name, _ in sets.named_parameters())
     return sets
 
@@ -55,8 +56,8 @@ class Router(nn.Linear):
     """One number for each token, in float32 at least, whatever the precision around it."""
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Router":
-        """A router of a decoder layer's input, at random.
+    def of(cls, layer: nn.Module, gated: bool = False) -> "Router":
+        """A router of a decoder layer's input, at random; `gated`, with a bias, all 0.
 
         Raises:
             UnsupportedError: no linear says how wide that is.
@@ -68,12 +69,17 @@ class Router(nn.Linear):
                 "a router is; use a method without routers, or linears that say both"
             )
         device, dtype = home(first, layer)
-        return cls(linear_shape(first)[1], 1, bias=False, device=device, dtype=dtype)
+        made = cls(linear_shape(first)[1], 1, bias=gated, device=device, dtype=dtype)
+        if gated:
+            nn.init.zeros_(made.weight)
+            nn.init.zeros_(made.bias)
+        return made
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)
         with torch.autocast(input.device.type, enabled=False):
-            return nn.functional.linear(input.to(dtype), self.weight.to(dtype)).squeeze(-1)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias).squeeze(-1)
 
 
 def fill_missing(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokendrop.engine.model import patches
+from tokendrop.engine.model.attention import choosing, follows, settle, settled, unseen
 from tokendrop.engine.model.decoder import attention_of, decoders
 from tokendrop.engine.model.logits import SOFTMAX, products
 from tokendrop.engine.model.swap import Swapped, swap
@@ -91,7 +92,10 @@ class _Watched(Swapped):
             seen.clear()
             seen["grid"] = kwargs.get("grid_thw"), (args[0] if args else kwargs["pixel_values"]).shape
             return super().__call__(*args, **kwargs)
-        with _Looks(cls) as looks:
+        ours = unseen(self)
+        if ours and not torch.compiler.is_compiling():  # the attention may have been exchanged since apply
+            settle(self)
+        with _Looks(cls) as looks, choosing(ours):
             out = super().__call__(*args, **kwargs)
         seen[layer] = looks.found
         return out
@@ -106,8 +110,8 @@ class Encoder:
 
     Raises:
         LayerRangeError: a layer outside it, or one that attends within windows.
-        UnsupportedError: no such list, or several; another attention than sdpa or eager; a module between encoder and
-            decoder that makes image tokens of patches all over the image.
+        UnsupportedError: no such list, or several; an attention that nobody can look into; a module between encoder
+            and decoder that makes image tokens of patches all over the image.
     """
 
     def __init__(self, model: nn.Module, looked: Iterable[int]) -> None:
@@ -142,12 +146,15 @@ class Encoder:
     @property
     def watched(self) -> list[nn.Module]:
         """The modules that `watch` swaps, one as often as it is swapped."""
-        return [*self.attentions.values(), *(module for module, _ in self.arranging)]
+        twice = (one for one in self.attentions.values() if settled(one))
+        return [*self.attentions.values(), *twice, *(module for module, _ in self.arranging)]
 
     def watch(self, find: Callable[[], Seen | None]) -> None:
         """Write what is seen into what `find` returns, wherever the encoder runs."""
         names = {name.rpartition(".")[2] for name, _ in self.tower.named_parameters()}
         for layer, module in self.attentions.items():
+            if layer is not None and unseen(module):
+                settle(module)
             module.__dict__["_tokendrop"] = find, layer, bool(names & {"class_embedding", "cls_token"})
             swap(module, _Watched)
         patches.watch(self.arranging, find)
@@ -203,8 +210,8 @@ class Encoder:
 
 def _check_attention(attentions: Iterable[nn.Module]) -> None:
     for module in attentions:
-        backend = getattr(getattr(module, "config", None), "_attn_implementation", None) or "sdpa"
-        if backend not in ("sdpa", "eager"):
+        if unseen(module) and not follows(module):
+            backend = cast(Any, module.config)._attn_implementation
             raise UnsupportedError(
                 f"the vision encoder runs the {backend!r} attention, which shows nothing of what it looks at; load it "
                 f"with attn_implementation='sdpa', or {_INSTEAD}"

@@ -24,19 +24,19 @@ class _Nothing(nn.Module):
 
     def __init__(self, width: int | None) -> None:
         super().__init__()
-        self.width, self.calls = width, 0
+        self.width, self.calls, self.gives = width, 0, 0.0
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
         x = next(one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
-        return x.new_zeros(*x.shape[:-1], self.width or x.shape[-1])
+        return x.new_full((*x.shape[:-1], self.width or x.shape[-1]), self.gives)
 
 
-def skip_refusal(layer: nn.Module, spec: LayerSpec) -> str | None:
+def skip_refusal(layer: nn.Module, spec: LayerSpec, adds: float = 0.0) -> str | None:
     """Why a row of a layer cannot go without its FFN and be x + attention(norm x), or None.
 
     The layer's own forward runs on a copy whose attention and FFN give zeros and whose norms have weights at random: it
-    must hand on its input, whatever they are.
+    must hand on its input, whatever they are; or its input and `adds`, which the FFN gives then.
     """
     names, name = ffn_names(layer), type(layer).__name__
     if len(names) != 1:
@@ -46,17 +46,19 @@ def skip_refusal(layer: nn.Module, spec: LayerSpec) -> str | None:
     with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad():
         for batch in (2, 3):  # of parts that return two and three things
             try:
-                return _found(layer, spec, names[0], batch)
+                return _found(layer, spec, names[0], batch, adds)
             except Exception as error:  # whatever somebody else's forward does without its arguments
                 failure = failure or error
     return f"{name}.forward does not run without its attention and {names[0]!r} ({type(failure).__name__}: {failure})"
 
 
-def _found(layer: nn.Module, spec: LayerSpec, name: str, batch: int) -> str | None:
+def _found(layer: nn.Module, spec: LayerSpec, name: str, batch: int, adds: float) -> str | None:
     generator = Generator("cpu").manual_seed(0)
     hollow = _hollow(layer, generator)
     hollow._modules = {child: _part(module, generator) for child, module in layer._modules.items()}
     ffn = hollow._modules[name]
+    if isinstance(ffn, _Nothing):
+        ffn.gives = adds
     x = torch.randn(batch, _TOKENS, _width(layer), generator=generator, device="cpu")
     parameters = list(inspect.signature(spec.layer_class.forward).parameters.values())[2:]
     needed = {
@@ -68,7 +70,7 @@ def _found(layer: nn.Module, spec: LayerSpec, name: str, batch: int) -> str | No
     out = out[0] if isinstance(out, tuple) else out
     if not isinstance(ffn, _Nothing) or ffn.calls != 1:
         return f"{type(layer).__name__}.forward does not call its {name!r} as a module, once"
-    if not isinstance(out, Tensor) or out.shape != x.shape or not torch.equal(out, x):
+    if not isinstance(out, Tensor) or out.shape != x.shape or not torch.equal(out, x + adds if adds else x):
         return (
             f"{type(layer).__name__} does not add what its {name!r} makes to x + attention, and nothing else: there is "
             "a norm behind the sum, a bias, a scale, or the sum is made inside"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokendrop.engine.plan.choice import Choice
 from tokendrop.engine.plan.packs import Packs
+from tokendrop.engine.plan.parts import Budgets
 from tokendrop.engine.plan.rows import (
     Rows,
     Split,
@@ -45,10 +46,11 @@ class Group:
         split: how the computing rows use projections; None where all use the layer's own.
         context_split: likewise, for context rows.
         choice: which image tokens stay ACTIVE all the same.
-        late: (K - P, K + M) bool, what the computing rows behind the image see, where all P rows before it see no image
+        late: (K - P, M + K) bool, what the computing rows behind the image see, where all P rows before it see no image
             at all: one image at one place in every sample, without padding. None elsewhere.
         ffn_size: of the K rows of each sample, those whose FFN runs; None where it runs on all.
         ffn: which; None for every row, or until `choice` is made.
+        gate: (B, K), what a router scales the FFN's output by; None where none does.
     """
 
     role: Role
@@ -65,6 +67,7 @@ class Group:
     late: Tensor | None = None
     ffn_size: int | None = None
     ffn: Rows | None = None
+    gate: Tensor | None = None
 
     @property
     def ffn_rows(self) -> int:
@@ -172,7 +175,8 @@ class Planner:
         # All that the shapes of this forward depend on; the one transfer from the device, but for those of packs.
         found = iter(torch.cat([rows.flatten(), samples.flatten()]).tolist())
         each = [list(islice(found, one.shape[1])) for one in (rows, samples) for _ in range(len(one))]
-        self.before, self.text, self.images, self.needed_images, needed, self.candidates, *counts = each
+        self.before, self.text, self.images, self.needed_images, needed, candidates, *counts = each
+        self.budgets = Budgets(layout, self.packs, candidates)
         sizes = [min(alone.image.shape[1], 1 << (max(count) - 1).bit_length()) for count in counts]  # few shapes
         pairs = zip(asked.items(), samples[1:], sizes, strict=True)
         self.scoring = {kind: choose_rows(mask, count, size) for (kind, mask), count, size in pairs}
@@ -227,7 +231,7 @@ class Planner:
     ) -> Group:
         chosen = torch.tensor(samples, device=self.layout.image.device)
         whole, number = len(samples) == len(self.layout.image), len(self._groups)
-        image, kept = self.layout.image[chosen], self._kept(select, samples)
+        image, kept = self.layout.image[chosen], self.budgets.kept(select, samples)
         rows = [self.text[sample] + sum(kept[sample]) for sample in samples]
         left = [self.images[sample] - sum(kept[sample]) for sample in samples]
         if role is Role.ACTIVE:
@@ -235,10 +239,13 @@ class Planner:
             return Group(role, number, samples, chosen, whole, self.tokens, None, None, split)
         size = round_up(max(rows), self.tokens, self.multiple)
         context_size = round_up(max(left), self.tokens, self.multiple) if role is Role.CONTEXT else 0
-        counts = torch.tensor(rows, device=chosen.device)
+        counts, parts = torch.tensor(rows, device=chosen.device), self.budgets.parts(select, samples)
+        if role is Role.GONE:
+            self.budgets.leave(select, samples)
         if select is not None:
-            each = torch.tensor([one for own in kept.values() for one in own], device=chosen.device)
-            choice = Choice(select, each, counts, context_size, self.packs and self.packs.within(samples))
+            each = [one for own in kept.values() for one in own]
+            packs, most = self.packs and self.packs.within(samples), max(each)
+            choice = Choice(select, torch.tensor(each, device=chosen.device), most, counts, context_size, packs, parts)
             group = Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
             return replace(group, size=self.tokens, ffn_size=size) if role is Role.ATTEND else group
         active = choose_rows(self.computing[chosen], counts, size)
@@ -256,19 +263,10 @@ class Planner:
         # All of the image tokens compute where none is left in the role, and none is chosen where none is kept.
         if role not in (Role.CONTEXT, Role.ATTEND) or (select is not None and (select.learned or select.merge)):
             return role, select
-        kept = {sample: sum(own) for sample, own in self._kept(select, samples).items()}
+        kept = {sample: sum(own) for sample, own in self.budgets.kept(select, samples).items()}
         if all(count == self.images[sample] for sample, count in kept.items()):
             return Role.ACTIVE, None
         return role, select if any(kept.values()) else None
-
-    def _kept(self, select: Select | None, samples: Sequence[int]) -> dict[int, list[int]]:
-        # How many image tokens each sample of a row keeps: the row itself, or those packed into it.
-        owners = range(len(self.images)) if self.packs is None else self.packs.rows
-        kept: dict[int, list[int]] = {sample: [] for sample in samples}
-        for owner, count in zip(owners, self.candidates, strict=True):
-            if select is not None and owner in kept:
-                kept[owner].append(select.count(count))
-        return kept
 
     def _late(self, samples: tuple[int, ...], size: int, context_size: int) -> Tensor | None:
         before = {self.before[sample] for sample in samples}

@@ -116,11 +116,13 @@ def before_one_image(layout: TokenLayout, computing: Tensor) -> Tensor:
 
 
 def behind_image(first: int, size: int, context_size: int, device: torch.device) -> Tensor:
-    """(K - P, K + M) bool, what computing rows behind one image see, where P rows `first` see none of it."""
-    seen = torch.ones(size - first, size + context_size, dtype=torch.bool, device=device)
-    # Causal among computing rows; every image row is behind them in the columns, and before them in the sequence.
-    seen[:, :size] = seen[:, :size].tril(first)
-    return seen
+    """(K - P, M + K) bool, what computing rows behind one image see, where P rows `first` see none of it.
+
+    Every image row stands before all of them, in the columns as in the sequence: the last sees all, and each before it
+    one fewer.
+    """
+    shape = size - first, context_size + size
+    return torch.ones(shape, dtype=torch.bool, device=device).tril(context_size + first)
 
 
 def real_rows(layout: TokenLayout) -> Tensor:

@@ -1,20 +1,23 @@
 """Selections, made where a span is entered.
 
-Shape letters: B batch, T tokens, P samples (packed ones count each), R scoring rows, D hidden.
+Shape letters: B batch, N samples of a group, T tokens, P samples (packed ones count each), R scoring rows, D hidden.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from tokendrop.engine.plan.merged import Merged
 from tokendrop.engine.plan.packs import Packs
+from tokendrop.engine.plan.parts import highest_of_each, known_frames, part_numbers
 from tokendrop.engine.plan.plan import Choice, Group, Plan, Span, span_rows
 from tokendrop.engine.plan.rows import Rows, choose_rows
 from tokendrop.errors import MethodError
 from tokendrop.kernels import merge_tokens
+from tokendrop.layout import prompt_text
 from tokendrop.roles import Attention, Encoded, Merge, Queries, Role, Scoring, Select
 
 # From a group, its scoring rows and its live tokens (P, T), to what these rows look at in the layer about to be called.
@@ -28,7 +31,7 @@ class Selections:
 
     Args:
         plan: of the forward.
-        scoring: rows whose attention scores, of the prompt or of the batch that is trained.
+        prompt: that of the prompt, or of the batch that is trained: whose rows score, and whose text is seen.
         step: (2,) int64, the optimiser step and the micro-batch.
         first: the index of the first sample in the global batch.
         times: rows of each sample, which a search repeats.
@@ -37,19 +40,20 @@ class Selections:
     Attributes:
         losses: of the routers so far.
         scale: (B, T) float32, what scales the update of each token in the span entered last; None where nothing does.
+        weight: (B, T) float32, what scales the FFN's output for a token of it that is kept, and the state of another.
     """
 
-    def __init__(
-        self, plan: Plan, scoring: Mapping[str, Rows], step: Tensor, first: int, times: int, encode: Encode | None
-    ) -> None:
-        self.plan, self.scoring, self.step, self.first, self.times = plan, scoring, step, first, times
+    def __init__(self, plan: Plan, prompt: Plan, step: Tensor, first: int, times: int, encode: Encode | None) -> None:
+        self.plan, self.prompt, self.step, self.first, self.times = plan, prompt, step, first, times
         self.losses: list[Tensor] = []
         self.scale: Tensor | None = None
+        self.weight: Tensor | None = None
         self.encode = encode
-        self.merges: list[tuple[Tensor, Merge]] = []
+        self.merges: list[tuple[Group, Select, Merge]] = []
+        self.merged: list[Merged] = []
         self.alive = plan.layout.image
         self.seen: dict[tuple[Select, tuple[int, ...]], Attention] = {}
-        self.made: dict[tuple[Select, tuple[int, ...]], Tensor] = {}
+        self.made: dict[Select, tuple[frozenset[int], Tensor]] = {}
 
     def enter(self, span: Span, states: Tensor, look: Look, router: nn.Module | None) -> tuple[Span, Tensor]:
         """The span with its rows chosen, and the hidden states with tokens that leave merged into others.
@@ -60,17 +64,43 @@ class Selections:
             look: gives the attention of scoring rows in the layer that is entered.
             router: of that layer, if it has one.
         """
-        self.scale = None
+        self.scale = self.weight = None
         if not span.selects:
             return span, states
         scores = None if router is None else router(states)
         groups = tuple(
             one if one.choice is None else self._chosen(one, one.choice, states, look, scores) for one in span.groups
         )
-        for samples, merge in self.merges:
+        for group, select, merge in self.merges:
+            before, samples = states, group.samples
             states = states.index_copy(0, samples, merge_tokens(states[samples], *merge))
+            if select.restore:
+                pair = before[samples], states[samples]
+                self.merged.append(Merged(select, group.members, samples, merge.into, *pair, set(group.members)))
         self.merges.clear()
         return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1])), states
+
+    def scaled(self, span: Span, full: Tensor | None, states: Tensor) -> Tensor:
+        """The hidden states (B, T, D) behind a span, its updates of `full` scaled, and what it skipped."""
+        if self.scale is not None and full is not None:
+            states = torch.lerp(full, states, self.scale[:, :, None].to(states.dtype))  # exact where the scale is 1
+        for group in span.groups if self.weight is not None else ():
+            if group.gate is None or group.active is None or self.weight is None:
+                continue
+            ran = torch.zeros_like(self.alive[group.samples]).scatter(1, group.active.index, group.active.valid)
+            weight = self.weight[group.samples].masked_fill(ran, 1.0)[:, :, None]
+            states = states.index_copy(0, group.samples, states[group.samples] * weight.to(states.dtype))
+        return states
+
+    def leave(self, stop: int, states: Tensor) -> Tensor:
+        """The hidden states (B, T, D) that enter layer `stop`, tokens restored that are merged there no more."""
+        following = self.plan.span_of[stop].groups if self.merged and stop < len(self.plan.span_of) else ()
+        for merged in self.merged:
+            groups = [one for one in following if one.choice and one.choice.select == merged.select]
+            on = {sample for one in groups for sample in one.members}
+            states = merged.restored(states, on)
+        self.merged = [merged for merged in self.merged if merged.on]
+        return states
 
     def before(self, span: Span, look: Look) -> None:
         """Remember what selections at the entry of `span` look at in the layer before it.
@@ -81,58 +111,97 @@ class Selections:
         """
         for group in span.groups:
             select = None if group.choice is None else group.choice.select
-            if select is None or select.queries is None or (select, group.members) in self.made:
+            if select is None or select.queries is None or self._done(group, select):
                 continue
             if select.queries.layer < span.start:
                 self.seen[select, group.members] = self._look(group, select.queries, look)
 
     def _chosen(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Group:
-        key = (choice.select, group.members)
-        if key not in self.made:  # a span cut by another task's goes on with the same tokens
-            self.made[key] = self._select(group, choice, states, look, router)
-        kept = self.made[key]
+        if not self._done(group, choice.select):  # a span cut by another task's goes on with the same tokens
+            chosen = self._select(group, choice, states, look, router)
+            done, kept = self.made.get(choice.select, (frozenset(), torch.zeros_like(self.alive)))
+            self.made[choice.select] = done | set(group.members), kept.index_copy(0, group.samples, chosen)
+        kept = self.made[choice.select][1][group.samples]
         active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.ffn_rows)
         if group.role is Role.ATTEND:
             return replace(group, ffn=active)
         if choice.context_size == 0:
-            return replace(group, active=active)
+            weight = self.weight if choice.select.gate else None
+            gate = None if weight is None else weight[group.samples].gather(1, active.index)
+            return replace(group, active=active, gate=gate)
         left = self.plan.layout.image[group.samples] & ~kept
         return replace(group, active=active, context=choose_rows(left, left.sum(1), choice.context_size))
 
+    def _done(self, group: Group, select: Select) -> bool:
+        return select in self.made and self.made[select][0].issuperset(group.members)
+
     def _select(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Tensor:
-        select, candidates = choice.select, _samples(group, self.alive)
-        router = _samples(group, router) if select.learned and router is not None else None
-        attention = self.seen.pop((select, group.members), None)
-        if select.queries is not None and attention is None:
-            attention = self._look(group, select.queries, look)
-        encoded = None
-        if select.encoder and self.encode is not None:
-            if not self.alive.any():
-                return self.alive[group.samples]
-            encoded = self._encoded(group, self.encode(select.encoder, self.plan.layout.image, self.times))
-        looks = choice.kept, attention, encoded, router
-        numbers = self._numbers(group) + self.first
-        scoring = Scoring(_samples(group, states), candidates, numbers, select.layer, select.seed, self.step, *looks)
-        scores = select.score(scoring)
+        select = choice.select
+        if select.encoder and self.encode is not None and not self.alive.any():
+            return self.alive[group.samples]
+        scoring = self._scoring(group, choice, states, look, router)
+        candidates, scores = scoring.image, select.score(scoring)
         if not isinstance(scores, Tensor) or scores.shape != candidates.shape:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise MethodError(
                 f"a score returned {found}; expected one number for each token, {tuple(candidates.shape)}"
             )
-        chosen = highest(scores, candidates, choice.kept)
-        if router is not None:
-            self._learn(group, router, candidates, chosen)
+        chosen = self._highest(group, choice, scores, candidates)
+        if scoring.router is not None:
+            self._learn(group, select, scoring.router, candidates, chosen)
         if select.merge is not None:
             merge = select.merge(scoring, chosen)
             if choice.packs is not None:
                 merge = Merge(*(part[group.samples] for part in choice.packs.merge(merge, self.alive)))
-            self.merges.append((group.samples, merge))
+            self.merges.append((group, select, merge))
         kept = _rows(group, torch.zeros_like(self.alive), chosen)
         if group.role is Role.GONE:
             self.alive = self.alive.index_copy(0, group.samples, kept[group.samples])
         return kept[group.samples]
 
-    def _learn(self, group: Group, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
+    def _scoring(self, group: Group, choice: Choice, states: Tensor, look: Look, router: Tensor | None) -> Scoring:
+        select, encoded = choice.select, None
+        attention = self.seen.pop((select, group.members), None)
+        if select.queries is not None and attention is None:
+            attention = self._look(group, select.queries, look)
+        if select.encoder and self.encode is not None:
+            encoded = self._encoded(group, self.encode(select.encoder, self.plan.layout.image, self.times))
+        images, frames = self._frames(group) if select.frames else (None, None)
+        return Scoring(
+            states=_samples(group, states),
+            image=_samples(group, self.alive),
+            samples=self._numbers(group) + self.first,
+            layer=select.layer,
+            seed=select.seed,
+            step=self.step,
+            counts=choice.kept,
+            attention=attention,
+            encoded=encoded,
+            router=_samples(group, router) if select.learned and router is not None else None,
+            text=_samples(group, prompt_text(self.plan.layout, self.prompt.shape[1])),
+            images=images,
+            frames=frames,
+            most=choice.most,
+        )
+
+    def _frames(self, group: Group) -> tuple[Tensor, Tensor]:
+        # The image and the frame of every image token, also of one that is GONE.
+        layout = self.plan.layout
+        images = _samples(group, part_numbers(layout, "image")).where(_samples(group, layout.image), -1)
+        return images, _samples(group, known_frames(layout, "a score compares frames"))
+
+    def _highest(self, group: Group, choice: Choice, scores: Tensor, candidates: Tensor) -> Tensor:
+        if choice.parts is None:
+            return highest(scores, candidates, choice.kept)
+        return highest_of_each(
+            best_first(scores, candidates), candidates, choice.parts, _samples(group, choice.parts.number)
+        )
+
+    def _learn(self, group: Group, select: Select, router: Tensor, candidates: Tensor, kept: Tensor) -> None:
+        if select.gate:
+            ones = router.new_ones(self.plan.shape) if self.weight is None else self.weight
+            self.weight = _rows(group, ones, (1 + select.gate * router.tanh()).where(candidates, 1.0))
+            return
         ones = router.new_ones(self.plan.shape) if self.scale is None else self.scale
         self.scale = _rows(group, ones, router.where(kept, 1.0))
         each = binary_cross_entropy_with_logits(router, kept.to(router.dtype), reduction="none")
@@ -148,7 +217,7 @@ class Selections:
         return packs.number if (packs := _packs(group)) else group.samples // self.times
 
     def _look(self, group: Group, queries: Queries, look: Look) -> Attention:
-        rows = self.scoring[queries.rows].of(self._numbers(group))
+        rows = self.prompt.scoring[queries.rows].of(self._numbers(group))
         live = _samples(group, self.plan.computing | self.alive)
         if packs := _packs(group):
             group = replace(group, samples=packs.row, whole=False, active=packs.tokens)
@@ -189,10 +258,15 @@ def highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
         >>> highest(scores, candidates, torch.tensor([1])).tolist()
         [[False, True, False]]
     """
+    order = best_first(scores, candidates)
+    first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    return torch.zeros_like(candidates).scatter(1, order, first) & candidates
+
+
+def best_first(scores: Tensor, candidates: Tensor) -> Tensor:
+    """Tokens (B, T) int64 from the highest score on, those that are no candidates last, ties in their order."""
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     # Above the minus infinity of those that are no candidates, or one of them would be chosen instead.
     lowest = torch.finfo(scores.dtype).min
     scores = scores.nan_to_num(nan=lowest, neginf=lowest)
-    order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    return torch.zeros_like(candidates).scatter(1, order, first) & candidates
+    return scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
