@@ -253,7 +253,7 @@ def allocation() -> str:
     return pivot(rows, line, ["task", "layer"], list(dict.fromkeys(row["metric"] for row in rows)))
 
 
-def _scale() -> dict[tuple[str, str], dict[tuple[str, int], float]]:
+def on_paper() -> dict[tuple[str, str], dict[tuple[str, int], float]]:
     """(model, method) -> (metric, GPUs or 0) -> value."""
     found: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
     for row in rows_of("scale"):
@@ -269,7 +269,7 @@ def scale() -> str:
     head = ["model", "method", "TFLOPs of a sample", "activations of a sample, GB", "fewest GPUs"]
     head += [f"samples that fit, {at}", f"samples that hide communication, {at}", f"MFU at most, {at}"]
     lines = [head, ["---"] * len(head)]
-    for (model, method), of in _scale().items():
+    for (model, method), of in on_paper().items():
         kept = of["activations", 0]
         fewest = ceil(16 * of["parameters", 0] / (MEMORY - of["gathered", 8] - kept))
         parts = [
@@ -285,7 +285,7 @@ def scale_states() -> str:
     """What no method changes."""
     head = ["model", "GPUs", "states, GB", "gathered weights, GB", "communication of a step, GB"]
     lines = [head, ["---"] * len(head)]
-    for (model, method), of in _scale().items():
+    for (model, method), of in on_paper().items():
         for gpus in (8, 64, 512) if method == "dense" else ():
             figures = (of[metric, gpus] / 1e9 for metric in ("states", "gathered", "communication"))
             lines.append([model, str(gpus), *(f"{figure:.1f}" for figure in figures)])

@@ -51,6 +51,8 @@ METHODS = [
     td.SkipVision("1:", keep=0.25, score="random", seed=2),
     td.Drop("1:", keep=3, then="attend"),
     td.MixtureOfDepths("2:", 0.25),
+    td.MixtureOfTransformers("2:", parts="o+ffn"),
+    td.HMGen("1:3", "shared", "qkv+norm"),
     td.SVDPrune(),
     td.PMoD(0.25, 0.75, 0.25, 0.5),
     td.CDPruner(0.25),

@@ -28,6 +28,7 @@ METHODS = [
     td.PMoD(0.2),
     td.DART(2, keep=0.5, image_pivots=1, text_pivots=2),
     td.MixtureOfDepths("1:3", keep=0.4),
+    td.MixtureOfTransformers("1:3"),
 ]
 MIXED = (("u", "g"), ("g", "u", "dense"))
 NO_IMAGE = (("u", "u"), ("text", "text"))

@@ -38,6 +38,7 @@ METHODS: list[td.Method] = [
     td.DART(),
     td.VisionZip(),
     td.MixtureOfDepths(),
+    td.MixtureOfTransformers(separate="per-task"),
     td.Drop("1:", keep=0.5),
     Mine(),
 ]

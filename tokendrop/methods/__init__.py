@@ -10,6 +10,7 @@ from tokendrop.methods.hidrop import HiDrop
 from tokendrop.methods.himix import HiMix
 from tokendrop.methods.hmgen import HMGen
 from tokendrop.methods.mixture_of_depths import MixtureOfDepths
+from tokendrop.methods.mixture_of_transformers import MixtureOfTransformers
 from tokendrop.methods.pmod import PMoD
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
@@ -29,6 +30,7 @@ __all__ = [
     "HiDrop",
     "HiMix",
     "MixtureOfDepths",
+    "MixtureOfTransformers",
     "PMoD",
     "PyramidDrop",
     "RandomLTD",

@@ -316,6 +316,30 @@ def test_image_only_projections(name: str, attention: str, padding: str | None, 
     cell(name, "projections")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_image_only_parts(name: str, cell: Any) -> None:
+    """All parts of image rows that compute beside the norms, keys and values of those that are CONTEXT."""
+    latent = name == "deepseek_v3"  # no linears for q, k and v
+    own = td.MixtureOfTransformers("1:4", "per-task", "o+norm+ffn" if latent else "qkv+o+norm+ffn")
+    family = FAMILIES[name]
+    case = Case(name, "hmgen", *family.pairs()[len(name) % len(family.pairs())])
+    case.methods = {"g": own, "u": td.HMGen("2:3") if latent else td.HiMix("2:", "per-task", "qkv+norm")}
+    case.labels = case.data.trained([True, False])
+    case.layout = replace(case.layout, task=("g", "u"), labels=case.labels)
+
+    def perturb(drop: td.Handle) -> None:
+        generator = torch.Generator().manual_seed(3)
+        for parameter in drop.layers.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+    (same, _), (found, drop) = case.dropped(), case.dropped(perturb)
+    expected = case.expected(drop)
+    assert found.error(expected) < TOLERANCE
+    assert found.gradient_error(expected) < TOLERANCE
+    assert found.error(same) > 1000 * TOLERANCE
+    cell(name, "parts", "without q, k and v" if latent else "pass")
+
+
 def test_projections_of_latent_attention_are_refused(cell: Any, refusal: Any) -> None:
     # Its keys and values are made of one latent, by no linear of their own.
     case = Case("deepseek_v3", "hmgen", separate="shared")

@@ -131,12 +131,12 @@ def attention_rows(
         # the call that follows, so that ranks that score and ranks that do not communicate alike.
         unshard()
     look = _alone(_looking(layer, spec, {spec.mask or "": None} | named, group, states_of()))
-    logits, values = _run(look, rows)
-    return Attention(probabilities(logits, live), rows.valid, values)
+    logits, values, keys = _run(look, rows)
+    return Attention(probabilities(logits, live), rows.valid, values, keys)
 
 
-def _run(look: _Looking, rows: Rows) -> tuple[Tensor, Tensor]:
-    # The logits (B, H, R, T + S) of the rows, and values (B, G, T, W).
+def _run(look: _Looking, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    # The logits (B, H, R, T + S) of the rows, and values and keys (B, G, T, W).
     layer, group, forward, cache = look.layer, look.group, look.spec.layer_class.forward, look.spec.cache or ""
     states = look.states if group.whole else look.states[group.samples]
     arguments = _of_rows(look, rows)
@@ -153,7 +153,7 @@ def _run(look: _Looking, rows: Rows) -> tuple[Tensor, Tensor]:
     # A single row of grouped queries comes as (B, G, H / G, T), where transformers packs it for decoding.
     logits = logits.reshape(len(states), -1, rows.index.shape[1], logits.shape[-1])
     # What a cache is given for values may be something they are made of, as in latent attention.
-    return logits, values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:])
+    return logits, values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:]), keys
 
 
 def _looking(layer: nn.Module, spec: LayerSpec, named: dict[str, Any], group: Group, states: Tensor) -> _Looking:
