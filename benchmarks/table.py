@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tokendrop.study import summary as demo_summary
 from tokendrop.study.frontier import SCALES
 from tokendrop.study.synergy import SynergyStudy
 
+MEMORY = 80e9  # of a GPU, as in benchmarks/scale.py
 RESULTS = Path(__file__).parent / "results"
 PAGES = (Path(__file__).parents[1] / "README.md", *sorted((Path(__file__).parents[1] / "docs").rglob("*.md")))
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -165,6 +168,16 @@ def frontier_rows(scale: str, split: str) -> list[Row]:
     return [row for row in rows_of("frontier/rows") if (row["scale"], row["split"]) == (scale, split)]
 
 
+def frontier_name(scale: str, split: str) -> str:
+    """How a table or picture of the frontier is called.
+
+    Example:
+        >>> frontier_name("mnist, 12 layers", "val")
+        'frontier-mnist-12-layers-val'
+    """
+    return f"frontier-{scale.replace(', ', '-').replace(' ', '-')}-{split}"
+
+
 def frontier(scale: str, split: str) -> str:
     """Every run at one scale."""
     return markdown(frontier_summary.quality_table(frontier_rows(scale, split)))
@@ -240,6 +253,45 @@ def allocation() -> str:
     return pivot(rows, line, ["task", "layer"], list(dict.fromkeys(row["metric"] for row in rows)))
 
 
+def on_paper() -> dict[tuple[str, str], dict[tuple[str, int], float]]:
+    """(model, method) -> (metric, GPUs or 0) -> value."""
+    found: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    for row in rows_of("scale"):
+        config = row["config"]
+        cell = found.setdefault((config["model"], row["provider"]), {("parameters", 0): config["parameters"]})
+        cell[row["metric"], config["gpus"]] = row["median"]
+    return found
+
+
+def scale() -> str:
+    """What each method does to one GPU of many."""
+    at = "8 / 64 / 512 GPUs"
+    head = ["model", "method", "TFLOPs of a sample", "activations of a sample, GB", "fewest GPUs"]
+    head += [f"samples that fit, {at}", f"samples that hide communication, {at}", f"MFU at most, {at}"]
+    lines = [head, ["---"] * len(head)]
+    for (model, method), of in on_paper().items():
+        kept = of["activations", 0]
+        fewest = ceil(16 * of["parameters", 0] / (MEMORY - of["gathered", 8] - kept))
+        parts = [
+            " / ".join(form.format(of[metric, gpus]) if of["samples", gpus] else "-" for gpus in (8, 64, 512))
+            for metric, form in {"samples": "{:.0f}", "hidden from": "{:.1f}", "MFU bound": "{:.2f}"}.items()
+        ]
+        first = [model, f"`{method}`", f"{of['computed FLOPs', 0] / 1e12:.0f}", f"{kept / 1e9:.1f}", str(fewest)]
+        lines.append([*first, *parts])
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
+def scale_states() -> str:
+    """What no method changes."""
+    head = ["model", "GPUs", "states, GB", "gathered weights, GB", "communication of a step, GB"]
+    lines = [head, ["---"] * len(head)]
+    for (model, method), of in on_paper().items():
+        for gpus in (8, 64, 512) if method == "dense" else ():
+            figures = (of[metric, gpus] / 1e9 for metric in ("states", "gathered", "communication"))
+            lines.append([model, str(gpus), *(f"{figure:.1f}" for figure in figures)])
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-32000": lambda: step(32000),
@@ -259,12 +311,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-short": lambda: demo("unified", "share-all", "late"),
     "papers": papers,
+    "scale": scale,
+    "scale-states": scale_states,
 }
-for _scale in SCALES:
-    for _split in ("val", "test"):
-        _name = f"frontier-{_scale.replace(', ', '-').replace(' ', '-')}-{_split}"
-        TABLES[_name] = partial(frontier, _scale, _split)
-        TABLES[f"{_name}-differences"] = partial(frontier_differences, _scale, _split)
+TABLES |= {frontier_name(*at): partial(frontier, *at) for at in product(SCALES, ("val", "test"))}
+TABLES |= {
+    f"{frontier_name(*at)}-differences": partial(frontier_differences, *at) for at in product(SCALES, ("val", "test"))
+}
 
 
 def written(page: str) -> str:

@@ -14,6 +14,7 @@ COLUMNS = (
     "HiMix",
     "HMGen",
     "projections",
+    "parts",
     "drop, rejoin",
     "drop, gone",
     "attend",
@@ -38,6 +39,7 @@ attention, unpadded, left- and right-padded. The columns:
   first RandomLTD and MixtureOfDepths. FastV, PyramidDrop, HiDrop, DuetVLM and SVDPrune run in the same test; VScan and
   DuetVLM's vision stage in LLaVA, LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM, Idefics 3 and Janus, whose
   vision encoders can be looked into.
+- **parts**: output projection, norms and FFN of image tokens beside their projections, in one way for each family.
 - **attend**: `Drop(then="attend")`, image tokens without FFN, half of them and all; in one way for each family, its
   steps with a cache equal to those without, and a layer equal to x + attention by the family's own code.
 - **generate**: greedy generation with a cache equals that without one, under HiMix, HMGen and `Drop(then="gone")`.

@@ -49,6 +49,7 @@ class Batch:
 
     def layout(self, **changes):
         made = {"image": self.image, "task": self.tasks, "padding": self.real, "labels": self.labels}
+        made["frames"] = self.image.cumsum(1) // 3  # for scores that compare frames
         return td.TokenLayout(**made | changes)
 
 
@@ -129,20 +130,34 @@ def chosen(layers, count=LAYERS):
     return [index % count for index in layers]
 
 
+def parts(method):
+    """What is image tokens' own, one by one."""
+    named = method.parts.split("+") if getattr(method, "separate", "none") != "none" else []
+    return {one for part in named for one in ([part] if part in ("o", "norm", "ffn") else part)}
+
+
 def role_plan(method, count=LAYERS):
-    """Roles and image-only letters per layer, from method.md."""
+    """Roles and image-only parts per layer, from method.md."""
+    nothing = set()
     if method is None:
-        return ["active"] * count, [""] * count
+        return ["active"] * count, [nothing] * count
     if isinstance(method, td.HiMix):
-        on, role, inside, outside = chosen(method.layers, count), "context", "kv", ""
+        on, role, inside, outside = chosen(method.layers, count), "context", parts(method) - {"q"}, nothing
     elif isinstance(method, td.Drop):
         assert (method.then, method.keep) == ("attend", 0)
-        return ["attend" if n in chosen(method.layers, count) else "active" for n in range(count)], [""] * count
+        on, role, inside, outside = chosen(method.layers, count), "attend", nothing, nothing
+    elif isinstance(method, td.MixtureOfTransformers):
+        on, role, inside, outside = chosen(method.layers, count), "active", parts(method), nothing
     else:
-        on, role, inside, outside = chosen(method.shallow, count), "bypass", "", "qkv"
+        on, role, inside, outside = chosen(method.shallow, count), "bypass", nothing, parts(method)
     roles = [role if n in on else "active" for n in range(count)]
-    letters = [inside if n in on else outside for n in range(count)]
-    return roles, letters if method.separate != "none" else [""] * count
+    return roles, [inside if n in on else outside for n in range(count)]
+
+
+def own_weights(extra, start, wanted):
+    """The weights below `start`, of the wanted parts, by name."""
+    found = {key.removeprefix(start): value for key, value in extra.items() if key.startswith(start)}
+    return {key.removesuffix(".weight"): value for key, value in found.items() if key.split(".")[0] in wanted}
 
 
 def oracle_step(model, methods, drop, made, sizes=SIZES):
@@ -155,9 +170,7 @@ def oracle_step(model, methods, drop, made, sizes=SIZES):
         plan, letters = role_plan(method, sizes.layers)
         name = "image" if method is not None and method.separate == "shared" else f"image-{task}"
         roles.append(plan)
-        own.append(
-            [{c: extra[f"tokendrop.layers.{n}.{name}.{c}.weight"] for c in letters[n]} for n in range(sizes.layers)]
-        )
+        own.append([own_weights(extra, f"tokendrop.layers.{n}.{name}.", letters[n]) for n in range(sizes.layers)])
     logits = oracle.llama(state, sizes, made.ids, made.real, made.image, roles, own)
     loss_of(logits, made.labels).backward()
     return logits.detach(), {name: p.grad for name, p in (state | extra).items()}

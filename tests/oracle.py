@@ -32,10 +32,16 @@ def rotate(x, rows, theta):
     return x * angle.cos().to(x.dtype) + turned * angle.sin().to(x.dtype)
 
 
-def project(x, image, weights, name, own):
-    """Rows of images use their own weight, where there is one for this letter."""
-    y = x @ weights[f"self_attn.{name}_proj.weight"].T
-    return torch.where(image[:, None], x @ own[name].T, y) if name in own else y
+def project(x, image, weights, name, own, part=""):
+    """Rows of images use their own weight, where there is one."""
+    y, key = x @ weights[f"{name}_proj.weight"].T, part or name.removeprefix("self_attn.")
+    return torch.where(image[:, None], x @ own[key].T, y) if key in own else y
+
+
+def normed(x, image, weights, name, own, eps):
+    """The same of a norm."""
+    y, key = norm(x, weights[f"{name}.weight"], eps), f"norm.{name}"
+    return torch.where(image[:, None], norm(x, own[key], eps), y) if key in own else y
 
 
 def layer(x, queries, keys, image, weights, own, sizes, attend=False):
@@ -43,33 +49,34 @@ def layer(x, queries, keys, image, weights, own, sizes, attend=False):
 
     With `attend` those of images have no FFN.
     """
-    seen = norm(x[keys], weights["input_layernorm.weight"], sizes.eps)
+    seen = normed(x[keys], image[keys], weights, "input_layernorm", own, sizes.eps)
     asked = seen[torch.isin(keys, queries)]  # one norm for both: it rounds to float32, its gradient too
     q, k, v = (
-        project(rows, image[at], weights, name, own).chunk(heads, 1)
+        project(rows, image[at], weights, f"self_attn.{name}", own).chunk(heads, 1)
         for rows, at, name, heads in (
             (asked, queries, "q", sizes.heads),
             (seen, keys, "k", sizes.kv_heads),
             (seen, keys, "v", sizes.kv_heads),
         )
     )
-    outs, later = [], keys[None, :] > queries[:, None]
+    outs, later, mine = [], keys[None, :] > queries[:, None], image[queries]
     for head in range(sizes.heads):
         pair = head * sizes.kv_heads // sizes.heads
         a = rotate(q[head], queries, sizes.theta) @ rotate(k[pair], keys, sizes.theta).T / math.sqrt(q[head].shape[1])
         outs.append(a.masked_fill(later, -math.inf).softmax(-1) @ v[pair])
-    h = x[queries] + torch.cat(outs, 1) @ weights["self_attn.o_proj.weight"].T
-    n = norm(h, weights["post_attention_layernorm.weight"], sizes.eps)
-    up, gate = n @ weights["mlp.up_proj.weight"].T, F.silu(n @ weights["mlp.gate_proj.weight"].T)
-    f = (gate * up) @ weights["mlp.down_proj.weight"].T
-    return torch.where(image[queries][:, None], h, h + f) if attend else h + f
+    h = x[queries] + project(torch.cat(outs, 1), mine, weights, "self_attn.o", own)
+    n = normed(h, mine, weights, "post_attention_layernorm", own, sizes.eps)
+    gate, up = (project(n, mine, weights, f"mlp.{name}", own, f"ffn.{name}_proj") for name in ("gate", "up"))
+    f = project(F.silu(gate) * up, mine, weights, "mlp.down", own, "ffn.down_proj")
+    return torch.where(mine[:, None], h, h + f) if attend else h + f
 
 
 def llama(state, sizes, ids, real, image, roles, own=None):
     """Logits (B, T, V), zero on padding.
 
     roles[b][l] is "active", "context", "bypass" or "attend": what image tokens of sample b do in layer l.
-    own[b][l] has the image-only weights of sample b in layer l, by letter "q", "k", "v".
+    own[b][l] has the image-only weights of sample b in layer l: "q", "k", "v", "o", "norm.input_layernorm",
+    "norm.post_attention_layernorm", "ffn.gate_proj", "ffn.up_proj", "ffn.down_proj".
     """
     logits = []
     for b, tokens in enumerate(ids):

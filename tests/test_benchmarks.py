@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import decode  # noqa: E402
+from benchmarks import decode, scale, table  # noqa: E402
 from benchmarks.gpu import step, tests  # noqa: E402
 from benchmarks.train.cases import Sizes, decoder, methods  # noqa: E402
 
@@ -22,7 +22,7 @@ from benchmarks.train.cases import Sizes, decoder, methods  # noqa: E402
 THERE = {"torch", "triton", "transformers", "lightning", "torchmetrics", "pytest", "hypothesis", "numpy", "_pytest"}
 THERE |= {"yaml", "safetensors", "packaging", "tqdm", "typing_extensions", "jinja2", "tokenizers", "huggingface_hub"}
 THERE |= {"lightning_utilities", "_hypothesis", "tokendrop", "benchmarks", "rich", "typer", "typing"}
-OURS = {file.stem: file for file in (ROOT / "tests").rglob("*.py") if not file.stem.startswith("test_")}
+OURS = {file.stem: file for file in (ROOT / "tests").rglob("*.py")}
 
 
 def named(file):
@@ -103,3 +103,57 @@ def test_what_a_cache_holds_by_hand(tmp_path):
 def test_new_tokens_are_those_of_generate():
     base, ids = decoder(replace(SMALL, tokens=20)).eval(), torch.randint(50, (2, 16))
     assert decode.generate(base, None, ids, None, 3).cache == 2 * 2 * 32 * 4 * 4 * 18
+
+
+def test_scale_by_hand():
+    """A model of 1e9 parameters, 1e7 of a layer and 1e8 of embeddings and head, on 64 GPUs."""
+    found = scale.paper((10**9, 10**7, 10**8), kept=1e9, flops=1e13, gpus=64)
+    assert found["states"] == 4 * 4 * 1e9 / 64
+    assert found["gathered"] == 2 * 10**7 * 2 + 2 * 10**8
+    assert found["samples"] == (80e9 - 0.25e9 - 0.24e9) // 1e9
+    assert found["communication"] == (2 + 2 + 2) * 1e9 * 63 / 64
+    assert found["hidden from"] == pytest.approx(6e9 * 56 / 64 / 400e9 * 989e12 / 1e13)
+    assert found["MFU bound"] == pytest.approx(min(1, 79 / found["hidden from"]))
+    near = scale.paper((10**9, 10**7, 10**8), kept=1e9, flops=1e13, gpus=8)
+    assert near["hidden from"] == pytest.approx(5.25e9 / 450e9 * 989e12 / 1e13)
+    assert scale.paper((10**11, 10**9, 10**9), kept=1e9, flops=1e13, gpus=8)["samples"] == 0
+
+
+def test_activations_are_those_of_a_real_run(monkeypatch):
+    """The bytes without memory are those that `saved_bytes` finds with it."""
+    from tokendrop.analysis.memory import saved_bytes
+
+    for name, value in {"TEXT": 24, "IMAGE": 40, "BEFORE": 8}.items():
+        monkeypatch.setattr(scale, name, value)
+    sizes = scale.config("7B", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=50, head_dim=8)  # fmt: skip
+    model = scale.AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16).train()
+    ids, image = torch.ones(1, 64, dtype=torch.int64), torch.arange(64)[None]
+    image = (image >= 8) & (image < 48)
+    labels = ids.masked_fill(torch.arange(64)[None] < 49, -100)
+    own = list(model.parameters())
+    dense = saved_bytes(lambda: model(input_ids=ids, labels=labels, use_cache=False).loss, own)
+    assert scale.activations(sizes, None) == dense
+    drop = scale.td.apply(model, scale.td.HiMix())
+    with drop.layout(scale.td.TokenLayout(image, labels=labels)):
+        dropped = saved_bytes(lambda: model(input_ids=ids, labels=labels, use_cache=False).loss, own)
+    # Index tensors of the plan are real there, and shared.
+    assert scale.activations(sizes, scale.td.HiMix()) == pytest.approx(dropped, rel=0.02)
+    assert dropped < 0.75 * dense
+
+
+def test_the_committed_scale_follows_its_formulas():
+    found = table.on_paper()
+    assert set(found) == {(shape, name) for shape in scale.SHAPES for name in scale.METHODS}
+    for (shape, _), of in found.items():
+        counts = scale.parameters(scale.config(shape))
+        assert of["parameters", 0] == counts[0]
+        for gpus in scale.GPUS:
+            for metric, value in scale.paper(counts, of["activations", 0], of["computed FLOPs", 0], gpus).items():
+                assert of[metric, gpus] == pytest.approx(value)
+    sizes, method = scale.config("7B"), scale.METHODS["HiMix"](32)
+    more = {"before": scale.BEFORE, "multiple": 64, "backward": True}
+    report = scale.td.flops(sizes, method, scale.TEXT, scale.IMAGE, **more)
+    assert found["7B", "HiMix"]["computed FLOPs", 0] == report.computed_dropped
+    assert found["7B", "dense"]["computed FLOPs", 0] == report.computed_dense
+    assert table.MEMORY == scale.MEMORY

@@ -23,12 +23,15 @@ METHODS = [
     td.SkipVision("1:", keep=0.25, score="random", seed=2),
     td.Drop("1:", keep=3, then="attend"),
     td.MixtureOfDepths("2:", 0.25),
+    td.MixtureOfTransformers("2:", parts="o+ffn"),
+    td.HMGen("1:3", "shared", "qkv+norm"),
     td.FastV(3, keep=0.25),
     td.PyramidDrop((2, 4), keep=(0.5, 7)),
     td.HiDrop(1, (2, 3), (0.5, 4), 5),
     td.DuetVLM((2, 4), (0.5, 0), dominant=0.65, contextual=0.05, cluster_width=3, vision_layer=-1),
     td.VScan(0.25, (2,), (0.5,), local_layer=1, global_layer=-1, window=2, merge=False),
     td.SVDPrune(0.5, rank=4),
+    td.CDPruner(12),
     td.DivPrune(12),
     td.PMoD(0.25),
     td.DART(2, 0.25),
@@ -76,7 +79,9 @@ def test_a_round_trip_through_json_and_yaml(method):
 
 def test_the_form_is_written_out():
     assert td.to_config({"u": td.HMGen("1:3")}, td.Schedule(start=2)) == {
-        "methods": {"u": {"class_path": "tokendrop.HMGen", "init_args": {"shallow": "1:3", "separate": "none"}}},
+        "methods": {
+            "u": {"class_path": "tokendrop.HMGen", "init_args": {"shallow": "1:3", "separate": "none", "parts": "qkv"}}
+        },
         "schedule": {"start": 2, "steps": 0, "dense_tail": 0, "direction": "in", "dense_every": 0}
         | {"drawn": False, "seed": 0},
     }

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,12 @@ def test_the_architecture_names_every_file_of_the_engine():
     files = [one.relative_to(engine).as_posix() for one in engine.rglob("*.py") if one.name != "__init__.py"]
     assert len(files) > 20
     assert not [name for name in files if f"`engine/{name}`" not in page and ("/" in name or f"`{name}`" not in page)]
+
+
+def test_links_are_packed_with_what_they_lead_to():
+    """hatch takes what two paths lead to once only, so that one of them would be missing from the sdist."""
+    root = Path(__file__).parents[1]
+    packed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"]
+    links = [one for folder in packed["include"] for one in (root / folder).rglob("*") if one.is_symlink()]
+    assert {one.resolve().relative_to(root).as_posix() for one in links} <= set(packed["force-include"])
+    assert len(list((root / "tokendrop" / "configs").glob("*.json"))) >= 5

@@ -35,6 +35,7 @@ SEED = (td.MethodError, [1.5, "0", None, True])
 COUNT = (td.MethodError, [0, -4, 1.5, "64", True, [64]])
 FLAG = (td.MethodError, [1, "no", None])
 SEPARATE = (td.MethodError, ["sometimes", None, 1, ["none"]])
+PARTS = (td.MethodError, ["", "qkv+", "head", "QKV", "qq", "qkv,o", "norms", "qkv+o", None, 3, ["qkv"]])
 SCHEDULE = (td.MethodError, [3, "late", {"start": 3}])
 CLASSES = (td.MethodError, [None, 3, "HiMix", [3], [int]])
 POSITIONS = (td.MethodError, ["anew", "Keep", 3, None, True, ["keep"]])
@@ -131,6 +132,7 @@ CATALOGUE = {
     "MixtureOfDepths.layers": (LAYERS,),
     "MixtureOfDepths.keep": (KEEP,),
     "DART.layer": ((td.LayerRangeError, [-1, 24, 1.5, "2", None, True]), (td.MethodError, [0])),
+    "CDPruner.keep": (KEEP,),
     "DART.keep": (KEEP,),
     "DART.image_pivots": (COUNT,),
     "DART.text_pivots": (COUNT,),
@@ -186,6 +188,11 @@ CATALOGUE = {
     "HiDrop.exit": ((td.LayerRangeError, [2, 24, 3.5, "3", None]),),
     "HiMix.layers": (LAYERS,),
     "HiMix.separate": (SEPARATE,),
+    "HiMix.parts": (PARTS, (td.MethodError, ["qkv+ffn", "o"])),
+    "HMGen.parts": (PARTS,),
+    "MixtureOfTransformers.layers": (LAYERS,),
+    "MixtureOfTransformers.separate": (SEPARATE, (td.MethodError, ["none"])),
+    "MixtureOfTransformers.parts": (PARTS,),
     "PyramidDrop.layers": STAGES,
     "PyramidDrop.keep": (KEEPS,),
     "PyramidDrop.per": (PER,),
@@ -306,10 +313,12 @@ GOOD = {
     "flops": {"model_or_config": BASE, "methods": {"u": td.HiMix()}, "text": 8, "image": 8},
     "recipe": {"config_or_model": BASE, "task": "generation", "budget": 0.9, "text": 8, "image": 8},
     "MixtureOfDepths": {},
+    "MixtureOfTransformers": {},
     "PMoD": {},
     "SVDPrune": {"keep": 1, "rank": 1},
     "SkipVision": {},
     "DART": {"layer": 1},
+    "CDPruner": {},
     "DivPrune": {},
     "VisionZip": {},
     "sees": {},

@@ -40,7 +40,7 @@ def to_config(methods: Methods, schedule: Schedule | None = None) -> Config:
     Example:
         >>> import tokendrop as td
         >>> to_config({"u": td.HiMix("1:")})["methods"]
-        {'u': {'class_path': 'tokendrop.HiMix', 'init_args': {'layers': '1:', 'separate': 'none'}}}
+        {'u': {'class_path': 'tokendrop.HiMix', 'init_args': {'layers': '1:', 'separate': 'none', 'parts': 'qkv'}}}
 
     Source: ours; the form is jsonargparse's.
     """

@@ -32,6 +32,7 @@ from tokendrop.kernels import gather_tokens, scatter_tokens
 from tokendrop.layout import Segment, TokenLayout
 from tokendrop.methods import (
     DART,
+    CDPruner,
     DivPrune,
     Drop,
     DuetVLM,
@@ -40,6 +41,7 @@ from tokendrop.methods import (
     HiMix,
     HMGen,
     MixtureOfDepths,
+    MixtureOfTransformers,
     PMoD,
     PyramidDrop,
     RandomLTD,
@@ -59,6 +61,7 @@ __all__ = [
     "AttentionAllocation",
     "BatchError",
     "Benchmark",
+    "CDPruner",
     "DecoderError",
     "DivPrune",
     "Drop",
@@ -80,6 +83,7 @@ __all__ = [
     "MethodError",
     "MissingLayoutError",
     "MixtureOfDepths",
+    "MixtureOfTransformers",
     "NeededRowError",
     "NoEffectWarning",
     "PMoD",

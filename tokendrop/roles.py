@@ -115,7 +115,7 @@ class LayerRoute:
 
     Args:
         image: their role; with `select`, that of the tokens it does not keep.
-        separate: the projections ("q", "k", "v") that are their own.
+        separate: what is their own: the projections "q", "k", "v", that of the output "o", "norm" and "ffn".
         select: which of them stay ACTIVE; None for none.
         renumber: whether the rows that compute take the first positions of their sample.
     """
@@ -150,6 +150,52 @@ class Method(Protocol):
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """The L routes, with the schedule at `strength` (0 dense, 1 the whole method)."""
         ...
+
+
+PARTS = ("o", "norm", "ffn")
+
+
+def owned(parts: str, separate: str, usable: str = "q+k+v+o+norm+ffn", default: str = "qkv") -> frozenset[str]:
+    """What `parts` names of a layer, joined by "+": projections as letters of "qkv", "o", "norm", "ffn".
+
+    Args:
+        parts: as a method is given it.
+        separate: likewise; with "none" nothing is image tokens' own.
+        usable: what image tokens of the method can use; of the letters, others are left out.
+        default: the method's own `parts`.
+
+    Raises:
+        MethodError: unknown parts, those that image tokens do not use, or others than `default` with nothing separate.
+
+    Example:
+        >>> sorted(owned("qkv+ffn", "shared"))
+        ['ffn', 'k', 'q', 'v']
+    """
+    found: set[str] = set()
+    for part in parts.split("+") if isinstance(parts, str) else [""]:
+        letters = set(part)
+        if part not in PARTS and (not part or letters - set("qkv") or len(letters) < len(part)):
+            raise MethodError(
+                f"parts={parts!r} is unknown; join letters of 'qkv', 'o', 'norm' and 'ffn' by '+', as in "
+                "'qkv+o+norm+ffn'"
+            )
+        found |= {part} if part in PARTS else letters
+    able = set(usable.split("+"))
+    if lost := sorted(found - able - set("qkv")):
+        raise MethodError(
+            f"parts={parts!r}: image tokens use no {' and no '.join(map(repr, lost))} under this method; it has "
+            f"{', '.join(map(repr, usable.split('+')))}"
+        )
+    if separate == "none" and parts != default:
+        raise MethodError(f"parts={parts!r} has no effect with separate='none'; use separate='shared' or 'per-task'")
+    return frozenset(found & able)
+
+
+def shown(method: object) -> str:
+    """The `repr` of a dataclass, without its `parts` where they are the default."""
+    kind = type(method)
+    told = [name for name in vars(method) if name != "parts" or getattr(method, name) != kind.parts]  # ty: ignore
+    return f"{kind.__qualname__}({', '.join(f'{name}={getattr(method, name)!r}' for name in told)})"
 
 
 def check_separate(separate: str) -> None:

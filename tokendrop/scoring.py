@@ -157,7 +157,10 @@ def sees(
     def mark(score: Score) -> Score:
         if not callable(score):
             raise MethodError(f"sees: expected to stand above a score function; found {score!r}")
-        cast(Any, score).sees = asked
+        try:
+            cast(Any, score).sees = asked
+        except AttributeError as error:
+            raise MethodError(f"sees: {score!r} takes no attribute; write a function around it") from error
         return score
 
     return mark

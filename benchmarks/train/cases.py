@@ -62,6 +62,7 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         "Drop merge 25%": (td.Drop(f"1:{last}", keep=0.25, score="norm", then="merge"), {}),
         "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
         "SkipVision 25%": (td.SkipVision(keep=0.25), {}),
+        "MixtureOfTransformers": (td.MixtureOfTransformers(), {}),
         "MixtureOfDepths": (td.MixtureOfDepths(), {}),
         "PMoD": (td.PMoD(), {}),
     }
@@ -69,6 +70,7 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         return found
     stages = (sizes.layers // 4, (sizes.layers // 3, sizes.layers // 2), (0.4, 0.02), last)
     return found | {
+        "CDPruner 25%": (td.CDPruner(keep=0.25), {}),
         "DivPrune 25%": (td.DivPrune(keep=0.25), {}),
         "DART 25%": (td.DART(2, keep=0.25), {}),
         "SVDPrune 25%": (td.SVDPrune(keep=0.25), {}),

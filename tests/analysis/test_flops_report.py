@@ -40,6 +40,8 @@ METHODS = [
     td.RandomLTD("1:-1", 0.4),
     td.MixtureOfDepths("1::2", 0.4),
     td.SkipVision("1:", 0.4),
+    td.HMGen("1:4:2", "shared", "qkv+o+norm+ffn"),
+    td.HiMix("1:3", "shared", "v+norm"),
     td.SVDPrune(keep=3, rank=1),
     td.DivPrune(keep=3),
     td.DART(1, 0.5),

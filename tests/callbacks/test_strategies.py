@@ -115,5 +115,43 @@ def test_refused_in_setup_and_nothing_changes(strategy, message, where):
     assert len(module.losses) == 1
 
 
+def leaves(made):
+    for layer in made:
+        layer._z3_leaf = True  # as deepspeed.utils.set_z3_leaf_modules does; tests/distributed/test_zero.py
+    return made
+
+
+@pytest.mark.parametrize("method", [td.HiMix("1:"), td.HMGen("1:3"), td.RandomLTD("1:3"), td.SVDPrune(0.5)])
+def test_stage_3_is_taken_where_a_layer_is_gathered_as_one(method):
+    layers = llama().model.layers
+    for some in ((), layers):
+        with pytest.raises(td.UnsupportedError, match=r"ZeRO stage 3 gathers weights at each .*set_z3_leaf_modules"):
+            check_strategy(DeepSpeedStrategy(stage=3), [method], 4, some)
+    check_strategy(DeepSpeedStrategy(stage=3, overlap_comm=True), [None, method], 4, leaves(layers))
+    layers[2]._z3_leaf = False
+    with pytest.raises(td.UnsupportedError, match="ZeRO stage 3"):
+        check_strategy(DeepSpeedStrategy(stage=3), [method], 4, layers)
+
+
+@pytest.mark.parametrize(
+    "method", [td.HiMix("1:", "shared"), td.FastV(2), td.MixtureOfDepths("1:3"), td.Drop("1:", 0.5, "attention")]
+)
+def test_stage_3_is_refused_to_what_uses_weights_outside_the_layers(method):
+    layers = leaves(llama().model.layers)
+    with pytest.raises(td.UnsupportedError, match="outside the decoder layers") as caught:
+        check_strategy(DeepSpeedStrategy(stage=3), [td.HiMix("1:"), method], 4, layers)
+    assert repr(method) in str(caught.value)
+
+
+def test_a_module_that_marks_its_layers_is_taken_in_setup():
+    module, callback, run = Lit("init"), td.TokenDrop({"u": td.HiMix("1:"), "g": td.HMGen("1:3")}), trainer()
+    leaves(module.model.model.layers)
+    run._accelerator_connector.strategy, right = DeepSpeedStrategy(stage=3), run._accelerator_connector.strategy
+    callback.setup(run, module, "fit")
+    run._accelerator_connector.strategy = right
+    assert callback.handle is not None
+    callback.teardown(run, module, "fit")
+
+
 def test_a_mesh_of_data_alone_is_taken():
     check_strategy(parallel(2, 1), [METHODS["u"]], 4)

@@ -39,6 +39,7 @@ class Case:
         tasks: of the samples of each rank; "u" and "g" have methods, "dense" has none, "text" has no image either,
             "g-only" is "g" with nothing but image tokens.
         separate: image-only projections of both methods.
+        parts: what is image-only of "g"; of "u" what it has a use for.
         recompute: with activation checkpointing.
         frozen: with an embedding that is not trained, so that CONTEXT states need no gradient.
         twins: "u" is HMGen as well, so that both tasks add the same shapes.
@@ -49,6 +50,7 @@ class Case:
     wrap: str
     tasks: tuple[tuple[str, ...], tuple[str, ...]]
     separate: str = "none"
+    parts: str = "qkv"
     recompute: bool = False
     frozen: bool = False
     twins: bool = False
@@ -58,8 +60,9 @@ class Case:
     @property
     def methods(self) -> dict[str, Any]:
         """By task."""
-        middle = td.HMGen("1:3", separate=self.separate)
-        u = middle if self.twins else td.HiMix("1:", separate=self.separate)
+        middle = td.HMGen("1:3", separate=self.separate, parts=self.parts)
+        context = self.parts.replace("+o", "").replace("+ffn", "")
+        u = middle if self.twins else td.HiMix("1:", separate=self.separate, parts=context)
         return {"u": self.scored or u, "g": middle, "dense": None}
 
 

@@ -23,10 +23,12 @@ METHODS = [
     td.Drop("1:3", keep=0.5, score="norm", then="merge"),
     td.SkipVision("1:3", keep=2, score="norm"),
     td.SVDPrune(keep=3, rank=2),
+    td.CDPruner(keep=3),
     td.DivPrune(keep=3),
     td.PMoD(0.2),
     td.DART(2, keep=0.5, image_pivots=1, text_pivots=2),
     td.MixtureOfDepths("1:3", keep=0.4),
+    td.MixtureOfTransformers("1:3"),
 ]
 MIXED = (("u", "g"), ("g", "u", "dense"))
 NO_IMAGE = (("u", "u"), ("text", "text"))

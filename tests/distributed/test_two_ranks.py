@@ -33,6 +33,11 @@ CASES += [
         ("fsdp", NO_IMAGE, False),
     )
 ]
+CASES += [
+    Case(wrap, tasks, "per-task", "qkv+o+norm+ffn", recompute=wrap == "fsdp")
+    for wrap in ("ddp", "fsdp", "fsdp1")
+    for tasks in (DIFFERENT, NO_IMAGE)
+]
 # Scored by attention, which runs layers outside their calls; on one rank only where the tasks differ.
 CASES += [
     Case("fsdp", tasks, recompute=recompute, scored=method)
@@ -51,6 +56,7 @@ def name(case):
     switches = [switch for switch in ("recompute", "frozen") if getattr(case, switch)]
     tasks = "-".join("+".join(of_rank) for of_rank in case.tasks)
     switches += [type(case.scored).__name__] if case.scored else []
+    switches += [case.parts] if case.parts != "qkv" else []
     return "/".join([case.wrap, tasks, case.separate, *switches])
 
 

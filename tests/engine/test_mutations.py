@@ -9,7 +9,7 @@ from helpers import batch, close, dropped, engine_step, llama, oracle_step
 
 import tokendrop as td
 from tokendrop.engine.forward import arguments, calls, groups, span
-from tokendrop.engine.model import context, ffn, projections
+from tokendrop.engine.model import context, ffn, norms, projections, using
 from tokendrop.engine.plan import plan
 from tokendrop.engine.plan.rows import Rows
 from tokendrop.errors import NeededRowError
@@ -188,3 +188,42 @@ def test_no_other_role_is_attend(other):
     expected = oracle_step(BASE, {"u": ATTEND["a"]}, drop, made)
     assert not close(engine_step(model, drop, made), expected, made.real, 1e-3)
     assert close(engine_step(model, drop, made, made.layout(task="a")), expected, made.real, 1e-9)
+
+
+OWN = {"u": td.HiMix("1:", "per-task", "qkv+norm"), "g": td.HMGen("1:3", "per-task", "qkv+o+norm+ffn")}
+
+
+def owns(side="left"):
+    """Whether parts of their own, as the engine has them now, equal the oracle."""
+    made = batch(SAMPLES, "uggu", side)
+    model, drop = dropped(BASE, OWN)
+    return close(engine_step(model, drop, made), oracle_step(BASE, OWN, drop, made), made.real, 1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_parts_unmutated(side):
+    assert owns(side)
+
+
+@pytest.mark.parametrize(("room", "part"), [(norms, "norm"), (ffn, "ffn"), (projections, "o")])
+def test_a_part_left_out(monkeypatch, room, part):
+    of = using.own
+    monkeypatch.setattr(room, "own", lambda name: {key: one for key, one in of(name).items() if key != part})
+    assert not owns()
+
+
+def test_another_norm_in_the_place_of_one(monkeypatch):
+    name = "_tokendrop_key"
+    monkeypatch.setattr(norms._SplitNorm, name, property(lambda _: "input_layernorm", lambda *_: None), raising=False)
+    assert not owns()
+
+
+def test_rows_of_parts_in_another_order(monkeypatch):
+    run = using.split_run
+
+    def careless(split, flat, make):
+        return run(replace(split, inverse=torch.arange(len(split.inverse))), flat, make)
+
+    for room in (norms, ffn):
+        monkeypatch.setattr(room, "split_run", careless)
+    assert not owns()

@@ -64,6 +64,7 @@ def test_states_that_overflow_still_give_exactly_k_of_each_sample(name, dtype):
         )
         step = torch.zeros(2, dtype=torch.int64)
         scoring = Scoring(states, image, torch.arange(3), 1, 0, step, torch.full((3,), 2), seen)
+        scoring = scoring._replace(images=image.long() - 1, frames=image.cumsum(1) // 3)
         return highest(SCORES[name](scoring), image, torch.full((3,), 3))
 
     found = kept(states)

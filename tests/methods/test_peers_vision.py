@@ -237,6 +237,19 @@ def test_div_prune(name):
         assert found.topk(count).indices.tolist() == case["order_of_choice"]
 
 
+@pytest.mark.parametrize("name", cases("cdpruner"))
+def test_cd_pruner(name):
+    """On CLIP's embeddings of image and text, as the peer weighs; the method takes the decoder's features for both."""
+    case, given = CASES[name], made(name)
+    both = torch.cat([given["image"], given["text"][None]], 1)
+    image, text = (torch.arange(both.shape[1]) < 576)[None], (torch.arange(both.shape[1]) >= 576)[None]
+    weight, count = scores.relevance(both, image, text)[:, :576], case["counts"][0]
+    found = scores.conditional(given["features"][None], weight, image[:, :576], torch.tensor([count]))[0]
+    assert found.topk(count).indices.tolist() == case["order_of_choice"]
+    assert found.topk(count).indices.sort().values.tolist() == case["kept"][0]
+    assert td.CDPruner(case["settings"]["visual_token_num"]).route(1)[0].select.count(576) == count
+
+
 @pytest.mark.parametrize("name", cases("dart"))
 def test_dart(name):
     """The peer's pivots are in the order of a Python set, ours by length; in its order they keep what it keeps.

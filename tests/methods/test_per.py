@@ -165,7 +165,7 @@ def test_what_stands_still_between_frames_leaves(method):
         theirs = run(expected, made)
     assert close(found, theirs, made.real, 1e-5)
     with pytest.raises(td.LayoutError, match=r"a score compares frames.*give TokenLayout\(frames="):
-        drop.plan(made.layout())
+        drop.plan(made.layout(frames=None))
 
 
 def test_frames_that_stand_still():
@@ -274,7 +274,7 @@ def test_frames_that_nobody_knows_are_refused():
     made = texts(SAMPLES, "uuuu")
     _, drop = dropped(llama(), {"u": td.Drop("1:", 0.5, per="frame")})
     with pytest.raises(td.LayoutError, match=r"per='frame'.*give TokenLayout\(frames=.*batch_layout.*video_grid_thw"):
-        drop.plan(made.layout())
+        drop.plan(made.layout(frames=None))
     drop.plan(made.layout(frames=torch.zeros_like(made.ids)))
     assert td.flops(llama().config, td.Drop("1:", 0.5, per="frame"), text=4, image=4).ratio < 1
 

@@ -93,6 +93,32 @@ def test_learned_positions_and_biases_are_refused(name):
         module(**data.inputs, use_cache=False)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_second_turn_of_several_tokens(side):
+    """Fed at once, one by one, or as one sequence without a cache."""
+    method, made = td.PyramidDrop((1, 2), (0.5, 0.25), "renumber"), batch(["ttiiiiiitt", "tiiiit"], "uu", side)
+    model, drop = dropped(EXACT, method, multiple=1)
+    new = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+    layout, found = td.TokenLayout(made.image, padding=made.real), []
+    mask = torch.cat([made.real, torch.ones_like(new, dtype=torch.bool)], 1).long()
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+    for parts in ([4], [1, 1, 1, 1], [1, 3]):
+        with drop.layout(layout), torch.no_grad():
+            out = model(made.ids, attention_mask=mask[:, :10], position_ids=at[:, :10], use_cache=True)
+            start, logits = 10, []
+            for one in new.split(parts, 1):
+                stop = start + one.shape[1]
+                more = {"attention_mask": mask[:, :stop], "position_ids": at[:, start:stop]}
+                logits.append(model(one, past_key_values=out.past_key_values, **more).logits)
+                start = stop
+        found.append(torch.cat(logits, 1))
+    with drop.layout(layout), torch.no_grad():
+        whole = torch.cat([made.ids, new], 1)
+        found.append(model(whole, attention_mask=mask, position_ids=at, use_cache=False).logits[:, 10:])
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-6, atol=1e-6)
+
+
 def test_tasks_that_do_and_do_not_generate_apart():
     methods = {"u": td.PyramidDrop((1,), (0.5,), "renumber"), "g": td.PyramidDrop((1,), (0.5,))}
     made, (model, drop) = batch(["tiiiitt", "tiiiitt"], "ug"), dropped(llama(), methods)

@@ -116,6 +116,11 @@ def test_it_stands_above_a_function():
         td.sees()(3)
 
 
+def test_what_takes_no_attribute_is_refused():
+    with pytest.raises(td.MethodError, match="takes no attribute; write a function around it"):
+        td.sees(attention="answer")(len)
+
+
 def dart_by_hand(module, made, layer, count, images, texts):
     """Kept tokens of one sample, from a dense run: keys as a cache holds them, states as they enter the layer."""
     with torch.no_grad():

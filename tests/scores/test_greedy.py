@@ -64,6 +64,35 @@ def test_pivots_and_what_is_unlike_them(image, most, images, texts, seed):
         assert kept[sample].nonzero().flatten().tolist() == sorted(chosen)
 
 
+@given(IMAGES, st.integers(1, 5), st.integers(0, 99))
+def test_conditional(image, most, seed):
+    """The variance of a token given those chosen, by determinants."""
+    image = torch.tensor(image)
+    x, weight = drawn(image, seed, 6, 8), drawn(image, seed + 1, 6).abs() + 0.5
+    counts = image.sum(1).clamp(max=most)
+    found = scores.conditional(x, weight, image, counts)
+    for sample in range(len(image)):
+        unit = torch.nn.functional.normalize(x[sample].double(), dim=-1) * weight[sample, :, None].double()
+        kernel, chosen = unit @ unit.T, []
+        free = image[sample].nonzero().flatten().tolist()
+        while len(chosen) < counts[sample]:
+            before = torch.linalg.det(kernel[chosen][:, chosen]) if chosen else 1.0
+            value = {t: (torch.linalg.det(kernel[[*chosen, t]][:, [*chosen, t]]) / before).item() for t in free}
+            chosen.append(max(free, key=lambda t: (round(value[t], 5), -t)))
+            free.remove(chosen[-1])
+        assert found[sample].argsort(descending=True, stable=True).tolist()[: len(chosen)] == chosen
+        assert found[sample].isfinite().sum() == len(chosen)
+
+
+def test_relevance():
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [5.0, 0.0]]])
+    image = torch.tensor([[True, True, True, False]])
+    found = scores.relevance(x, image, ~image)
+    expected = torch.tensor([[1e-6, 1 + 1e-6, 1 - 0.5**0.5 + 1e-6, 0.0]])
+    torch.testing.assert_close(found, expected)
+    assert scores.relevance(x, image, image & False).tolist() == [[1.0, 1.0, 1.0, 0.0]]
+
+
 def test_states_that_overflow_are_zeros():
     x, image = torch.randn(1, 6, 4), torch.ones(1, 6, dtype=torch.bool)
     x[0, 2], x[0, 4] = torch.nan, torch.inf

@@ -33,10 +33,12 @@ METHODS: list[td.Method] = [
     td.DuetVLM(),
     td.SVDPrune(),
     td.DivPrune(),
+    td.CDPruner(),
     td.PMoD(),
     td.DART(),
     td.VisionZip(),
     td.MixtureOfDepths(),
+    td.MixtureOfTransformers(separate="per-task"),
     td.Drop("1:", keep=0.5),
     Mine(),
 ]

@@ -37,7 +37,7 @@ from tokendrop.engine.plan.rows import round_up
 from tokendrop.engine.support import Methods
 from tokendrop.errors import LayoutError, UnsupportedError, check_flag
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import LayerRoute, Route
+from tokendrop.roles import LayerRoute, Role, Route
 
 LARGEST = 1 << 15
 
@@ -248,12 +248,15 @@ def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) 
     for index, (cost, span, one) in enumerate(zip(costs, plan.span_of, route, strict=True)):
         (group,) = span.groups
         pairs = counted_pairs(group, eager)
-        own = _own_rows(group) * sum(cost.letters[letter] for letter in one.separate)
+        mine, able = _own_rows(group), set("kv") if one.image is Role.CONTEXT else set("qkvo")
+        own = mine * sum(({"o": cost.output_row} | dict(cost.letters))[letter] for letter in one.separate & able)
+        own_ffn = mine * cost.ffn_row if "ffn" in one.separate and one.image is Role.ACTIVE else 0
+        skipped = (group.size - group.ffn_rows) * cost.ffn_row
         parts = {
             PROJECTIONS: times * (group.size * cost.attention_row + group.context_size * cost.context_row - own),
-            OWN: times * own,
+            OWN: times * (own + own_ffn),
             ATTENTION: pairs * (cost.pair + (cost.pair_backward if backward else 0)),
-            FFN: times * (group.size * (cost.row - cost.attention_row) - (group.size - group.ffn_rows) * cost.ffn_row),
+            FFN: times * (group.size * (cost.row - cost.attention_row) - skipped - own_ffn),
             SCORING: 0,
         }
         found.append(parts)

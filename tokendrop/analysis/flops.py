@@ -67,6 +67,7 @@ class LayerCost:
         pair_backward: of a query and a key in the backward, 10 * D where scores are recomputed, else 8 * D.
         trained_row: of `row`, in linears whose weights are trained.
         trained_context_row: of `context_row`, likewise.
+        output_row: of `row`, in the output projection of its attention.
         ffn_row: of `row`, in its FFN.
         trained_ffn_row: of `ffn_row`, likewise.
         window: keys that a query sees at most, or None.
@@ -79,6 +80,7 @@ class LayerCost:
     pair_backward: int
     trained_row: int
     trained_context_row: int
+    output_row: int
     ffn_row: int
     trained_ffn_row: int
     window: int | None = None
@@ -104,6 +106,7 @@ class LayerCost:
             pair_backward=(8 if spec.backend(layer) == "eager" else 10) * widths["q"],
             trained_row=_linear_flops(layer, trained=True),
             trained_context_row=2 * inputs * sum(widths[letter] for letter in trained),
+            output_row=0 if spec.output is None else _linear_flops(spec.linear(layer, "o")),
             ffn_row=0 if ffn is None else _linear_flops(ffn),
             trained_ffn_row=0 if ffn is None else _linear_flops(ffn, trained=True),
             window=window_of(attention),

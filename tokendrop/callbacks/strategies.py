@@ -7,21 +7,26 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Method, Role
 
 
-def check_strategy(strategy: Any, methods: Iterable[Method | None], num_layers: int) -> None:
+def check_strategy(
+    strategy: Any, methods: Iterable[Method | None], num_layers: int, layers: Iterable[nn.Module] = ()
+) -> None:
     """Refuse a strategy under which ranks would communicate in different orders, or choose different tokens.
 
     DDP, FSDP and FSDP2 average gradients in an order that is theirs. ZeRO stage 2, and any with overlap_comm, fills its
-    buckets in the order in which gradients arrive; ZeRO stage 3 gathers a linear's weights at each of its calls.
+    buckets in the order in which gradients arrive; ZeRO stage 3 gathers a linear's weights at each of its calls, or, if
+    DeepSpeed was told so, those of a whole layer at the one call that each rank makes.
 
     Args:
         strategy: of the trainer.
         methods: of all tasks.
         num_layers: L.
+        layers: the L layers of the decoder; none where they are not known to be gathered whole.
 
     Raises:
         UnsupportedError: with the strategy, and what to use instead.
@@ -39,10 +44,8 @@ def check_strategy(strategy: Any, methods: Iterable[Method | None], num_layers: 
     if not isinstance(zero, dict):
         return
     if zero.get("stage") == 3:
-        raise UnsupportedError(
-            f"{name} with ZeRO stage 3 gathers weights at each call of a linear, and ranks with other batches make "
-            "other calls; use FSDP2 by ModelParallelStrategy, or ZeRO stage 1"
-        )
+        _check_gathering(name, methods, layers, num_layers)
+        return
     if zero.get("stage") != 2 and not zero.get("overlap_comm"):
         return
     for method in methods:
@@ -52,4 +55,25 @@ def check_strategy(strategy: Any, methods: Iterable[Method | None], num_layers: 
             raise UnsupportedError(
                 f"{name} with ZeRO stage {zero.get('stage')} sums gradients in the order in which they arrive, which "
                 f"under {method} depends on a rank's batch; use ZeRO stage 1 without overlap_comm, DDP or FSDP2"
+            )
+
+
+def _check_gathering(name: str, methods: Iterable[Method | None], layers: Iterable[nn.Module], num_layers: int) -> None:
+    # What `deepspeed.utils.set_z3_leaf_modules` leaves on a module.
+    whole = [getattr(layer, "_z3_leaf", False) for layer in layers]
+    if not whole or not all(whole):
+        raise UnsupportedError(
+            f"{name} with ZeRO stage 3 gathers weights at each call of a linear, and ranks with other batches make "
+            "other calls; let it gather a decoder layer as one, by deepspeed.utils.set_z3_leaf_modules(model, "
+            "[the class of the layers]) where the model is made, or use FSDP2 by ModelParallelStrategy, or ZeRO stage 1"
+        )
+    for method in methods:
+        if method is None:
+            continue
+        selects = [layer.select for layer in method.route(num_layers) if layer.select is not None]
+        looks = any(one.queries is not None or one.learned or one.encoder for one in selects)
+        if method.separate != "none" or looks:
+            raise UnsupportedError(
+                f"{name} with ZeRO stage 3 gathers weights where they are used, and {method} uses some outside the "
+                "decoder layers, on a rank whose batch asks for it; use FSDP2 by ModelParallelStrategy, or ZeRO stage 1"
             )

@@ -129,10 +129,10 @@ class TokenDrop(BeforeLaunch):
     def _inject(self, pl_module: L.LightningModule, trainer: L.Trainer) -> bool:
         handle = self._existing(pl_module)
         if handle is not None:
-            check_strategy(trainer.strategy, handle.methods.values(), len(handle.layers))
+            check_strategy(trainer.strategy, handle.methods.values(), len(handle.layers), handle.decoder_layers)
         elif has_decoder(pl_module, self.layers):
-            num_layers = len(find_layers(pl_module, self.layers)[1])
-            check_strategy(trainer.strategy, check_methods(self.methods).values(), num_layers)
+            layers = find_layers(pl_module, self.layers)[1]
+            check_strategy(trainer.strategy, check_methods(self.methods).values(), len(layers), layers)
             handle = apply(pl_module, self.methods, self.layers, self.multiple, self.labelled_logits)
             try:
                 renew_averages(trainer, pl_module, handle)

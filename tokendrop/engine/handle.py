@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokendrop.engine.forward import head
 from tokendrop.engine.forward.ids import SeenIds
 from tokendrop.engine.forward.state import Frame, frames, pair_of, this_thread
-from tokendrop.engine.model import projections, sets
+from tokendrop.engine.model import own, sets
 from tokendrop.engine.model.decoder import LayerSpec, find_layers
 from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.plan.labelled import LabelledRows, unknown_without_labels
@@ -72,7 +72,7 @@ class Handle(Described, nn.Module):
         self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
         self.layers, self.labelled_logits, self.encoder = added, labelled_logits, encoder
         self._owner = [model]  # in a list: a module attribute would be a child
-        self.splits = projections.splits([one for one in methods.values() if one is not None], len(added))
+        self.splits = own.splits([one for one in methods.values() if one is not None], len(added))
         self._said: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in added.parameters()) else None
 
@@ -184,7 +184,7 @@ class Handle(Described, nn.Module):
             UnsupportedError: something that is no linear stands in such a place now.
         """
         if self.splits:
-            projections.settle(layers := self.decoder_layers, (cast(Any, one)._tokendrop.spec for one in layers))
+            own.settle(layers := self.decoder_layers, (cast(Any, one)._tokendrop.spec for one in layers), self.layers)
         if self.labelled_logits:
             head.settle(self.owner)
 

@@ -15,7 +15,7 @@ from tokendrop.engine.forward.groups import run
 from tokendrop.engine.forward.span import WORK, call
 from tokendrop.engine.forward.state import frames
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model import ffn, projections, sets
+from tokendrop.engine.model import ffn, own, projections, sets
 from tokendrop.engine.model.attention import follows, settle, unseen
 from tokendrop.engine.model.decoder import (
     attention_of,
@@ -121,16 +121,21 @@ def apply(
     given = {task: method for task, method in checked.items() if method is not None}
     check_support(model, found, specs, given)
     check_one_device(found, path)
-    projections.check(found, specs, projections.splits(given.values(), len(found)))
+    projections.check(found, specs, own.splits(given.values(), len(found)))
+    kinds = attending, weighing
+    attends = {index for method in given.values() for kind in kinds for index in kind(method, len(found))}
+    for index in attends:
+        ffn.check(found[index], f"decoder layer {index}")
     headed = head.find_head(model) if labelled_logits else None
     selects = selections(method.route(len(found)) for method in given.values())
     looked = {index for select in selects for index in select.encoder}
     encoder = Encoder(model, looked) if looked else None
     added = sets.make_sets(found, specs, given, sets.set_names(given))
+    own.check(found, specs, added)
     take_saved(model, added)
     handle = Handle(model, path, specs, checked, multiple, added, labelled_logits, encoder)
     try:
-        _swap(handle, found, headed)
+        _swap(handle, found, headed, attends)
         if layout is not None:
             enter_own(model, handle, layout)
     except BaseException:
@@ -164,7 +169,7 @@ def _undropped_layers(model: nn.Module, path: str | None) -> tuple[str, nn.Modul
     return path, found
 
 
-def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Module] | None) -> None:
+def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Module] | None, attends: set[int]) -> None:
     if handle.encoder is not None:
         handle.encoder.watch(partial(_seen, handle.key))
     for index, (layer, spec) in enumerate(zip(layers, handle.specs, strict=True)):
@@ -174,10 +179,9 @@ def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Mod
         if attention is not None and unseen(attention) and follows(attention):
             settle(attention)
     if handle.splits:
-        projections.settle(layers, handle.specs)
-    given = [method for method in handle.methods.values() if method is not None]
-    if any(attending(method, len(layers)) or weighing(method, len(layers)) for method in given):
-        ffn.inject(layers)
+        own.settle(layers, handle.specs, handle.layers)
+    for index in attends:
+        ffn.inject(layers[index])
     if headed is not None:
         head.inject(*headed, handle.key)
     routers.inject(handle.owner, handle.path, handle.key)

@@ -16,6 +16,7 @@ from tokendrop.engine.model.ffn import ffn_of
 from tokendrop.engine.model.sets import make_sets
 from tokendrop.engine.model.swap import restore
 from tokendrop.engine.model.vision import Encoder
+from tokendrop.engine.reference_parts import own_hooks
 from tokendrop.engine.reference_roles import Roles, masked
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import (
@@ -68,14 +69,15 @@ def reference(
             roles.encoder.watch(lambda: roles.seen)
             stack.callback(lambda watched: [restore(one) for one in watched], roles.encoder.watched)
         for index, (layer, spec) in enumerate(zip(found, specs, strict=True)):
-            for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec), roles):
-                stack.callback(hook.remove)
-            rows = [
-                (i, names[task]) for i, task in enumerate(layout.tasks) if routes[i][index].separate and task in names
+            # Before those of the roles: what a role leaves out has no parts of its own.
+            own = [
+                (i, {part: sets[index][names[task]][part] for part in routes[i][index].separate})
+                for i, task in enumerate(layout.tasks)
+                if routes[i][index].separate and task in names
             ]
-            for _, letters in spec.linears if rows else ():
-                own = [(sample, sets[index][name]) for sample, name in rows]
-                hook = spec.linear(layer, letters[0]).register_forward_hook(_replace(layer, spec, letters, layout, own))
+            for hook in own_hooks(layer, spec, layout.image, own) if own else ():
+                stack.callback(hook.remove)
+            for hook in _hooks(layer, spec, partial(roles.of, index, layer, spec), roles):
                 stack.callback(hook.remove)
         yield
 
@@ -116,24 +118,3 @@ def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], stat
         yield ffn.register_forward_hook(skip)
     yield layer.register_forward_pre_hook(before, with_kwargs=True)
     yield layer.register_forward_hook(after)
-
-
-def _replace(
-    layer: nn.Module, spec: LayerSpec, letters: str, layout: TokenLayout, own: list[tuple[int, Any]]
-) -> Callable[..., Tensor]:
-    widths = [spec.widths(layer)[letter] for letter in letters]
-    groups = spec.groups(layer)
-
-    def hook(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-        (x,) = args
-        for sample, by_letter in own:
-            # In a grouped linear each letter is a slice within each group; else within the whole.
-            pieces = list(out[sample].unflatten(-1, (groups, -1)).split([width // groups for width in widths], -1))
-            for at, letter in enumerate(letters):
-                if letter in by_letter:
-                    pieces[at] = by_letter[letter](x[sample]).unflatten(-1, (groups, -1))
-            replaced = torch.where(layout.image[sample][:, None], torch.cat(pieces, -1).flatten(-2), out[sample])
-            out = torch.cat([out[:sample], replaced[None], out[sample + 1 :]])
-        return out
-
-    return hook

@@ -108,51 +108,59 @@ class Roles:
         self, sample: int, select: Select, states: Tensor, number: int, tokens: list[int], row: Tensor, into: list[int]
     ) -> Tensor:
         alive = [token for token in self.alive[sample] if token in tokens]
-        candidates = torch.zeros_like(self.layout.image[sample])
-        candidates[alive] = True
-        one, looks = torch.tensor([sample]), self._attention(sample, select.queries, tokens)
-        encoded = None
-        if select.encoder and self.encoder is not None:
-            encoded = self.encoder.encoded(self.seen, select.encoder, self.layout.image).of(one)
-            encoded = Encoded(encoded[0][:, :, tokens], encoded[1][:, :, tokens], encoded[2][:, tokens])
-        router = self.sets[select.layer]["router"](states[one])[:, tokens] if select.learned else None
         budgets = self._budgets(sample, select, tokens)
-        looks = torch.tensor([sum(count for _, count in budgets)]), looks, encoded, router
-        states, candidates = states[one][:, tokens], candidates[None, tokens]
-        text = torch.tensor([[t in self._text(sample, tokens) for t in tokens]])
-        named = text, *(self._frames(sample, tokens) if select.frames else ())
-        scoring = Scoring(
-            states,
-            candidates,
-            torch.tensor([number]),
-            select.layer,
-            select.seed,
-            self.step,
-            *looks,
-            *named,
-            most=sum(count for _, count in budgets),
-        )
+        scoring = self._scoring(sample, select, states, number, tokens, sum(count for _, count in budgets))
         scores = dict(zip(tokens, select.score(scoring)[0].tolist(), strict=True))
         best = sorted(alive, key=lambda token: (-scores[token], token))
         kept = sorted(t for part, count in budgets for t in [one for one in best if one in part][:count])
         self.kept[sample] = self.kept[sample] + kept
         places = [tokens.index(token) for token in kept]
-        if router is not None and select.gate:
-            weights = 1 + select.gate * router[0].tanh()
-            for t in alive:
-                at = torch.tensor(sample), torch.tensor(t)
-                self.weight = self.weight.to(router.dtype).index_put(at, weights[tokens.index(t)])
-        elif router is not None:
-            at = torch.tensor([sample]), torch.tensor(kept, dtype=torch.int64)
-            self.scale = self.scale.to(router.dtype).index_put(at, router[0, places])
+        if scoring.router is not None:
+            self._weigh(sample, select, dict(zip(tokens, scoring.router[0], strict=True)), alive, kept)
         if select.merge is None:
             return row
         chosen = torch.isin(torch.arange(len(tokens)), torch.tensor(places, dtype=torch.int64))[None]
         merge = select.merge(scoring, chosen)
         for token, target in zip(tokens, merge.into[0].tolist(), strict=True):
             into[token] = tokens[target]
-        merged = _merging(merge).to(states.dtype) @ states[0]
+        merged = _merging(merge).to(states.dtype) @ scoring.states[0]
         return row.index_copy(0, torch.tensor(tokens), merged)
+
+    def _scoring(
+        self, sample: int, select: Select, states: Tensor, number: int, tokens: list[int], count: int
+    ) -> Scoring:
+        one, candidates = torch.tensor([sample]), torch.zeros_like(self.layout.image[sample])
+        candidates[self.alive[sample]] = True
+        encoded = None
+        if select.encoder and self.encoder is not None:
+            encoded = self.encoder.encoded(self.seen, select.encoder, self.layout.image).of(one)
+            encoded = Encoded(encoded[0][:, :, tokens], encoded[1][:, :, tokens], encoded[2][:, tokens])
+        images, frames = self._frames(sample, tokens) if select.frames else (None, None)
+        return Scoring(
+            states=states[one][:, tokens],
+            image=candidates[None, tokens],
+            samples=torch.tensor([number]),
+            layer=select.layer,
+            seed=select.seed,
+            step=self.step,
+            counts=torch.tensor([count]),
+            attention=self._attention(sample, select.queries, tokens),
+            encoded=encoded,
+            router=self.sets[select.layer]["router"](states[one])[:, tokens] if select.learned else None,
+            text=torch.tensor([[t in self._text(sample, tokens) for t in tokens]]),
+            images=images,
+            frames=frames,
+            most=count,
+        )
+
+    def _weigh(self, sample: int, select: Select, router: dict[int, Tensor], alive: list[int], kept: list[int]) -> None:
+        # What a router gives each token, as a weight on its state or as a scale of its update.
+        for t in alive if select.gate else kept:
+            at = torch.tensor(sample), torch.tensor(t)
+            if select.gate:
+                self.weight = self.weight.to(router[t].dtype).index_put(at, 1 + select.gate * router[t].tanh())
+            else:
+                self.scale = self.scale.to(router[t].dtype).index_put(at, router[t])
 
     def _named(self, sample: int, tokens: list[int]) -> dict[int, tuple[int, int]]:
         # Of each image token the image, by the layout or by runs, and the frame.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tokendrop.engine.model import own
 from tokendrop.engine.model.decoder import LayerSpec, attention_of, is_sharded
 from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
@@ -87,9 +88,7 @@ def check_support(
             raise UnsupportedError(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
-        own = [specs[index].separate_refusal() for index, layer in enumerate(route) if layer.separate]
-        if refusal := next(filter(None, own), None):
-            raise UnsupportedError(f"{method} needs image-only projections, but {refusal}; use separate='none'")
+        _check_owned(layers, specs, method, route)
         learned = any(layer.select is not None and layer.select.learned for layer in route)
         adds = learned or method.separate != "none"
         if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -119,6 +118,13 @@ def _check_skipping(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: M
             )
 
 
+def _check_owned(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method, route: Route) -> None:
+    for index, layer in enumerate(route):
+        if refusal := own.refusal(layers[index], specs[index], layer.separate):
+            what = "parts" if layer.separate - set("qkv") else "projections"
+            raise UnsupportedError(f"{method} needs image-only {what}, but {refusal}; use separate='none'")
+
+
 def _check_weighing(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method) -> None:
     for index in weighing(method, len(layers)):
         if refusal := skip_refusal(layers[index], specs[index], adds=0.5):
@@ -131,6 +137,9 @@ def _chosen_refusal(route: Route) -> str | None:
     for index, layer in enumerate(route):
         if layer.select is not None and layer.separate:
             return f"selects image tokens in layer {index} and has projections of their own there; do one of them"
+        looks = None if layer.select is None or layer.select.queries is None else layer.select.queries.layer
+        if looks is not None and route[looks].separate:
+            return f"scores by attention of layer {looks}, where image tokens have own projections; do one"
         if layer.select is not None and layer.select.gate and layer.image is not Role.BYPASS:
             return f"weighs what image tokens get in layer {index}, where the others are {layer.image.name}; use BYPASS"
         if layer.select is not None and layer.image in (Role.CONTEXT, Role.ATTEND) and gone:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from tokendrop.engine.forward import deepstack, head, routers
-from tokendrop.engine.model import attention, ffn, projections
+from tokendrop.engine.model import attention, own
 from tokendrop.engine.model.swap import Swapped, restore
 from tokendrop.engine.model.vision import Encoder
 from tokendrop.errors import AppliedError
@@ -26,9 +26,8 @@ def undo(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> No
     for module in _swapped(model, layers, encoder):
         while "_tokendrop_base" in vars(type(module)):  # one may be swapped for several reasons
             restore(module)
-    projections.restore(layers)
+    own.restore(layers)
     attention.restore(layers)
-    ffn.restore(layers)
     head.restore(model)
 
 

@@ -1,5 +1,6 @@
 """One file per published method: a frozen dataclass that returns roles and knows no model."""
 
+from tokendrop.methods.cd_pruner import CDPruner
 from tokendrop.methods.dart import DART
 from tokendrop.methods.div_prune import DivPrune
 from tokendrop.methods.drop import Drop
@@ -9,6 +10,7 @@ from tokendrop.methods.hidrop import HiDrop
 from tokendrop.methods.himix import HiMix
 from tokendrop.methods.hmgen import HMGen
 from tokendrop.methods.mixture_of_depths import MixtureOfDepths
+from tokendrop.methods.mixture_of_transformers import MixtureOfTransformers
 from tokendrop.methods.pmod import PMoD
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
@@ -19,6 +21,7 @@ from tokendrop.methods.vscan import VScan
 
 __all__ = [
     "DART",
+    "CDPruner",
     "DivPrune",
     "Drop",
     "DuetVLM",
@@ -27,6 +30,7 @@ __all__ = [
     "HiDrop",
     "HiMix",
     "MixtureOfDepths",
+    "MixtureOfTransformers",
     "PMoD",
     "PyramidDrop",
     "RandomLTD",

@@ -13,6 +13,8 @@ from tokendrop.roles import (
     check_separate,
     deepest,
     layer_indices,
+    owned,
+    shown,
 )
 
 
@@ -26,10 +28,12 @@ class HiMix(Method):
         layers: the range of layers, all by default; "2:" leaves the first two dense.
         separate: image-only W_v^K and W_v^V: "none" shares the text's, "shared" has one set for all tasks,
             "per-task" one for each.
+        parts: what is image-only, of the projections and, with "qkv+norm", the norms that lead to them; image tokens
+            have no use for other parts.
 
     Raises:
         LayerRangeError: `layers` is no range.
-        MethodError: an unknown `separate`.
+        MethodError: an unknown `separate`, or parts that are unknown or of no use.
 
     Example:
         >>> [layer.image.name for layer in HiMix("1:").route(3)]
@@ -41,16 +45,24 @@ class HiMix(Method):
 
     layers: Layers = ":"
     separate: Separate = "none"
+    parts: str = "qkv"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_separate(self.separate)
+        self._own()
+
+    def _own(self) -> frozenset[str]:
+        return owned(self.parts, self.separate, "k+v+norm")
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """Roles of image tokens in `num_layers` layers; a schedule switches layers on from the deep end."""
         chosen = layer_indices(self.layers, num_layers)
         on = deepest(chosen, strength)
-        own = frozenset("kv") if self.separate != "none" else frozenset()
+        own = self._own() if self.separate != "none" else frozenset()
         return tuple(
             LayerRoute(Role.CONTEXT if i in on else Role.ACTIVE, own if i in chosen else frozenset())
             for i in range(num_layers)

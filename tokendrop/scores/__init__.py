@@ -3,13 +3,14 @@
 from tokendrop.scores.attention import attention, value_norm
 from tokendrop.scores.features import leverage, similarity
 from tokendrop.scores.frames import temporal
-from tokendrop.scores.greedy import diverse, pivots, unlike
+from tokendrop.scores.greedy import conditional, diverse, pivots, relevance, unlike
 from tokendrop.scores.simple import norm, random, uniform
 from tokendrop.scores.vision import capped_scan, dominant, nearest, scan, spread
 
 __all__ = [
     "attention",
     "capped_scan",
+    "conditional",
     "diverse",
     "dominant",
     "leverage",
@@ -17,6 +18,7 @@ __all__ = [
     "norm",
     "pivots",
     "random",
+    "relevance",
     "scan",
     "similarity",
     "spread",

@@ -49,6 +49,62 @@ def _nearest_other(unit: Tensor, image: Tensor) -> Tensor:
     return apart.fill_diagonal_(torch.inf).amin(1)
 
 
+def relevance(states: Tensor, image: Tensor, text: Tensor) -> Tensor:
+    """How little an image token is like the text, between its least and its greatest.
+
+    v[t] = mean over text u of -cos(x[t], x[u]); s[t] = (v[t] - min v + 1e-6) / (max v - min v)
+
+    Args:
+        states: (B, T, D).
+        image: (B, T) bool, the tokens to score.
+        text: (B, T) bool.
+
+    Returns:
+        (B, T) float32; 1 where all are alike or there is no text, 0 for other tokens.
+
+    Source: CDPruner (arXiv 2506.10967), github.com/Theia-4869/CDPruner, whose least and greatest are of the batch.
+    """
+    unit = F.normalize(states.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=-1)
+    mean = (unit * text[:, :, None]).sum(1) / text.sum(1, keepdim=True).clamp(min=1)
+    value = -(unit @ mean[:, :, None])[:, :, 0]
+    least = value.masked_fill(~image, torch.inf).amin(1, keepdim=True)
+    span = value.masked_fill(~image, -torch.inf).amax(1, keepdim=True) - least
+    return ((value - least + 1e-6) / span).where(span > 0, 1.0).where(image, 0.0)
+
+
+def conditional(states: Tensor, weight: Tensor, image: Tensor, counts: Tensor, most: int | None = None) -> Tensor:
+    """Tokens that are worth much and unlike one another: the greedy choice of a determinantal point process.
+
+    L[t, u] = w[t] cos(x[t], x[u]) w[u]; always the token with the largest variance given those chosen, under L
+
+    Args:
+        states: (B, T, D).
+        weight: (B, T) float, w, above 0.
+        image: (B, T) bool, the tokens to choose from.
+        counts: (B,) int64, how many are chosen.
+        most: the largest of these; None to ask the device.
+
+    Returns:
+        (B, T) float32, minus the place in the order of choice; minus infinity for those not chosen.
+
+    Source: CDPruner (arXiv 2506.10967), github.com/Theia-4869/CDPruner.
+    """
+    unit = F.normalize(states.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=-1)
+    unit = unit * weight[:, :, None]
+    score, variance = torch.full(image.shape, -torch.inf, device=image.device), unit.square().sum(-1)
+    factors = unit.new_zeros(len(unit), 0, unit.shape[1])  # rows of the Cholesky factor
+    for order in range(int(counts.max()) if most is None else most):
+        free = image & score.isinf()
+        best = variance.masked_fill(~free, -torch.inf).argmax(1, keepdim=True)
+        take = free.gather(1, best) & (order < counts[:, None])
+        score = score.scatter(1, best, torch.where(take, -float(order), score.gather(1, best)))
+        row = (unit @ unit.gather(1, best[:, :, None].expand(-1, -1, unit.shape[-1])).mT)[:, :, 0]
+        row = row - (factors.gather(2, best[:, None].expand(-1, factors.shape[1], -1)) * factors).sum(1)
+        row = row / variance.gather(1, best).clamp(min=1e-12).sqrt()
+        variance, factors = variance - row.square(), torch.cat([factors, row[:, None]], 1)
+    return score
+
+
 def pivots(keys: Tensor, image: Tensor, text: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor]:
     """The image tokens, then the text behind them, whose keys are longest.
 

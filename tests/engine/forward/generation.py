@@ -23,6 +23,8 @@ METHODS: dict[str, Any] = {
     "hmgen": td.HMGen("1:4:2"),
     "hmgen_first": td.HMGen("0:4:2"),
     "hmgen_shared": td.HMGen("1:4:2", separate="shared"),
+    "hmgen_parts": td.HMGen("1:4:2", "shared", "k+o+norm+ffn"),
+    "transformers": td.MixtureOfTransformers("2:4"),
     "rejoin": td.Drop("0:3", 0.5),
     "gone": td.Drop("1:", 0.5, then="gone"),
     "merge": td.Drop("1:3", 0.5, "norm", "merge"),
@@ -37,11 +39,21 @@ METHODS: dict[str, Any] = {
     "duet_vlm": td.DuetVLM((1, 3), (0.5, 0)),
     "pmod": td.PMoD(0.2),
     "dart": td.DART(2, 0.6, 1, 2),
+    "cd_pruner": td.CDPruner(0.5),
     "div_prune": td.DivPrune(0.5),
     "svd_prune": td.SVDPrune(0.5, rank=2),
 }
 # Under the others a new image token would end with a stale state.
-MAKES_IMAGES = ("attend", "attend_kept", "himix_range", "hmgen", "hmgen_first", "hmgen_shared")
+MAKES_IMAGES = (
+    "attend",
+    "attend_kept",
+    "himix_range",
+    "hmgen",
+    "hmgen_first",
+    "hmgen_parts",
+    "hmgen_shared",
+    "transformers",
+)
 SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True},

@@ -59,13 +59,28 @@ VISION: dict[str, dict[str, Any]] = {
 ENCODERS = ("janus", "llava", "qwen2_5_vl")
 # Those whose tokens are made of patches by a pixel shuffle, with newlines, or beside deepstack features.
 ARRANGED = ("idefics3", "internvl", "llava_onevision", "qwen3_vl", "smolvlm")
-# Of a family much like another, each method in one way only.
-CASES = [
-    (name, method, *pair)
-    for name in NAMES
-    for at, method in enumerate(METHODS)
-    for pair in (FAMILIES[name].pairs()[at % 2 :][:1] if FAMILIES[name].alike else FAMILIES[name].pairs())
-]
+# Each method in all ways only in families that differ most; in one way where a family is much like another.
+WHOLE = ("gemma3", "gpt2", "llama", "qwen2_5_vl", "qwen3_vl")
+
+
+def ways(name: str, at: int) -> Iterator[Any]:
+    """The pairs of attention and padding for method number `at` in a family; those that say the same again are slow."""
+    pairs = FAMILIES[name].pairs()
+    if FAMILIES[name].alike:
+        yield from pairs[at % 2 :][:1]
+        return
+    for place, pair in enumerate(pairs):
+        again = name not in WHOLE and place % 3 != (at + place // 3) % 3
+        yield pytest.param(*pair, marks=pytest.mark.slow) if again else pair
+
+
+def marked(name: str, method: str, pair: Any) -> Any:
+    """A case of a family, a method and a way, as slow as the way is."""
+    values, marks = (pair.values, pair.marks) if hasattr(pair, "marks") else (pair, ())
+    return pytest.param(name, method, *values, marks=marks)
+
+
+CASES = [marked(name, method, pair) for name in NAMES for at, method in enumerate(METHODS) for pair in ways(name, at)]
 SHOWN = {
     "himix": ["HiMix"],
     "himix_range": ["HiMix"],
@@ -299,6 +314,30 @@ def test_image_only_projections(name: str, attention: str, padding: str | None, 
     assert found.gradient_error(expected) < TOLERANCE
     assert found.error(plain) > 1000 * TOLERANCE
     cell(name, "projections")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_image_only_parts(name: str, cell: Any) -> None:
+    """All parts of image rows that compute beside the norms, keys and values of those that are CONTEXT."""
+    latent = name == "deepseek_v3"  # no linears for q, k and v
+    own = td.MixtureOfTransformers("1:4", "per-task", "o+norm+ffn" if latent else "qkv+o+norm+ffn")
+    family = FAMILIES[name]
+    case = Case(name, "hmgen", *family.pairs()[len(name) % len(family.pairs())])
+    case.methods = {"g": own, "u": td.HMGen("2:3") if latent else td.HiMix("2:", "per-task", "qkv+norm")}
+    case.labels = case.data.trained([True, False])
+    case.layout = replace(case.layout, task=("g", "u"), labels=case.labels)
+
+    def perturb(drop: td.Handle) -> None:
+        generator = torch.Generator().manual_seed(3)
+        for parameter in drop.layers.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+    (same, _), (found, drop) = case.dropped(), case.dropped(perturb)
+    expected = case.expected(drop)
+    assert found.error(expected) < TOLERANCE
+    assert found.gradient_error(expected) < TOLERANCE
+    assert found.error(same) > 1000 * TOLERANCE
+    cell(name, "parts", "without q, k and v" if latent else "pass")
 
 
 def test_projections_of_latent_attention_are_refused(cell: Any, refusal: Any) -> None:

@@ -276,6 +276,18 @@ def test_an_adapter_file_without_trained_projections_is_said(first, tmp_path):
     agree(logits(again, back), logits(model.eval(), drop))
 
 
+def test_parts_that_an_adapter_file_leaves_out_are_said(tmp_path):
+    """Norms and FFNs too, whose names are as long as those of adapters."""
+    model = llama()
+    drop = td.apply(model, td.MixtureOfTransformers(parts="norm+ffn"))
+    model = adapted(model)
+    drop.layers.requires_grad_(True)
+    lost = [name for name, _ in drop.layers.named_parameters() if "lora_" not in name]
+    assert lost
+    with pytest.warns(td.NoEffectWarning, match=r"PeftModel\w* is saved without the \d+ parameters .*layers\.0\.image"):
+        model.save_pretrained(tmp_path)
+
+
 def test_projections_that_were_not_trained_are_not_missed(tmp_path):
     model = llama()
     drop = td.apply(model, METHODS["separate"])

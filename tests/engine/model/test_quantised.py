@@ -142,6 +142,20 @@ def test_image_only_projections_are_copies_of_what_is_packed(kind):
         torch.testing.assert_close(own.weight.detach(), known, rtol=1e-2 if kind == "int8" else 1e-6, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_only_ffns_are_copies_of_what_is_packed(kind):
+    """So that with them an image token is what it was, and they are trained."""
+    model, ids = quantised(kind), torch.randint(1, 40, (1, 6))
+    drop = td.apply(model, td.MixtureOfTransformers(parts="o+norm+ffn"))
+    assert all(p.is_floating_point() and p.requires_grad for p in drop.layers.parameters())
+    with torch.no_grad():
+        with drop.disabled():
+            expected = model(ids, use_cache=False).logits
+        with drop.layout(td.TokenLayout(torch.ones_like(ids).bool())):
+            found = model(ids, use_cache=False).logits
+    assert (found - expected).abs().max() < (0.05 if kind == "int8" else 1e-4) * expected.abs().max()
+
+
 def test_they_have_the_dtype_of_the_hidden_states():
     model = quantised("nf4")
     for module in (

@@ -17,6 +17,7 @@ import tokendrop as td
 
 MADE = batch(*MIXED, side="left")
 PLAIN = {"u": td.HiMix("1:"), "g": td.HMGen("1:3")}
+PARTS = {"u": td.HiMix("1:", "shared", "kv+norm"), "g": td.HMGen("1:3", "per-task", "qkv+o+norm+ffn")}
 SEPARATE = {"u": td.HiMix("1:", "per-task"), "g": td.HMGen("1:3", "per-task")}
 
 
@@ -48,7 +49,7 @@ def test_save_pretrained_of_everything_says_what_a_dense_model_ignores(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.parametrize("methods", [PLAIN, SEPARATE], ids=["none", "per-task"])
+@pytest.mark.parametrize("methods", [PLAIN, SEPARATE, PARTS], ids=["none", "per-task", "parts"])
 def test_a_distributed_checkpoint_has_the_same_keys_and_comes_back(methods, tmp_path):
     base = llama()
     model, drop = dropped(base, methods)

@@ -26,6 +26,7 @@ METHODS: dict[str, Any] = {
     "hidrop": td.HiDrop(1, (2,), (0.6,), 3),
     "duet": td.DuetVLM((1, 3), (0.5, 0)),
     "pmod": td.PMoD(0.2),
+    "cd_pruner": td.CDPruner(0.5),
     "div_prune": td.DivPrune(0.5),
     "dart": td.DART(2, 0.5, 1, 2),
     "svd": td.SVDPrune(0.5, rank=1),
@@ -33,6 +34,7 @@ METHODS: dict[str, Any] = {
     "count": td.Drop("1:3", 2, "value_norm", "gone"),
     "gone": td.Drop("1:", 0.5, "similarity", "gone"),
     "context": td.Drop("1:3", 0.5, "norm", "context"),
+    "transformers": td.MixtureOfTransformers("1:"),
     "merge": td.Drop("1:3", 0.5, "norm", "merge"),
     "attend": td.Drop("1:", 0.5, "norm", "attend"),
     "uniform": td.Drop("0:2", 0.5, "uniform"),
@@ -40,6 +42,7 @@ METHODS: dict[str, Any] = {
     "attention": td.Drop("2:", 0.5, "attention"),
     "norm": td.Drop("1:", 1, "norm"),
 }
+SEPARATE = ("himix", "hmgen", "transformers")
 # These end image rows CONTEXT or GONE, which nothing may train.
 TRAINS_NO_IMAGE = "u"
 
@@ -145,7 +148,7 @@ def block_mask(packs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("himix", "hmgen")] + ["merging"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in SEPARATE] + ["merging"])
 def test_rows_of_packed_samples_equal_the_reference(method: str, side: str) -> None:
     """Two tasks, padding, and a mask of the caller's own."""
     methods = {"u": METHODS.get(method) or Merging(), "g": td.HMGen("1:3")}

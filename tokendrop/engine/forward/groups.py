@@ -15,8 +15,10 @@ from tokendrop.engine.model.attention import settle as settle_attention
 from tokendrop.engine.model.context import ContextKeys, keys_values
 from tokendrop.engine.model.decoder import LayerSpec, attention_of
 from tokendrop.engine.model.ffn import gated, some_rows
-from tokendrop.engine.model.projections import settle, touch, using
+from tokendrop.engine.model.own import settle
+from tokendrop.engine.model.projections import touch
 from tokendrop.engine.model.sight import Sight
+from tokendrop.engine.model.using import using
 from tokendrop.engine.plan.rows import Rows, Split
 
 
@@ -90,11 +92,11 @@ def run(
             rows = call.shape[0] * call.shape[1]
             x, at = hidden[0, at : at + rows].view(*call.shape, -1), at + rows
         if (call.split is not None or call.context is not None) and not torch.compiler.is_compiling():
-            settle((layer,), (work.spec,))  # an adapter may have come or gone since the layout was entered
+            settle((layer,), (work.spec,), (work.sets,))  # an adapter may have come or gone inside the layout
         arguments = _arguments(layer, forward, call, work)
         ours = choosing(_chosen(layer, work, arguments))
         ffn = some_rows(call.ffn, call.shape[1]), gated(call.gate)
-        with using(call.split, work.sets), split_attention(call.late), ffn[0], ffn[1], ours:
+        with using(call.split, work.sets, call.shape), split_attention(call.late), ffn[0], ffn[1], ours:
             out, rest = split_output(forward(layer, x, **arguments))
         outs.append(out)
     out = outs[0] if len(outs) == 1 else torch.cat([out.reshape(1, -1, out.shape[-1]) for out in outs], 1)
@@ -114,7 +116,8 @@ def _arguments(layer: nn.Module, forward: Callable[..., Any], call: Call, work: 
     cache = work.spec.cache
     if call.context is None or cache is None:
         return call.arguments
-    with using(call.context_split, work.sets, queries=False):
+    shape = (call.context.shape[0], call.context.shape[1])
+    with using(call.context_split, work.sets, shape, queries=False):
         keys, values = keys_values(layer, forward, call.context, call.context_arguments, cache)
     return call.arguments | {cache: ContextKeys(keys, values, call.order, call.arguments[cache])}
 

@@ -63,7 +63,8 @@ class Step:
     def split(self, index: int) -> Split | None:
         """Which projections the new tokens use in layer `index`."""
         pairs = zip(self.names, self.routes, strict=True)
-        names = tuple(name if route[index].separate else None for name, route in pairs)
+        owns = ((name, route[index].separate) for name, route in pairs)
+        names = tuple((name, own) if own and name is not None else None for name, own in owns)
         return split_rows(self.image, names) if self.any_image and any(names) else None
 
     def text_rows(self) -> Rows:

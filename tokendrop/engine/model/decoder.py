@@ -37,6 +37,7 @@ class LayerSpec:
         grouped: whether a fused linear orders its outputs by group of heads, then by letter; each group has one head of
             keys and one of values.
         recurrent: what carries a state from row to row in such layers, if anything.
+        output: the attention child that makes its output, if it is a linear.
     """
 
     layer_class: type[nn.Module]
@@ -47,6 +48,7 @@ class LayerSpec:
     linears: tuple[tuple[str, str], ...]
     grouped: bool
     recurrent: str | None = None
+    output: str | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The hidden states of a layer call, and its other arguments by name."""
@@ -82,9 +84,14 @@ class LayerSpec:
             return f"inspection finds no linears for q, k and v in {self.layer_class.__name__}"
         return None
 
+    @property
+    def owned(self) -> tuple[tuple[str, str], ...]:
+        """`linears`, and with letter "o" the one that makes the attention's output."""
+        return self.linears if self.output is None else (*self.linears, (self.output, "o"))
+
     def linear(self, layer: nn.Module, letter: str) -> nn.Module:
-        """The layer's linear that makes "q", "k" or "v", with the adapter on it where it has one."""
-        name = next(name for name, letters in self.linears if letter in letters)
+        """The layer's linear that makes "q", "k", "v" or the output "o", with the adapter on it where it has one."""
+        name = next(name for name, letters in self.owned if letter in letters)
         return getattr(getattr(layer, self.attention or ""), name)
 
     def widths(self, layer: nn.Module) -> dict[str, int]:
@@ -144,7 +151,9 @@ def layer_spec(layer: nn.Module, layer_class: type[nn.Module], recurrent: bool =
     cache = next((name for name in _CACHES if name in names), None)
     mask = next((name for name in _MASKS if name in names), None)
     mixer = type(attention_of(layer) or layer).__name__ if recurrent else _convolution(layer)
-    return LayerSpec(layer_class, names, mask, cache, attention, linears, by_head or fused == "query_key_value", mixer)
+    output = next((name for name in _OUTPUTS if is_linear(children.get(name, nn.Identity()))), None)
+    grouped = by_head or fused == "query_key_value"
+    return LayerSpec(layer_class, names, mask, cache, attention, linears, grouped, mixer, output)
 
 
 def _convolution(layer: nn.Module) -> str | None:

@@ -12,6 +12,14 @@ def base_linear(linear: nn.Module) -> nn.Module:
     return linear
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What a wrapper of classic FSDP or of checkpointing passes attributes on to, whose children are the module's."""
+    for name in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        while isinstance(inner := module._modules.get(name), nn.Module):
+            module = inner
+    return module
+
+
 def is_transposed(linear: nn.Module) -> bool:
     """Whether a linear stores its weight as (in, out), such as GPT-2's Conv1D."""
     return any(base.__name__ == "Conv1D" for base in type(linear).__mro__)

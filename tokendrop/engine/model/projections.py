@@ -3,9 +3,7 @@
 Shape letters: B batch, K rows, D hidden.
 """
 
-import threading
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,35 +12,11 @@ from torch import Tensor, nn
 
 from tokendrop.engine.model import swap
 from tokendrop.engine.model.decoder import LayerSpec
-from tokendrop.engine.model.linears import base_linear, is_linear, is_transposed
+from tokendrop.engine.model.linears import base_linear, is_linear, is_transposed, linear_shape
 from tokendrop.engine.model.swap import Swapped, check_forward, reach, reached
+from tokendrop.engine.model.using import current, own, split_run
 from tokendrop.engine.model.weights import multiplies, readable
-from tokendrop.engine.plan.rows import Split
 from tokendrop.errors import UnsupportedError
-from tokendrop.roles import Method, Role
-
-
-class _Using(threading.local):
-    """What the linears of this thread do at the moment."""
-
-    def __init__(self) -> None:
-        self.split: Split | None = None
-        self.sets: nn.ModuleDict | None = None
-        self.queries = True
-
-
-_using = _Using()
-
-
-@contextmanager
-def using(split: Split | None, sets: nn.ModuleDict, queries: bool = True) -> Generator[None]:
-    """Split the rows of this thread's linears over the projection `sets` of one layer; without `queries`, make none."""
-    before = _using.split, _using.sets, _using.queries
-    _using.split, _using.sets, _using.queries = split, sets, queries
-    try:
-        yield
-    finally:
-        _using.split, _using.sets, _using.queries = before
 
 
 @dataclass(frozen=True)
@@ -50,7 +24,7 @@ class Parts:
     """How a linear's output features divide.
 
     Args:
-        letters: what it makes, of "qkv".
+        letters: what it makes, of "qkv", or "o".
         widths: output features of each letter.
         groups: number of groups the letters alternate in, 1 where they follow one another.
         transposed: whether the weight is stored (in, out).
@@ -91,15 +65,15 @@ class _SplitLinear(Swapped):
     _tokendrop_parts: Parts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if "forward" in self.__dict__ and (_using.split is not None or not _using.queries):
+        if "forward" in self.__dict__ and (current.split is not None or not current.queries):
             return reach(self, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         reached(self)
-        split, sets = _using.split, _using.sets
-        if split is None or sets is None:
-            return super().forward(x, *args, **kwargs) if _using.queries else self._letters(x, {}, kwargs)
+        split = current.split
+        if split is None:
+            return super().forward(x, *args, **kwargs) if current.queries else self._letters(x, {}, kwargs)
         given = [name for name in kwargs if kwargs[name] is not None]
         if given:
             raise UnsupportedError(
@@ -107,18 +81,13 @@ class _SplitLinear(Swapped):
                 "its rows; use one adapter for the batch, or separate='none'"
             )
         flat = x.reshape(-1, x.shape[-1])
-        outputs = []
-        for name, rows in zip(split.names, split.rows, strict=True):
-            part = flat if len(rows) == len(flat) else flat.index_select(0, rows)
-            own = {} if name is None else dict(cast(nn.ModuleDict, sets[name]).items())
-            outputs.append(self._letters(part, own, {}))
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs).index_select(0, split.inverse)
+        out = split_run(split, flat, lambda part, name: self._letters(part, own(name), {}))
         return out.view(*x.shape[:-1], -1)
 
     def _letters(self, x: Tensor, own: Mapping[str, nn.Module], more: Mapping[str, Any]) -> Tensor:
         parts = self._tokendrop_parts
         # A fused linear that is packed or adapted is right only as a whole.
-        whole = _using.queries or (len(parts.letters) > 1 and not self._plain())
+        whole = current.queries or (len(parts.letters) > 1 and not self._plain())
         if whole and not own.keys() & set(parts.letters):
             return self._text(x, more)
         outputs: list[Tensor | None] = [self._letter(x, own, letter, more) for letter in parts.letters]
@@ -133,7 +102,7 @@ class _SplitLinear(Swapped):
         )
 
     def _letter(self, x: Tensor, own: Mapping[str, nn.Module], letter: str, more: Mapping[str, Any]) -> Tensor | None:
-        if letter == "q" and not _using.queries:
+        if letter == "q" and not current.queries:
             return None
         if letter in own:
             return own[letter](x)
@@ -156,16 +125,11 @@ class _SplitLinear(Swapped):
 
 def parts_of(layer: nn.Module, spec: LayerSpec, letters: str) -> Parts:
     """How the linear that makes `letters` divides."""
-    widths = spec.widths(layer)
-    linear = spec.linear(layer, letters[0])
+    linear, fused = spec.linear(layer, letters[0]), len(letters) > 1
+    widths = spec.widths(layer) if fused else {letters: linear_shape(linear)[0]}
     kind = is_transposed(base_linear(linear)), multiplies(linear)
-    return Parts(letters, tuple(widths[letter] for letter in letters), spec.groups(layer), *kind)
-
-
-def splits(methods: Collection[Method], count: int) -> bool:
-    """Whether rows of the linears go ways of their own under some method, in a decoder of `count` layers."""
-    context = (one.image is Role.CONTEXT for method in methods for one in method.route(count))
-    return any(method.separate != "none" for method in methods) or any(context)
+    groups = spec.groups(layer) if fused else 1
+    return Parts(letters, tuple(widths[letter] for letter in letters), groups, *kind)
 
 
 def check(layers: nn.ModuleList, specs: Sequence[LayerSpec], linears: bool) -> None:
@@ -181,35 +145,46 @@ def check(layers: nn.ModuleList, specs: Sequence[LayerSpec], linears: bool) -> N
     """
     for index, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
         check_forward(layer, f"decoder layer {index}")
-        for name, letters in spec.linears if linears else ():
-            check_forward(spec.linear(layer, letters[0]), f"{spec.attention}.{name} of decoder layer {index}")
+        for _, letters in spec.linears if linears else ():
+            check_linear(layer, spec, letters[0], f"decoder layer {index}")
 
 
-def settle(layers: Iterable[nn.Module], specs: Iterable[LayerSpec]) -> None:
-    """Swap the class of the linears that make queries, keys and values, adapters included, where it is not.
+def check_linear(layer: nn.Module, spec: LayerSpec, letter: str, name: str) -> None:
+    """Refuse a linear that a `forward` in its instance would lead past the swapped class.
+
+    Raises:
+        UnsupportedError: with its place in the layer `name`.
+    """
+    place = next(place for place, letters in spec.owned if letter in letters)
+    check_forward(spec.linear(layer, letter), f"{spec.attention}.{place} of {name}")
+
+
+def settle(layer: nn.Module, spec: LayerSpec, wanted: str) -> None:
+    """Swap the class of the linears that make the `wanted` letters, adapters included, where it is not.
 
     An adapter belongs to the text's projection: image rows go past both, so that merging it changes none of them.
 
     Raises:
         UnsupportedError: something that is no linear stands in such a place now.
     """
-    for layer, spec in zip(layers, specs, strict=True):
-        for _, letters in spec.linears:
-            linear = spec.linear(layer, letters[0])
-            if isinstance(linear, _SplitLinear):
-                continue
-            inside = [module for module in linear.modules() if isinstance(module, _SplitLinear)]
-            if is_linear(linear):
-                for module in inside:
-                    swap.restore(module)
-                parts = parts_of(layer, spec, letters)
-                swap.swap(linear, _SplitLinear)  # which its class may refuse
-                linear.__dict__["_tokendrop_parts"] = parts
-            elif not inside:
-                raise UnsupportedError(
-                    f"{type(linear).__name__} took the place of the linear that makes {', '.join(letters)} since "
-                    "apply, and cannot be split; remove() first, and apply afterwards"
-                )
+    for _, letters in spec.owned:
+        if letters not in wanted:
+            continue
+        linear = spec.linear(layer, letters[0])
+        if isinstance(linear, _SplitLinear):
+            continue
+        inside = [module for module in linear.modules() if isinstance(module, _SplitLinear)]
+        if is_linear(linear):
+            for module in inside:
+                swap.restore(module)
+            parts = parts_of(layer, spec, letters)
+            swap.swap(linear, _SplitLinear)  # which its class may refuse
+            linear.__dict__["_tokendrop_parts"] = parts
+        elif not inside:
+            raise UnsupportedError(
+                f"{type(linear).__name__} took the place of the linear that makes {', '.join(letters)} since "
+                "apply, and cannot be split; remove() first, and apply afterwards"
+            )
 
 
 def restore(layers: nn.ModuleList) -> None:
@@ -221,7 +196,10 @@ def restore(layers: nn.ModuleList) -> None:
 
 def touch(sets: nn.ModuleDict, out: Tensor) -> Tensor:
     """`out`, with every parameter of `sets` in its graph, at the price of a sum over no rows."""
-    for linear in sets.modules():
-        if isinstance(linear, nn.Linear):
-            out = out + linear(linear.weight.new_empty(0, linear.in_features)).sum().to(out.dtype)
+    for module in sets.modules():
+        if isinstance(module, nn.Linear):
+            out = out + module(module.weight.new_empty(0, module.in_features)).sum().to(out.dtype)
+            continue
+        for p in module.parameters(recurse=False):  # of norms and experts
+            out = out + p.reshape(-1)[:0].sum().to(out.dtype)
     return out

@@ -43,8 +43,9 @@ def notice_saving(handle: nn.Module, added: nn.ModuleList) -> None:
 def _lost(handle: nn.Module, added: nn.ModuleList, root: nn.Module, saver: str) -> list[str]:
     if saver == "save_pretrained":
         return [] if _holds(root, handle) else [name for name, _ in added.named_parameters()]
-    # PEFT saves what its own wrappers hold, whose names are longer: index, set, letter, kind.
-    return [name for name, p in added.named_parameters() if p.requires_grad and name.count(".") <= 3]
+    # PEFT saves what its own wrappers hold, whose names are others than those that were made.
+    made = vars(added).get("_made", ())
+    return [name for name, p in added.named_parameters() if p.requires_grad and name in made]
 
 
 def _holds(root: nn.Module, handle: nn.Module) -> bool:

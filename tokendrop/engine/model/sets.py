@@ -1,4 +1,4 @@
-"""The parameters added to each layer: image-only projections as copies of the text's, and routers.
+"""The parameters added to each layer: image-only parts as copies of the text's, and routers.
 
 Shape letters: T tokens, D hidden, L layers.
 """
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.model.linears import is_linear, linear_shape
-from tokendrop.engine.model.projections import parts_of
-from tokendrop.engine.model.weights import home, weights_of
+from tokendrop.engine.model.own import copies, source, taken
+from tokendrop.engine.model.weights import home
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Method
 
@@ -30,7 +30,7 @@ def make_sets(
     methods: Mapping[str | None, Method],
     names: Mapping[str | None, str],
 ) -> nn.ModuleList:
-    """The image-only projections of each layer, by set and letter, as copies of the text's, and its router.
+    """The image-only parts of each layer, by set and part, as copies of the text's, and its router.
 
     Args:
         layers: the decoder's L layers.
@@ -43,15 +43,12 @@ def make_sets(
         wanted: dict[str, set[str]] = {}
         for task, name in names.items():
             wanted.setdefault(name, set()).update(methods[task].route(len(layers))[index].separate)
-        made = {
-            name: nn.ModuleDict(dict(sorted(_copies(layer, spec, letters).items())))
-            for name, letters in sorted(wanted.items())
-            if letters
-        }
+        made = {name: nn.ModuleDict(copies(layer, spec, parts)) for name, parts in sorted(wanted.items()) if parts}
         selects = [method.route(len(layers))[index].select for method in methods.values()]
         learned = [select for select in selects if select is not None and select.learned]
         gated = any(select.gate for select in learned)
         sets.append(nn.ModuleDict({**made, ROUTER: Router.of(layer, gated)} if learned else made))
+    sets.__dict__["_made"] = frozenset(name for name, _ in sets.named_parameters())
     return sets
 
 
@@ -85,26 +82,6 @@ class Router(nn.Linear):
             return nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias).squeeze(-1)
 
 
-def _copies(layer: nn.Module, spec: LayerSpec, wanted: set[str]) -> dict[str, nn.Linear]:
-    made = {}
-    for _, letters in spec.linears:
-        if wanted.isdisjoint(letters):
-            continue
-        parts, (weight, bias) = parts_of(layer, spec, letters), weights_of(spec.linear(layer, letters[0]), layer)
-        for letter in wanted & set(letters):
-            own = parts.piece(weight, letter, 0), None if bias is None else parts.piece(bias, letter)
-            made[letter] = _linear(*own).train(layer.training)
-    return made
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-    made.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-    if bias is not None:
-        made.bias = nn.Parameter(bias.clone())
-    return made
-
-
 def fill_missing(
     sets: nn.ModuleList,
     prefix: str,
@@ -129,11 +106,9 @@ def fill_missing(
         if f".{ROUTER}." in key:
             state[prefix + key] = present
             continue
-        index, _, letter, kind = key.split(".")
-        spec = specs[int(index)]
-        name, letters = next((name, letters) for name, letters in spec.linears if letter in letters)
-        source = f"{path}.{index}.{spec.attention}.{name}.{kind}"
-        if source in state and state[source].is_floating_point():  # not packed
-            parts = parts_of(layers[int(index)], spec, letters)
-            value = state[source].T if parts.transposed and kind == "weight" else state[source]
-            state[prefix + key] = parts.piece(value, letter, 0).detach().clone(memory_format=torch.contiguous_format)
+        index, _, part = key.split(".", 2)
+        layer, spec = layers[int(index)], specs[int(index)]
+        given = state.get(f"{path}.{index}.{source(layer, spec, part)[0]}")
+        if given is not None and given.is_floating_point():  # not packed
+            value = taken(layer, spec, part, given)
+            state[prefix + key] = value.detach().clone(memory_format=torch.contiguous_format)

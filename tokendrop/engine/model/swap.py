@@ -10,6 +10,9 @@ from torch import nn
 
 from tokendrop.errors import TokenDropError, UnsupportedError
 
+# What other libraries hang on a module to take its calls elsewhere.
+HUNG = ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl")
+
 
 class Swapped(nn.Module):
     """Base of the mixins that a swapped class puts in front of the module's own."""

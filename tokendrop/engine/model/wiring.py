@@ -14,10 +14,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.model.ffn import ffn_names, holds_weights
 from tokendrop.engine.model.linears import is_linear, linear_shape, linears
+from tokendrop.engine.model.swap import HUNG
 
 _TOKENS = 5
-# What other libraries hang on a module to take its calls elsewhere.
-_HUNG = ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl")
 
 
 class _Nothing(nn.Module):
@@ -92,7 +91,7 @@ def _part(module: nn.Module | None, generator: Generator) -> nn.Module | None:
 def _hollow(module: nn.Module, generator: Generator) -> nn.Module:
     # The same module without its children, in evaluation, its tensors others at random; the module is not touched.
     made = object.__new__(type(module))
-    made.__dict__.update({name: value for name, value in vars(module).items() if name not in _HUNG})
+    made.__dict__.update({name: value for name, value in vars(module).items() if name not in HUNG})
     hooks = [name for name in vars(made) if name.endswith("_hooks")]
     made.__dict__.update({name: OrderedDict() for name in hooks} | {"training": False})
     made._parameters = {

@@ -275,7 +275,8 @@ class Planner:
         return behind_image(before.pop(), size, context_size, self.layout.image.device)
 
     def _split(self, rows: Tensor, samples: tuple[int, ...], owns: tuple[frozenset[str], ...]) -> Split | None:
-        names = tuple(self.names[sample] if own else None for sample, own in zip(samples, owns, strict=True))
+        pairs = ((self.names[sample], own) for sample, own in zip(samples, owns, strict=True))
+        names = tuple((name, own) if own and name is not None else None for name, own in pairs)
         return split_rows(rows, names) if any(names) else None
 
 

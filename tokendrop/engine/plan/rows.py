@@ -31,17 +31,21 @@ class Rows:
         return Rows(self.index[samples], self.valid[samples])
 
 
+# A set of image-only parts, and which of them are used; None for the layer's own.
+Own = tuple[str, frozenset[str]] | None
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Flat rows by the projection they use.
 
     Args:
-        names: a projection set for each list of rows; None for the layer's own.
+        names: the set and the parts of it for each list of rows; None for the layer's own.
         rows: int64 rows of the flat (B * K) input, for each name.
         inverse: (B * K,) int64, puts the concatenated outputs back in order.
     """
 
-    names: tuple[str | None, ...]
+    names: tuple[Own, ...]
     rows: tuple[Tensor, ...]
     inverse: Tensor
 
@@ -66,9 +70,10 @@ def choose_rows(chosen: Tensor, counts: Tensor, size: int) -> Rows:
     return Rows(index, torch.arange(size, device=chosen.device) < counts[:, None])
 
 
-def split_rows(rows: Tensor, names: tuple[str | None, ...]) -> Split:
-    """Flat rows by projection set: `rows` (B, K) bool use the set named for their sample, others the layer's own."""
-    sets: list[str | None] = [None, *sorted({name for name in names if name is not None})]
+def split_rows(rows: Tensor, names: tuple[Own, ...]) -> Split:
+    """Flat rows by set: `rows` (B, K) bool use the parts named for their sample, others the layer's own."""
+    named = {name for name in names if name is not None}
+    sets: list[Own] = [None, *sorted(named, key=lambda one: (one[0], sorted(one[1])))]
     owner = torch.tensor([sets.index(name) for name in names], device=rows.device)
     choice = torch.where(rows, owner[:, None], 0).flatten()
     parts = [(choice == i).nonzero().flatten() for i in range(len(sets))]
