@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,16 @@ def frontier_rows(scale: str, split: str) -> list[Row]:
     return [row for row in rows_of("frontier/rows") if (row["scale"], row["split"]) == (scale, split)]
 
 
+def frontier_name(scale: str, split: str) -> str:
+    """How a table or picture of the frontier is called.
+
+    Example:
+        >>> frontier_name("mnist, 12 layers", "val")
+        'frontier-mnist-12-layers-val'
+    """
+    return f"frontier-{scale.replace(', ', '-').replace(' ', '-')}-{split}"
+
+
 def frontier(scale: str, split: str) -> str:
     """Every run at one scale."""
     return markdown(frontier_summary.quality_table(frontier_rows(scale, split)))
@@ -242,7 +253,7 @@ def allocation() -> str:
     return pivot(rows, line, ["task", "layer"], list(dict.fromkeys(row["metric"] for row in rows)))
 
 
-def _scale() -> dict[tuple[str, str], dict[tuple[str, int], float]]:
+def on_paper() -> dict[tuple[str, str], dict[tuple[str, int], float]]:
     """(model, method) -> (metric, GPUs or 0) -> value."""
     found: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
     for row in rows_of("scale"):
@@ -258,7 +269,7 @@ def scale() -> str:
     head = ["model", "method", "TFLOPs of a sample", "activations of a sample, GB", "fewest GPUs"]
     head += [f"samples that fit, {at}", f"samples that hide communication, {at}", f"MFU at most, {at}"]
     lines = [head, ["---"] * len(head)]
-    for (model, method), of in _scale().items():
+    for (model, method), of in on_paper().items():
         kept = of["activations", 0]
         fewest = ceil(16 * of["parameters", 0] / (MEMORY - of["gathered", 8] - kept))
         parts = [
@@ -274,7 +285,7 @@ def scale_states() -> str:
     """What no method changes."""
     head = ["model", "GPUs", "states, GB", "gathered weights, GB", "communication of a step, GB"]
     lines = [head, ["---"] * len(head)]
-    for (model, method), of in _scale().items():
+    for (model, method), of in on_paper().items():
         for gpus in (8, 64, 512) if method == "dense" else ():
             figures = (of[metric, gpus] / 1e9 for metric in ("states", "gathered", "communication"))
             lines.append([model, str(gpus), *(f"{figure:.1f}" for figure in figures)])
@@ -303,11 +314,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale": scale,
     "scale-states": scale_states,
 }
-for _scale in SCALES:
-    for _split in ("val", "test"):
-        _name = f"frontier-{_scale.replace(', ', '-').replace(' ', '-')}-{_split}"
-        TABLES[_name] = partial(frontier, _scale, _split)
-        TABLES[f"{_name}-differences"] = partial(frontier_differences, _scale, _split)
+TABLES |= {frontier_name(*at): partial(frontier, *at) for at in product(SCALES, ("val", "test"))}
+TABLES |= {
+    f"{frontier_name(*at)}-differences": partial(frontier_differences, *at) for at in product(SCALES, ("val", "test"))
+}
 
 
 def written(page: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.table import PAGES, frontier_rows
+from benchmarks.table import PAGES, frontier_name, frontier_rows
 from tokendrop.study.frontier import SCALES
 from tokendrop.study.frontier_summary import frontier_png
 
@@ -22,6 +22,6 @@ if __name__ == "__main__":
             rows = frontier_rows(scale, split)
             if rows:
                 seeds = len({row["seed"] for row in rows})
-                name = f"frontier-{scale.replace(', ', '-').replace(' ', '-')}-{split}.png"
-                (IMAGES / name).write_bytes(frontier_png(rows, f"{scale}, {split}, up to {seeds} seeds a run"))
-                print(IMAGES / name)
+                path = IMAGES / f"{frontier_name(scale, split)}.png"
+                path.write_bytes(frontier_png(rows, f"{scale}, {split}, up to {seeds} seeds a run"))
+                print(path)
