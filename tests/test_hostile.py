@@ -192,7 +192,7 @@ CATALOGUE = {
     "HMGen.parts": (PARTS,),
     "MixtureOfTransformers.layers": (LAYERS,),
     "MixtureOfTransformers.separate": (SEPARATE, (td.MethodError, ["none"])),
-    "MixtureOfTransformers.parts": (PARTS,),
+    "MixtureOfTransformers.parts": ((td.MethodError, [one for one in PARTS[1] if one != "qkv+o"]),),
     "PyramidDrop.layers": STAGES,
     "PyramidDrop.keep": (KEEPS,),
     "PyramidDrop.per": (PER,),

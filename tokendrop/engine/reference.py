@@ -103,15 +103,15 @@ def _hooks(layer: nn.Module, spec: LayerSpec, roles_of: Callable[..., Any], stat
         before, active, _ = entered
         states = torch.where(active[:, :, None], out[0] if isinstance(out, tuple) else out, before)
         if bool((state.scale != 1).any()):
-            states = before + state.scale[:, :, None] * (states - before)
-        states = torch.where(active[:, :, None], states, state.weight[:, :, None] * states)
+            states = before + state.scale[:, :, None].to(states.dtype) * (states - before)
+        states = torch.where(active[:, :, None], states, state.weight[:, :, None].to(states.dtype) * states)
         states = state.restored(len(state.inputs) - 1, states)
         return (states, *out[1:]) if isinstance(out, tuple) else states
 
     def skip(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         made = out[0] if isinstance(out, tuple) else out
         made = made.masked_fill(entered[2].view(*made.shape[:-1], 1), 0)
-        made = made * state.weight.view(*made.shape[:-1], 1)
+        made = made * state.weight.view(*made.shape[:-1], 1).to(made.dtype)
         return (made, *out[1:]) if isinstance(out, tuple) else made
 
     if ffn is not None:

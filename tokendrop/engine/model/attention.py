@@ -31,7 +31,8 @@ _swapping = threading.Lock()
 class _Choosing(threading.local):
     """Whether the attention of this thread is ours at the moment."""
 
-    on = False
+    def __init__(self) -> None:
+        self.on = False  # there from the start, or a compiled graph would see it come
 
 
 _choosing = _Choosing()

@@ -43,10 +43,11 @@ def ffn_of(layer: nn.Module) -> nn.Module | None:
 class _Running(threading.local):
     """The rows that the FFN of this thread's layer runs on; None for all."""
 
-    rows: Rows | None = None
-    tokens: int = 0
-    ran: bool = False
-    gate: Tensor | None = None
+    def __init__(self) -> None:  # attributes are there from the start, or a compiled graph would see them come
+        self.rows: Rows | None = None
+        self.tokens = 0
+        self.ran = False
+        self.gate: Tensor | None = None
 
 
 _running = _Running()
