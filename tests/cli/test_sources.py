@@ -106,8 +106,8 @@ def test_the_configs_that_were_tried_are_there_by_name(name):
         ("HiMx", "write 'HiMix'"),
         ("hi-mix", "write 'HiMix'"),
         ("fast v(2, 0.5)", "write 'FastV(2, 0.5)'"),
-        ("NoSuch", "write one of Drop, DuetVLM"),
-        ("HMGen(a:b)", "write one of Drop, DuetVLM"),
+        ("NoSuch", "write one of CDPruner, DART, DivPrune, Drop, DuetVLM"),
+        ("HMGen(a:b)", "write one of CDPruner, DART, DivPrune, Drop, DuetVLM"),
     ],
 )
 def test_a_method_that_is_none_says_what_to_type(text, advice):

@@ -114,5 +114,5 @@ def _advice(text: str, layers: str | None) -> str:
     try:
         _method(meant, layers)
     except Exception:  # whatever was wrong is wrong still
-        return f"write one of {', '.join(methods.__all__)}, with arguments as in 'HMGen(\"8:24:2\")'"
+        return f"write one of {', '.join(sorted(methods.__all__))}, with arguments as in 'HMGen(\"8:24:2\")'"
     return f"write '{meant}'"
