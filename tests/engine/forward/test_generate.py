@@ -42,7 +42,8 @@ TOLERANCE = 1e-5
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_changes_nothing(method: str, given: Prompt, attention: str, search: str) -> None:
     model, drop = dropped(METHODS[method], attention)
-    model.double()  # in single precision many steps of five layers add up to more than the tolerance
+    if attention == "sdpa":  # in single precision five layers add up to more than the tolerance; eager has no other
+        model.double()
     makes_images = method in MAKES_IMAGES
     more = SEARCHES[search] | ({} if makes_images else {"suppress_tokens": TEXT_ONLY})
     cached, plain = (generated(model, drop, given, cached, **more) for cached in (True, False))
