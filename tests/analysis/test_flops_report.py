@@ -60,7 +60,7 @@ def both(source, methods, **kwargs):
     return report
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_formula_is_what_a_run_counts(method, attn):
     made = config(attn)
