@@ -65,8 +65,9 @@ def test_methods_refuse(kind):
 
 
 def test_fields_and_defaults():
-    assert [(f.name, f.default) for f in dataclasses.fields(td.HiMix)] == [("layers", ":"), ("separate", "none")]
-    assert [f.name for f in dataclasses.fields(td.HMGen)] == ["shallow", "separate"]
+    shared = [("separate", "none"), ("parts", "qkv")]
+    assert [(f.name, f.default) for f in dataclasses.fields(td.HiMix)] == [("layers", ":"), *shared]
+    assert [f.name for f in dataclasses.fields(td.HMGen)] == ["shallow", "separate", "parts"]
     with pytest.raises(TypeError):
         td.HMGen()
 
