@@ -184,7 +184,7 @@ class Handle(Described, nn.Module):
             UnsupportedError: something that is no linear stands in such a place now.
         """
         if self.splits:
-            own.settle(layers := self.decoder_layers, (cast(Any, one)._tokendrop.spec for one in layers), self.layers)
+            own.settle_all(self.decoder_layers, self.layers)
         if self.labelled_logits:
             head.settle(self.owner)
 

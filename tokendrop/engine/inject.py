@@ -179,7 +179,7 @@ def _swap(handle: Handle, layers: nn.ModuleList, headed: tuple[nn.Module, nn.Mod
         if attention is not None and unseen(attention) and follows(attention):
             settle(attention)
     if handle.splits:
-        own.settle(layers, handle.specs, handle.layers)
+        own.settle_all(layers, handle.layers)
     for index in attends:
         ffn.inject(layers[index])
     if headed is not None:

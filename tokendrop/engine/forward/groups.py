@@ -92,7 +92,7 @@ def run(
             rows = call.shape[0] * call.shape[1]
             x, at = hidden[0, at : at + rows].view(*call.shape, -1), at + rows
         if (call.split is not None or call.context is not None) and not torch.compiler.is_compiling():
-            settle((layer,), (work.spec,), (work.sets,))  # an adapter may have come or gone inside the layout
+            settle(layer, work.spec, work.sets)  # an adapter may have come or gone inside the layout
         arguments = _arguments(layer, forward, call, work)
         ours = choosing(_chosen(layer, work, arguments))
         ffn = some_rows(call.ffn, call.shape[1]), gated(call.gate)

@@ -153,23 +153,29 @@ def check(layers: nn.ModuleList, specs: Sequence[LayerSpec], sets: Iterable[nn.M
             projections.check_linear(layer, spec, "o", name)
 
 
-def settle(layers: Iterable[nn.Module], specs: Iterable[LayerSpec], sets: Iterable[nn.Module]) -> None:
+def settle_all(layers: Iterable[nn.Module], sets: nn.ModuleList) -> None:
+    """`settle` each layer of a dropped decoder, which knows its place among the sets."""
+    for layer in layers:
+        bound = cast(Any, layer)._tokendrop
+        settle(layer, bound.spec, sets[bound.index])
+
+
+def settle(layer: nn.Module, spec: LayerSpec, own: nn.Module) -> None:
     """Swap the class of the parts that rows of image tokens go past, where it is not swapped.
 
     Raises:
         UnsupportedError: something that cannot be split stands in such a place now.
     """
-    for layer, spec, one in zip(layers, specs, sets, strict=True):
-        wanted = parts_in(cast(nn.ModuleDict, one))
-        projections.settle(layer, spec, "qkvo" if "o" in wanted else "qkv")
-        if "norm" in wanted:
-            norms.inject(layer, spec)
-            held = (part["norm"] for part in one.children() if isinstance(part, nn.ModuleDict) and "norm" in part)
-            keys = {key for part in held for key in cast(nn.ModuleDict, part)}
-            _check_there(keys, {norms.key_of(path) for path in norms.norms_of(layer, spec)}, "norm", spec)
-        if "ffn" in wanted:
-            ffn.inject(layer)
-            _check_there({"ffn"}, {"ffn"} if ffn.ffn_of(layer) is not None else set(), "ffn", spec)
+    wanted = parts_in(cast(nn.ModuleDict, own))
+    projections.settle(layer, spec, "qkvo" if "o" in wanted else "qkv")
+    if "norm" in wanted:
+        norms.inject(layer, spec)
+        held = (part["norm"] for part in own.children() if isinstance(part, nn.ModuleDict) and "norm" in part)
+        keys = {key for part in held for key in cast(nn.ModuleDict, part)}
+        _check_there(keys, {norms.key_of(path) for path in norms.norms_of(layer, spec)}, "norm", spec)
+    if "ffn" in wanted:
+        ffn.inject(layer)
+        _check_there({"ffn"}, {"ffn"} if ffn.ffn_of(layer) is not None else set(), "ffn", spec)
 
 
 def _check_there(wanted: set[str], found: set[str], part: str, spec: LayerSpec) -> None:
