@@ -37,8 +37,15 @@ TOLERANCE = 1e-5
 
 
 # A search moves rows of the cache, whatever attention reads them: every search under one, one under the other.
-@pytest.mark.parametrize(("attention", "search"), [*(("sdpa", one) for one in SEARCHES), ("eager", "greedy")])
-@pytest.mark.parametrize("given", [RAGGED, PADDED], ids=["ragged", "left_padded"])
+@pytest.mark.parametrize(
+    ("given", "attention", "search"),
+    [
+        *(pytest.param(RAGGED, "sdpa", one, id=f"ragged-sdpa-{one}") for one in SEARCHES),
+        *(pytest.param(PADDED, "sdpa", one, id=f"left_padded-sdpa-{one}") for one in ("greedy", "beams")),
+        pytest.param(RAGGED, "eager", "greedy", id="ragged-eager-greedy"),
+        pytest.param(PADDED, "eager", "greedy", id="left_padded-eager-greedy"),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_changes_nothing(method: str, given: Prompt, attention: str, search: str) -> None:
     model, drop = dropped(METHODS[method], attention)

@@ -60,7 +60,7 @@ def texts(name: str) -> dict[str, Any]:
     return GREEDY if name in MAKES_IMAGES else GREEDY | {"suppress_tokens": TEXT_ONLY}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("given", [EVEN, PADDED], ids=["even", "left_padded"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_of_a_fixed_length(method: str, given: Prompt, attention: str) -> None:

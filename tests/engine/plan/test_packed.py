@@ -345,7 +345,7 @@ def test_samples_packed_with_images_of_an_encoder_equal_the_reference(method: An
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("method", ["fastv", "depths", "gone"])
+@pytest.mark.parametrize("method", ["fastv", *(pytest.param(x, marks=pytest.mark.slow) for x in ("depths", "gone"))])
 def test_packed_samples_compiled(method: str) -> None:
     torch._dynamo.reset()
     model, drop = dropped(BASE, METHODS[method], multiple=4)
