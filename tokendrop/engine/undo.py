@@ -3,7 +3,6 @@
 from torch import nn
 
 from tokendrop.engine.forward import deepstack, head, routers
-from tokendrop.engine.model import attention, own
 from tokendrop.engine.model.swap import Swapped, restore
 from tokendrop.engine.model.vision import Encoder
 from tokendrop.errors import AppliedError
@@ -23,11 +22,9 @@ def check_swapped(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | No
 
 def undo(model: nn.Module, layers: nn.ModuleList, encoder: Encoder | None) -> None:
     """Give every module of a model that was swapped its own class back."""
-    for module in _swapped(model, layers, encoder):
+    for module in [*_swapped(model, layers, encoder), *layers.modules()]:
         while "_tokendrop_base" in vars(type(module)):  # one may be swapped for several reasons
             restore(module)
-    own.restore(layers)
-    attention.restore(layers)
     head.restore(model)
 
 

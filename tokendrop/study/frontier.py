@@ -6,9 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -21,6 +19,7 @@ from tokendrop.callbacks import SynergyMonitor
 from tokendrop.schedule import Schedule
 from tokendrop.study.costs import Steps
 from tokendrop.study.plans import FrontierError, Plan, plans
+from tokendrop.study.runner import in_workers
 from tokendrop.study.study import Run, Study
 from tokendrop.study.synergy import short, task_loss
 from tokendrop.study.train import train
@@ -252,13 +251,8 @@ def run_missing(
     for name in names:
         study.of(name)
     todo = missing(scale, split, names, seeds, path)
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        running = [pool.submit(one_run, study, name, seed) for name, seed in todo]
-        try:
-            for done, job in enumerate(as_completed(running), start=1):
-                row = {"scale": scale, **job.result(), **shared()}
-                append_history(path, row)
-                yield done, len(todo), row
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with in_workers(one_run, [(study, name, seed) for name, seed in todo], jobs) as rows:
+        for done, made in enumerate(rows, start=1):
+            row = {"scale": scale, **made, **shared()}
+            append_history(path, row)
+            yield done, len(todo), row

@@ -4,9 +4,9 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.queues import Queue
@@ -78,6 +78,18 @@ def run_study(study: Study, seeds: int = 1, workers: int = 2, watch: Watch = lam
             raise
     outcomes = tuple(jobs[seed, name].result() for seed in range(seeds) for name in names)
     return Finished(study, outcomes, timing.result())
+
+
+@contextmanager
+def in_workers(call: Callable[..., Any], todo: Iterable[tuple[Any, ...]], workers: int) -> Generator[Iterator[Any]]:
+    """What a function makes of its arguments, in processes, as it comes; an error ends the calls that wait."""
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        jobs = [pool.submit(call, *arguments) for arguments in todo]
+        try:
+            yield (job.result() for job in as_completed(jobs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def job_name(name: str, seed: int) -> str:

@@ -4,9 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from tokendrop.callbacks import SynergyMonitor
 from tokendrop.layout import IGNORED
 from tokendrop.methods import Drop, HiMix, HMGen
 from tokendrop.schedule import Schedule
+from tokendrop.study.runner import in_workers
 from tokendrop.study.study import Run, Study
 from tokendrop.study.train import train
 from tokendrop.synergy.history import append_history, read_history
@@ -160,13 +159,8 @@ def run_missing(
     """
     out.mkdir(parents=True, exist_ok=True)
     todo = missing(study, seeds, more_seeds, out / "rows.jsonl")
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        jobs = [pool.submit(one_run, study, name, seed, str(out)) for name, seed in todo]
-        try:
-            for done, job in enumerate(as_completed(jobs), start=1):
-                row = job.result() | shared()
-                append_history(out / "rows.jsonl", row)
-                yield done, len(todo), row
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with in_workers(one_run, [(study, name, seed, str(out)) for name, seed in todo], workers) as rows:
+        for done, row in enumerate(rows, start=1):
+            row |= shared()
+            append_history(out / "rows.jsonl", row)
+            yield done, len(todo), row

@@ -252,5 +252,10 @@ def places(group: Group, form: Form) -> Sight:
     return Sight(rows, columns, own, valid, None, tokens)
 
 
+def both_sides(tokens: int, like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """(1, 1, T, T), the mask that says what None means where attention sees both sides, on the device of `like`."""
+    return _as_dtype(torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=like.device), dtype)
+
+
 def _as_dtype(allowed: Tensor, dtype: torch.dtype | None) -> Tensor:
     return allowed if dtype is None else additive(allowed, dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokendrop.engine.forward.arguments import Form, compact, select
+from tokendrop.engine.forward.arguments import Form, both_sides, compact, select
 from tokendrop.engine.forward.packing import form_of
 from tokendrop.engine.model.attention import choosing, settle
 from tokendrop.engine.model.block_masks import is_block_mask, rows_of_block
@@ -161,8 +161,7 @@ def _looking(layer: nn.Module, spec: LayerSpec, named: dict[str, Any], group: Gr
     form = form_of(layer, spec, (batch, tokens), named, states)
     _check_mask(named[mask], tokens)
     if named[mask] is None and form.both and not form.sight:
-        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=states.device)
-        named[mask] = seen if form.float_mask is None else states.new_zeros(seen.shape)
+        named[mask] = both_sides(tokens, states, form.float_mask)
     return _Looking(layer, spec, named, group, states, form)
 
 

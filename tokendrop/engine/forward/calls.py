@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrop.engine.forward.arguments import Form, compact, select
+from tokendrop.engine.forward.arguments import Form, both_sides, compact, select
 from tokendrop.engine.forward.groups import Call
 from tokendrop.engine.forward.packing import form_of
 from tokendrop.engine.model.cache import growing_layer, holed_layer
@@ -74,7 +74,7 @@ def group_calls(
     if spec.mask is not None and form.sight:
         named.setdefault(spec.mask, None)
     elif spec.mask is not None and named.get(spec.mask) is None and form.both:
-        named[spec.mask] = _everyone(site.made, tokens, hidden, form.float_mask is not None)
+        named[spec.mask] = _everyone(form, site.made, hidden)
     if cache is not None:
         _fill(spec, span, site.index, cache, tokens)
     contexts = contexts or (None,) * len(span.groups)
@@ -115,12 +115,11 @@ def _once(
     return out
 
 
-def _everyone(made: Made, tokens: int, hidden: Tensor, additive: bool) -> Tensor:
-    # The mask that says what None means where attention sees both sides, once per forward.
+def _everyone(form: Form, made: Made, hidden: Tensor) -> Tensor:
+    # Made once per forward.
     same = made.setdefault((-1, "both sides", ""), [])
     if not same:
-        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=hidden.device)
-        same.append((None, None, hidden.new_zeros(seen.shape) if additive else seen))
+        same.append((None, None, both_sides(form.shape[1], hidden, form.float_mask)))
     return same[0][2]
 
 

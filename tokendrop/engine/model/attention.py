@@ -147,13 +147,6 @@ def unseen(attention: nn.Module) -> bool:
     return kind(name) not in ("sdpa", "eager")
 
 
-def restore(layers: nn.ModuleList) -> None:
-    """Give attentions their own classes back."""
-    for module in layers.modules():
-        if isinstance(module, _ChosenAttention) and "_tokendrop_base" in vars(type(module)):
-            swap.restore(module)
-
-
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:

@@ -189,10 +189,3 @@ def check(layer: nn.Module, name: str) -> None:
     """
     if (ffn := ffn_of(layer)) is not None:
         check_forward(ffn, f"{ffn_names(layer)[0]} of {name}")
-
-
-def restore(layers: nn.ModuleList) -> None:
-    """Give each FFN its own class back."""
-    for module in layers.modules():
-        if isinstance(module, _RoutedFFN) and "_tokendrop_base" in vars(type(module)):
-            swap.restore(module)

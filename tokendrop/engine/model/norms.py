@@ -107,10 +107,3 @@ def check(layer: nn.Module, spec: LayerSpec, name: str) -> None:
     """
     for path, norm in norms_of(layer, spec).items():
         check_forward(norm, f"{path} of {name}")
-
-
-def restore(layers: nn.ModuleList) -> None:
-    """Give the norms their own classes back."""
-    for module in layers.modules():
-        if isinstance(module, _SplitNorm) and "_tokendrop_base" in vars(type(module)):
-            swap.restore(module)

@@ -184,9 +184,3 @@ def _check_there(wanted: set[str], found: set[str], part: str, spec: LayerSpec) 
             f"{', '.join(lost)} of {spec.layer_class.__name__} is not found any more, and image rows have a {part} of "
             "their own; remove() first, and apply afterwards"
         )
-
-
-def restore(layers: nn.ModuleList) -> None:
-    """Give the parts their own classes back."""
-    for room in (projections, norms, ffn):
-        room.restore(layers)

@@ -187,13 +187,6 @@ def settle(layer: nn.Module, spec: LayerSpec, wanted: str) -> None:
             )
 
 
-def restore(layers: nn.ModuleList) -> None:
-    """Give the linears their own classes back."""
-    for module in layers.modules():
-        if isinstance(module, _SplitLinear) and "_tokendrop_base" in vars(type(module)):
-            swap.restore(module)
-
-
 def touch(sets: nn.ModuleDict, out: Tensor) -> Tensor:
     """`out`, with every parameter of `sets` in its graph, at the price of a sum over no rows."""
     for module in sets.modules():
