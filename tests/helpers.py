@@ -220,3 +220,24 @@ def snapshot(model):
         return type(value), id(value)
 
     return [(name, type(module), id(module), freeze(vars(module))) for name, module in model.named_modules()]
+
+
+@torch.no_grad()
+def descend(model, rate):
+    """A step of plain gradient descent, which leaves no gradients."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter -= rate * parameter.grad
+            parameter.grad = None
+
+
+def earlier(scoring):
+    """A score that keeps the first image tokens."""
+    return -torch.arange(scoring.image.shape[1]).expand_as(scoring.image).double()
+
+
+def routed(base, methods, made, multiple=2, change=lambda model, drop: None):
+    """A step of the engine on a copy, after a change of it, and its handle."""
+    model, drop = dropped(base, methods, multiple=multiple)
+    change(model, drop)
+    return engine_step(model, drop, made), drop

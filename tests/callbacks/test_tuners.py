@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from helpers import descend
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from lit_llama import LIGHTNING_WARNS, Batches, Lit, batch, llama, trainer
@@ -55,11 +56,7 @@ def by_hand(rates):
             loss = model(given["input_ids"], attention_mask=given["attention_mask"], labels=given["labels"]).loss
             loss.backward()
         losses.append(loss.item())
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= rate * parameter.grad
-                    parameter.grad = None
+        descend(model, rate)
     return losses
 
 

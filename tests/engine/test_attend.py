@@ -18,10 +18,12 @@ from helpers import (
     checkpointed,
     close,
     dropped,
+    earlier,
     engine_step,
     llama,
     oracle_step,
     reference_step,
+    routed,
     same,
     snapshot,
     step,
@@ -40,18 +42,8 @@ TOLERANCES = [(torch.float32, 1e-5), (torch.float64, 1e-9)]
 RAGGED = ["ttiiitittt", "tiitttiiitt", "iittiitit", "ttttttt", "tttiiiiii"]
 
 
-def earlier(scoring):
-    return -torch.arange(scoring.image.shape[1]).expand_as(scoring.image).double()
-
-
 def attend(layers=":", keep=0, score="norm"):
     return td.Drop(layers, keep, score, "attend")
-
-
-def routed(base, methods, made, multiple=2, change=lambda model, drop: None):
-    model, drop = dropped(base, methods, multiple=multiple)
-    change(model, drop)
-    return engine_step(model, drop, made), drop
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from helpers import descend
 
 import tokendrop as td
 
@@ -27,11 +27,7 @@ def written_out(rates):
             loss = model(**batch).loss
             loss.backward()
         losses.append(loss.item())
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= rate * parameter.grad
-                    parameter.grad = None
+        descend(model, rate)
     return losses
 
 

@@ -13,10 +13,12 @@ from helpers import (
     checkpointed,
     close,
     dropped,
+    earlier,
     engine_step,
     llama,
     oracle_step,
     reference_step,
+    routed,
     same,
     step,
 )
@@ -30,16 +32,6 @@ from tokendrop.roles import LayerRoute, Role, Select
 BASES = {dtype: llama(dtype=dtype, spread=0.2) for dtype in (torch.float32, torch.float64)}
 RAGGED = ["ttiiitittt", "tiitttiiitt", "iittiitit", "ttttttt", "tttiiiiii"]
 TOLERANCES = [(torch.float32, 1e-5), (torch.float64, 1e-9)]
-
-
-def earlier(scoring):
-    return -torch.arange(scoring.image.shape[1]).expand_as(scoring.image).double()
-
-
-def routed(base, methods, made, multiple=2, change=lambda model, drop: None):
-    model, drop = dropped(base, methods, multiple=multiple)
-    change(model, drop)
-    return engine_step(model, drop, made), drop
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
