@@ -33,7 +33,7 @@ dist: $(STAMP)
 
 # The table in docs/families.md, from the results of its tests; about ten minutes.
 families: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --families-table tests/engine
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --families-table tests/engine
 
 # The engine's core on the oldest versions that pyproject.toml allows; downloads several GB.
 oldest:

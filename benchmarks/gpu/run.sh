@@ -40,10 +40,10 @@ part() { # name, seconds, command
   printf '{"part": "%s", "exit": %d, "seconds": %d, "limit": %d}\n' "$name" $code $((SECONDS - start)) "$limit" >>"$out/parts.jsonl"
 }
 
-part tests 150 "$python" -m benchmarks.gpu.tests --seconds 140 $small --out "$rows" --log "$out/tests.txt"
-part kernels 30 "$python" -m benchmarks.kernels.bandwidth "${kernels[@]}" --out "$rows"
-part step 150 "$python" -m benchmarks.gpu.step --seconds 135 $small --out "$rows" --failures "$failed"
-part compile 60 "$python" -m benchmarks.gpu.compiled $small --out "$rows"
-part decode 50 "$python" benchmarks/decode.py "${decode[@]}" --out "$rows"
-part idle 30 "$python" benchmarks/train/idle.py "${idle[@]}" --out "$rows"
+part tests 130 "$python" -m benchmarks.gpu.tests --seconds 120 $small --out "$rows" --log "$out/tests.txt"
+part kernels 25 "$python" -m benchmarks.kernels.bandwidth "${kernels[@]}" --out "$rows"
+part step 170 "$python" -m benchmarks.gpu.step --seconds 155 $small --out "$rows" --failures "$failed"
+part compile 80 "$python" -m benchmarks.gpu.compiled $small --out "$rows"
+part decode 45 "$python" benchmarks/decode.py "${decode[@]}" --out "$rows"
+part idle 25 "$python" benchmarks/train/idle.py "${idle[@]}" --out "$rows"
 ! grep -qv '"exit": 0,' "$out/parts.jsonl"

@@ -40,7 +40,7 @@ def outcome(file: str, stop: float) -> tuple[str, dict[str, int], str]:
     left = stop - time.monotonic()
     if left < 5:
         return file, {"not run": 1}, ""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", file]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-m", "not slow", file]
     try:
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left, check=False)  # noqa: S603
         said, broken = ran.stdout + ran.stderr, ran.returncode not in (0, 1, 5)
