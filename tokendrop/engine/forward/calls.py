@@ -62,7 +62,7 @@ def group_calls(
         UnsupportedError: a cache to fill, and groups with different roles, or a state carried from row to row; CONTEXT
             under an attention that has been changed since to one that cannot have it.
     """
-    spec, cache, tokens = site.spec, site.cache, site.shape[1]
+    spec, cache = site.spec, site.cache
     if spec.cache in named:
         named[spec.cache] = cache
     if spec.mask is not None and any(group.context is not None for group in span.groups):
@@ -76,7 +76,7 @@ def group_calls(
     elif spec.mask is not None and named.get(spec.mask) is None and form.both:
         named[spec.mask] = _everyone(form, site.made, hidden)
     if cache is not None:
-        _fill(spec, span, site.index, cache, tokens)
+        _fill(site, span)
     contexts = contexts or (None,) * len(span.groups)
     return tuple(_call(site, form, *each, named) for each in zip(span.groups, contexts, strict=True))
 
@@ -130,7 +130,8 @@ def _same(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _fill(spec: LayerSpec, span: Span, index: int, cache: Any, tokens: int) -> None:
+def _fill(site: Site, span: Span) -> None:
+    spec, index, cache = site.spec, site.index, site.cache
     if len(span.groups) > 1:
         names = " and ".join(sorted(group.role.name for group in span.groups))
         raise UnsupportedError(
@@ -146,8 +147,19 @@ def _fill(spec: LayerSpec, span: Span, index: int, cache: Any, tokens: int) -> N
                 f"{spec.recurrent} of layer {index} carries a state from row to row, into which rows that only fill up "
                 "would enter; generate with use_cache=False"
             )
-        rows = group.active
-        holed_layer(cache, index, len(rows.index), rows.index.device).expect(rows.index, rows.valid, tokens)
+        _expect(site, group, group.active)
+
+
+def _expect(site: Site, group: Group, rows: Rows) -> None:
+    # Rows that fill up in every sample are not stored. Layers of the same rows share what says which they are.
+    most = max(group.counts)
+    same = site.made.setdefault((group.number, "stored", ""), [])
+    found = next((stored for given, stored in same if given is rows), None)
+    if found is None:
+        found = rows if most == group.size else Rows(rows.index[:, :most], rows.valid[:, :most])
+        same.append((rows, found))
+    store = holed_layer(site.cache, site.index, len(rows.index), rows.index.device)
+    store.expect(found.index, found.valid, site.shape[1], group.size - most, min(group.counts) == most)
 
 
 def _order(active: Rows | None, context: Rows | None, tokens: int) -> Tensor | None:

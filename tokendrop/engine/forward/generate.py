@@ -155,6 +155,22 @@ def _copied(given: Tensor, layout: TokenLayout, order: Sequence[int], n: int) ->
     return bool((same.flatten(0, 1) | layout.image[list(order)].to(same.device)).all())
 
 
+def same_kind(layout: TokenLayout, ids: Ids, rows: int, new: int, one_by_one: bool) -> bool | None:
+    """Whether tokens behind a prompt are images, all or none, as `new_images` finds; None where their ids say it."""
+    seen = ids.now is not None and len(ids.now) == rows and ids.now.shape[1] >= new
+    if new == 0 or (seen and layout.image_ids is None):
+        return layout.new == "image"
+    if seen:
+        return None
+    if layout.new is None and not (ids.before and one_by_one):
+        raise LayoutError(
+            f"{new} tokens behind the prompt came as embeddings, so their ids do not say what they are; say it by "
+            "TokenLayout(..., new='image') or new='text'"
+        )
+    # What was not embedded as vocabulary, by a model that embeds its vocabulary in plain sight, is an image.
+    return layout.new != "text"
+
+
 def new_images(layout: TokenLayout, ids: Ids, rows: int, new: int, one_by_one: bool) -> Tensor:
     """Which of the tokens behind a prompt are images: by their ids, by what the layout says, or by how they came.
 
@@ -171,19 +187,10 @@ def new_images(layout: TokenLayout, ids: Ids, rows: int, new: int, one_by_one: b
     Raises:
         LayoutError: nothing says what they are.
     """
-    device = layout.image.device
-    seen = ids.now is not None and len(ids.now) == rows and ids.now.shape[1] >= new
-    if new == 0 or (seen and layout.image_ids is None):
-        return torch.full((rows, new), layout.new == "image", device=device)
-    if seen and ids.now is not None and layout.image_ids is not None:
+    device, same = layout.image.device, same_kind(layout, ids, rows, new, one_by_one)
+    if same is None and ids.now is not None and layout.image_ids is not None:
         return torch.isin(ids.now[:, -new:], layout.image_ids.to(ids.now.device)).to(device)
-    if layout.new is None and not (ids.before and one_by_one):
-        raise LayoutError(
-            f"{new} tokens behind the prompt came as embeddings, so their ids do not say what they are; say it by "
-            "TokenLayout(..., new='image') or new='text'"
-        )
-    # What was not embedded as vocabulary, by a model that embeds its vocabulary in plain sight, is an image.
-    return torch.full((rows, new), layout.new != "text", device=device)
+    return torch.full((rows, new), bool(same), device=device)
 
 
 def grown(layout: TokenLayout, routes: Sequence[Route], order: Sequence[int], new: Tensor) -> TokenLayout:

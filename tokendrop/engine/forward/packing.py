@@ -51,7 +51,7 @@ def flash_packs(named: dict[str, Any], mask: str | None, shape: tuple[int, int])
     Where there is a mask it looks for none; else the lengths say it, and in a batch of one row the position ids, where
     one begins at each that is the lowest.
     """
-    if named.get(mask or "") is not None:
+    if named.get(mask or "") is not None or shape[1] == 1:
         return None
     lengths, at = [named.get(name) for name in _LENGTHS], named.get("position_ids")
     if all(one is not None for one in lengths) and isinstance(lengths[0], Tensor):
@@ -97,7 +97,8 @@ def check_packing(named: dict[str, Any], form: Form, backend: str) -> None:
         return
     lengths = next((name for name in named if name.startswith("cu_seq_lens") and named[name] is not None), None)
     ids = named.get("position_ids")
-    restarts = isinstance(ids, Tensor) and ids.dim() == 2 and bool((ids.diff(dim=1) < 0).any())
+    several = isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1
+    restarts = several and bool((ids.diff(dim=1) < 0).any())
     if lengths or restarts:
         found = f"{lengths!r}" if lengths else "position ids that restart"
         raise UnsupportedError(

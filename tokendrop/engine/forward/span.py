@@ -19,11 +19,12 @@ from tokendrop.engine.forward.groups import Call, Work, joined_output, split_out
 from tokendrop.engine.forward.ids import check_rows, generating
 from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, told_packs, unkept
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
-from tokendrop.engine.forward.step import Step, decode
+from tokendrop.engine.forward.step import Step, check_told, decode
 from tokendrop.engine.model.block_masks import first_columns, has_columns
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.plan import Group, Plan, Span
 from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
 from tokendrop.kernels import gather_tokens, scatter_tokens
@@ -69,7 +70,7 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
     if forward.step is None:
         out = _run(layer, binding, frame, forward, proceed, hidden, named)
     else:
-        out = _decode(layer, binding, frame, forward, proceed, hidden, named)
+        out = _decode(layer, binding, frame, forward, proceed, (hidden, named))
     if forward.next_layer == len(forward.plan.span_of):
         frame.losses, frame.forward = forward.selections.losses, None
     return out
@@ -141,8 +142,8 @@ def _continue(
             "it, or generate from the prompt on inside this one"
         )
     routes, names = binding.handle.served(frame.layout)
-    image = generate.new_images(frame.layout, ids, *shape, frame.one_by_one(stored + shape[1]))
-    step = Step.of(image, frame.caches[cache], routes, names)
+    given = frame.layout, ids, *shape, frame.one_by_one(stored + shape[1])
+    step = Step.of(generate.new_images(*given), generate.same_kind(*given), frame.caches[cache], routes, names)
     if step.any_image:
         generate.refuse_routers(routes)
     return frame.start(frame.plan, cache, step)
@@ -238,29 +239,27 @@ def _decode(
     frame: Frame,
     forward: Forward,
     proceed: Callable[..., Any],
-    hidden: Tensor,
-    named: dict[str, Any],
+    given: tuple[Tensor, dict[str, Any]],
 ) -> Any:
+    hidden, named = given
     index, step = binding.index, cast(Step, forward.step)
-    form = form_of(layer, binding.spec, (hidden.shape[0], hidden.shape[1]), named, hidden)
     cache, role = forward.cache, step.role(index)
-    skips, mask = role is Role.BYPASS, binding.spec.mask or ""
+    skips = role is Role.BYPASS
     if skips:
         holed_layer(cache, index, len(hidden), hidden.device)
     store = cache.layers[index] if index < len(cache.layers) else None  # a layer may keep its state elsewhere
-    holed = isinstance(store, HoledLayer)
-    named = forward.positions.step(store, named, *hidden.shape[:2])
-    if holed and (form.kind is None or (form.kind == "flash" and not form.sight)):
-        raise UnsupportedError(
-            f"layer {index} generates behind tokens that its cache does not hold, and the "
-            f"{binding.spec.backend(layer)!r} attention takes no mask that says which; load it with "
-            "attn_implementation='sdpa'"
-        )
-    arguments = decode(store, step, skips, hidden, named, mask, form.sight) if holed else named
+    arguments: dict[str, Any] | None = forward.positions.step(store, named, *hidden.shape[:2])
+    if isinstance(store, HoledLayer):
+        form = form_of(layer, binding.spec, (hidden.shape[0], hidden.shape[1]), named, hidden, forward.made)
+        check_told(index, binding.spec.backend(layer), form)
+        masks = forward.made.setdefault("masks", [])
+        arguments = decode(store, step, skips, arguments or {}, binding.spec.mask or "", form.sight, masks)
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden
-    ffn = step.text_rows() if role is Role.ATTEND else None
-    work = Call((len(hidden), hidden.shape[1]), arguments, step.split(index), None, {}, None, None, ffn=ffn)
+    split, ffn = step.split(index), step.text_rows() if role is Role.ATTEND else None
+    if role is Role.ACTIVE and split is None and not isinstance(arguments.get(binding.spec.mask or ""), Sight):
+        return proceed(hidden, **arguments)  # as a dense model would
+    work = Call((len(hidden), hidden.shape[1]), arguments, split, None, {}, None, None, ffn=ffn)
     states, rest = split_output(proceed(hidden, **{WORK: Work(binding.spec, (work,), binding.handle.sets(index))}))
     if role in (Role.CONTEXT, Role.BYPASS, Role.GONE):
         states = torch.where(step.image[:, :, None], hidden, states)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendrop.engine.forward.arguments import columns_of, is_bias
+from tokendrop.engine.forward.arguments import Form, columns_of, is_bias
 from tokendrop.engine.model.block_masks import compact_block, is_block_mask
 from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.rows import Rows, Split, split_rows
@@ -37,11 +37,19 @@ class Step:
     names: Sequence[str | None]
 
     @classmethod
-    def of(cls, image: Tensor, order: Sequence[int], routes: Sequence[Route], names: Sequence[str | None]) -> "Step":
-        """A step, with the one transfer from the device that it needs.
+    def of(
+        cls,
+        image: Tensor,
+        same: bool | None,
+        order: Sequence[int],
+        routes: Sequence[Route],
+        names: Sequence[str | None],
+    ) -> "Step":
+        """A step, with one transfer from the device where ids of new tokens change what is computed.
 
         Args:
             image: (R, Q) bool.
+            same: whether all of these are images, or none is; None where nobody knows.
             order: the sample of the layout that each row of the cache came from, when it was filled.
             routes: of each sample.
             names: likewise.
@@ -57,7 +65,10 @@ class Step:
                 "by which; generate the tasks in batches of their own"
             )
         rows = served[:1] * len(image) if left else [one for one in served for _ in range(times)]
-        count = int(image.sum())
+        if same is None:
+            count = int(image.sum()) if any(_differs(*one) for one in served) else 0
+        else:
+            count = image.numel() if same else 0
         return cls(image, count > 0, count == image.numel(), [one for one, _ in rows], [name for _, name in rows])
 
     def split(self, index: int) -> Split | None:
@@ -101,41 +112,89 @@ class Step:
         return route[index].image if route[index].select is None else Role.ACTIVE
 
 
+def _differs(route: Route, name: str | None) -> bool:
+    # Whether a new image token is another thing than text; most selections concern the prompt only.
+    for layer in route:
+        chosen, own = layer.select, name is not None and layer.separate
+        if own or (chosen.learned if chosen is not None else layer.image is not Role.ACTIVE):
+            return True
+    return False
+
+
+def check_told(index: int, backend: str, form: Form) -> None:
+    """Refuse an attention that cannot be told which tokens the cache of layer `index` holds.
+
+    Raises:
+        UnsupportedError: with its name.
+    """
+    if form.kind is None or (form.kind == "flash" and not form.sight):
+        raise UnsupportedError(
+            f"layer {index} generates behind tokens that its cache does not hold, and the {backend!r} attention takes "
+            "no mask that says which; load it with attn_implementation='sdpa'"
+        )
+
+
 def decode(
-    store: Any, step: Step, skips: bool, hidden: Tensor, named: dict[str, Any], mask: str, sight: bool
+    store: Any, step: Step, skips: bool, named: dict[str, Any], mask: str, sight: bool, made: list[Any]
 ) -> dict[str, Any] | None:
     """The arguments of a layer whose cache has holes, for Q new tokens; None where all of them skip it.
+
+    One token that may see all that is stored needs no mask, so the layer is called as it would be without holes.
 
     Args:
         store: its holed cache layer.
         step: the new tokens.
         skips: whether image tokens skip the layer.
-        hidden: (R, Q, D).
         named: the layer's arguments.
         mask: name of the one that takes the attention mask.
         sight: whether that is to be a `Sight`.
+        made: masks of layers before it, with what they were made of.
     """
-    batch, new = step.image.shape
-    at = torch.arange(store.length, store.length + new, device=hidden.device).expand(batch, -1)
-    if skips and step.all_images:
-        store.expect(at[:, :0], step.image[:, :0], new)
-        return None
-    store.expect(at, ~step.image if skips else torch.ones_like(step.image), new)
+    (batch, new), device = step.image.shape, step.image.device
+    if skips and step.any_image:
+        at = torch.arange(store.length, store.length + new, device=device).expand(batch, -1)
+        rows, valid = (at[:, :0], step.image[:, :0]) if step.all_images else (at, ~step.image)
+        store.expect(rows, valid, new, full=step.all_images)
+        if step.all_images:
+            return None
+    else:
+        store.follow(new)
     biased = {name: columns_of(x, store.positions) for name, x in named.items() if is_bias(x, store.length)}
-    return named | biased | {mask: _mask(named.get(mask), store, at, sight)}
+    given = named.get(mask)
+    if new > 1 or given is not None or sight or not store.full:
+        biased[mask] = _once(given, store, new, sight, made)
+    return named | biased
 
 
-def _mask(mask: Any, store: Any, rows: Tensor, sight: bool) -> Any:
-    columns, new = store.positions, rows.shape[1]
-    own = torch.arange(columns.shape[1] - new, columns.shape[1], device=rows.device).expand_as(rows)
-    seen = Sight(rows, columns, own, store.valid, None, store.length)
+def _once(mask: Any, store: Any, new: int, sight: bool, made: list[Any]) -> Any:
+    # Layers that hold the same tokens, and are given the same mask, share what is made of it.
+    sizes = store.length, store.behind, sight
+    for given, named, of, found in made:
+        if given is mask and of == sizes and all(one is other for one, other in zip(named, store.named, strict=True)):
+            return found
+    found = _mask(mask, store, new, sight)
+    made.append((mask, store.named, sizes, found))
+    return found
+
+
+def _mask(mask: Any, store: Any, new: int, sight: bool) -> Any:
+    columns, valid = store.positions, None if store.full else store.valid
+    (batch, stored), device, follows = columns.shape, columns.device, store.behind >= new
+    if mask is None and new == 1 and follows and valid is not None and not sight:
+        return valid[:, None, None]
+    rows = torch.arange(store.length - new, store.length, device=device).expand(batch, -1)
+    # New tokens of which all are stored see their own keys without being told to.
+    own = torch.arange(stored - new, stored, device=device).expand_as(rows) if sight or not follows else None
+    seen = Sight(rows, columns, own, valid, None, store.length, causal=mask is None and new == 1 and valid is None)
     if mask is None:
         return seen if sight else seen.mask(None)
-    # A sliding layer's mask covers the last positions only.
-    offset = store.length - mask.shape[-1]
-    index, seen.valid = (columns - offset).clamp(min=0), store.valid & (columns >= offset)
+    index, offset = columns, store.length - mask.shape[-1]
+    if offset:  # a sliding layer's mask covers the last positions only
+        index, within = (columns - offset).clamp(min=0), columns >= offset
+        seen.valid = within if valid is None else valid & within
     if sight:
-        seen.valid = seen.valid & mask.bool().expand(len(rows), -1).gather(1, index)
+        real = mask.bool().expand(len(rows), -1).gather(1, index)
+        seen.valid = real if seen.valid is None else seen.valid & real
         return seen
     if is_block_mask(mask):
         every = torch.arange(len(rows), device=rows.device)

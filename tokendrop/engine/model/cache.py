@@ -21,16 +21,21 @@ class HoledLayer:
 
     Args:
         length: tokens counted.
-        positions: (B, S) int64, the position of each stored token.
-        valid: (B, S) bool, False for a stored token that nobody may see.
+        named: (B, S) int64, the positions of stored tokens, and (B, S) bool, False for one that nobody may see. Layers
+            that hold the same tokens share both.
+        behind: tokens stored after those, the last ones that were counted; everyone may see them.
+        full: whether everyone may see all stored tokens, as far as is known without a transfer from the device.
+        spare: rows that come next and only fill up, behind those that are stored.
         turns: rotary tables (B or 1, T, width) of the tokens counted, padding first, where rows are numbered anew.
         layers: those of its cache.
         index: its place in them.
     """
 
     length: int
-    positions: Tensor
-    valid: Tensor
+    named: tuple[Tensor, Tensor]
+    behind: int = 0
+    full: bool = True
+    spare: int = 0
     layers: list[Any]
     index: int
     keys: Tensor
@@ -48,21 +53,58 @@ class HoledLayer:
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        held, named = self.keys.shape[-2] if self.keys.dim() == 4 else 0, self.positions.shape[1]
-        if held + keys.shape[-2] != named:
+        held = self.keys.shape[-2] if self.keys.dim() == 4 else 0
+        if held + keys.shape[-2] - self.spare != self.stored:
             raise UnsupportedError(
                 f"a cache layer that holds {held} of {self.length} tokens is continued by a model that runs dense; "
                 "continue inside the `with drop.layout(...)` that filled it, or start from the whole prompt"
             )
-        self.keys, self.values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
-        return self.keys, self.values
+        seen = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+        self.keys, self.values = (x[..., : self.stored, :] for x in seen) if self.spare else seen
+        self.spare = 0
+        return seen
 
-    def expect(self, positions: Tensor, valid: Tensor, counted: int) -> None:
-        """Count `counted` more tokens, of which those at `positions` are stored next."""
-        self.positions = torch.cat([self.positions, positions], 1)
-        self.valid = torch.cat([self.valid, valid], 1)
+    def expect(self, positions: Tensor, valid: Tensor, counted: int, spare: int = 0, full: bool = False) -> None:
+        """Count `counted` more tokens, of which those at `positions` (B, K) are stored next.
+
+        Args:
+            positions: of the stored ones.
+            valid: (B, K) bool, False for one that nobody may see.
+            counted: how many tokens of each sample there are.
+            spare: rows given behind the K, which are not stored.
+            full: whether all are known to be valid.
+        """
+        if self.stored:
+            positions, valid = torch.cat([self.positions, positions], 1), torch.cat([self.valid, valid], 1)
+        self.named, self.behind, self.spare, self.full = (positions, valid), 0, spare, self.full and full
+        self._count(counted)
+
+    def follow(self, counted: int) -> None:
+        """Count `counted` more tokens, all of which are stored next and seen by everyone behind them."""
+        self.behind += counted
+        self._count(counted)
+
+    def _count(self, counted: int) -> None:
         self.length += counted
         self.cumulative_length = self.length  # what a sliding layer counts with
+
+    @property
+    def stored(self) -> int:
+        """S, those that come next among them."""
+        return self.named[0].shape[1] + self.behind
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, S) int64, the position of each stored token."""
+        at, _ = self.named
+        behind = torch.arange(self.length - self.behind, self.length, device=at.device)
+        return torch.cat([at, behind.expand(len(at), -1)], 1) if self.behind else at
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, S) bool, False for a stored token that nobody may see."""
+        _, valid = self.named
+        return torch.cat([valid, valid.new_ones(len(valid), self.behind)], 1) if self.behind else valid
 
     def get_seq_length(self) -> int:
         """Tokens counted, stored or not."""
@@ -72,7 +114,7 @@ class HoledLayer:
         """Make room for an empty, ordinary layer."""
         plain: Any = object.__new__(type(self).__mro__[2])
         plain.__dict__.update(self.__dict__ | {"keys": None, "values": None, "is_initialized": False})
-        for name in ("length", "positions", "valid", "turns", "layers", "index"):
+        for name in ("length", "named", "behind", "full", "spare", "turns", "layers", "index"):
             plain.__dict__.pop(name, None)
         plain.reset()
         self.layers[self.index] = plain
@@ -98,8 +140,8 @@ class HoledLayer:
         raise UnsupportedError("a cache that skips image tokens cannot be cropped; use no assisted decoding")
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in ("keys", "values", "positions", "valid"):
-            setattr(self, name, change(getattr(self, name)))
+        self.keys, self.values = change(self.keys), change(self.values)
+        self.named = change(self.named[0]), change(self.named[1])
         if self.turns is not None and len(self.turns[0]) > 1:
             self.turns = change(self.turns[0]), change(self.turns[1])
 
@@ -158,7 +200,7 @@ def holed_layer(cache: Any, index: int, batch: int, device: torch.device) -> Hol
     holed = cast(HoledLayer, object.__new__(_holed_class(type(layer))))
     holed.__dict__.update(layer.__dict__)
     holed.length, holed.layers, holed.index = length, cache.layers, index
-    holed.positions = torch.arange(length - held, length, device=device).expand(batch, -1)
-    holed.valid = torch.ones(batch, held, dtype=torch.bool, device=device)
+    positions = torch.arange(length - held, length, device=device).expand(batch, -1)
+    holed.named = positions, torch.ones(batch, held, dtype=torch.bool, device=device)
     cache.layers[index] = holed
     return holed

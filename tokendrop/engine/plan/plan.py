@@ -51,6 +51,7 @@ class Group:
         ffn_size: of the K rows of each sample, those whose FFN runs; None where it runs on all.
         ffn: which; None for every row, or until `choice` is made.
         gate: (B, K), what a router scales the FFN's output by; None where none does.
+        counts: of each sample, how many of the K rows compute; the others fill up. Empty where all K do.
     """
 
     role: Role
@@ -68,6 +69,7 @@ class Group:
     ffn_size: int | None = None
     ffn: Rows | None = None
     gate: Tensor | None = None
+    counts: tuple[int, ...] = ()
 
     @property
     def ffn_rows(self) -> int:
@@ -246,14 +248,14 @@ class Planner:
             each = [one for own in kept.values() for one in own]
             packs, most = self.packs and self.packs.within(samples), max(each)
             choice = Choice(select, torch.tensor(each, device=chosen.device), most, counts, context_size, packs, parts)
-            group = Group(role, number, samples, chosen, whole, size, None, None, choice=choice)
+            group = Group(role, number, samples, chosen, whole, size, None, None, choice=choice, counts=tuple(rows))
             return replace(group, size=self.tokens, ffn_size=size) if role is Role.ATTEND else group
         active = choose_rows(self.computing[chosen], counts, size)
         if role is Role.ATTEND:
             split, every = self._split(image, samples, owns), (self.tokens, None, None)
             return Group(role, number, samples, chosen, whole, *every, split, ffn_size=size, ffn=active)
         if role is not Role.CONTEXT:
-            return Group(role, number, samples, chosen, whole, size, active, None)
+            return Group(role, number, samples, chosen, whole, size, active, None, counts=tuple(rows))
         context = choose_rows(image, image.sum(1), context_size)
         split = self._split(context.index >= 0, samples, owns)  # every row
         late = self._late(samples, size, context_size)
