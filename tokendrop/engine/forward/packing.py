@@ -35,14 +35,19 @@ def form_of(
         states: its hidden states.
         made: what was made so far in this forward, of which all layers are told the same packed samples.
     """
-    of = kind(spec.backend(layer))
-    sight = of == "flash" and spec.recurrent is None and follows(attention_of(layer))
+    of, sight = attends(layer, spec, spec.backend(layer))
     known = {} if made is None else made
     if sight and "packs" not in known:
         known["packs"] = flash_packs(named, spec.mask, shape)
     packs = known["packs"] if sight else None
     dtype, both = states.dtype if of == "eager" else None, sees_both_sides(layer)
     return Form(shape, spec.mask, of, dtype, sight=sight, packs=packs, both=both)
+
+
+def attends(layer: nn.Module, spec: LayerSpec, backend: str) -> tuple[str | None, bool]:
+    """The kind of a layer's attention, see `tokendrop.engine.model.attention.kind`; whether it is given a `Sight`."""
+    of = kind(backend)
+    return of, of == "flash" and spec.recurrent is None and follows(attention_of(layer))
 
 
 def flash_packs(named: dict[str, Any], mask: str | None, shape: tuple[int, int]) -> Tensor | None:

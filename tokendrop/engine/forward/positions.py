@@ -31,6 +31,7 @@ class Positions:
         self.span: Span | None = None
         self.at: Tensor | None = None
         self.made: list[tuple[Any, Any, Any]] = []
+        self.turned: list[tuple[Any, Tensor, int, Any]] = []
 
     def enter(self, span: Span) -> None:
         """Number the rows of a span whose selections are made."""
@@ -81,9 +82,18 @@ class Positions:
             return named
         (name, value), *_ = _tables(named, (rows, new)).items()
         store.turns = self._once(value, store.turns)
-        dropped = store.length - store.valid.sum(1, keepdim=True)
-        at = store.length + torch.arange(new, device=dropped.device) - dropped
-        return named | {name: gather_rotary(*store.turns, at)}
+        return named | {name: self._turned(store, store.turns, new)}
+
+    def _turned(self, store: HoledLayer, turns: tuple[Tensor, Tensor], new: int) -> Any:
+        # Layers that hold the same tokens share it: a new token is behind those that are stored and may be seen.
+        valid = store.named[1]
+        for given, of, behind, made in self.turned:
+            if given is turns and of is valid and behind == store.behind:
+                return made
+        at = valid.sum(1, keepdim=True) + torch.arange(store.behind, store.behind + new, device=valid.device)
+        made = gather_rotary(*turns, at)
+        self.turned.append((turns, valid, store.behind, made))
+        return made
 
     def _once(self, value: Any, before: Any) -> Any:
         # Layers are given the same tables, of which there is one copy then.

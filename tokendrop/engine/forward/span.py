@@ -19,7 +19,7 @@ from tokendrop.engine.forward.groups import Call, Work, joined_output, split_out
 from tokendrop.engine.forward.ids import check_rows, generating
 from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, told_packs, unkept
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
-from tokendrop.engine.forward.step import Step, check_told, decode
+from tokendrop.engine.forward.step import Step, decode, told
 from tokendrop.engine.model.block_masks import first_columns, has_columns
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
@@ -55,13 +55,14 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
             "inside `with drop.layout(layout):`, or inside `with drop.disabled():` to run it dense on purpose"
             f"{in_thread()}{binding.handle.hint}"
         )
-    frame, sets = entered[-1], binding.handle.sets(binding.index)
+    frame = entered[-1]
     if frame is not None and binding.index == 0:
         hidden, named = binding.spec.bind(args, kwargs)
         frame.check(hidden, _cache(binding, named)[1])
         if frame.trained != (trained := binding.handle.trained(layer)):  # the mode changed inside the layout
             frame.plan, frame.trained = binding.handle.plan(frame.layout), trained
     if frame is None or frame.dense:
+        sets = binding.handle.sets(binding.index)
         if len(sets) == 0 or not torch.is_grad_enabled():
             return proceed(*args, **kwargs)
         return proceed(*args, **kwargs, **{WORK: Work(binding.spec, (), sets)})
@@ -250,10 +251,8 @@ def _decode(
     store = cache.layers[index] if index < len(cache.layers) else None  # a layer may keep its state elsewhere
     arguments: dict[str, Any] | None = forward.positions.step(store, named, *hidden.shape[:2])
     if isinstance(store, HoledLayer):
-        form = form_of(layer, binding.spec, (hidden.shape[0], hidden.shape[1]), named, hidden, forward.made)
-        check_told(index, binding.spec.backend(layer), form)
-        masks = forward.made.setdefault("masks", [])
-        arguments = decode(store, step, skips, arguments or {}, binding.spec.mask or "", form.sight, masks)
+        sight, masks = told(layer, binding.spec, index), forward.made.setdefault("masks", [])
+        arguments = decode(store, step, skips, arguments or {}, binding.spec.mask or "", sight, masks)
     if arguments is None:
         return (hidden,) if frame.returns_tuple else hidden
     split, ffn = step.split(index), step.text_rows() if role is Role.ATTEND else None

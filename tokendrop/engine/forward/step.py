@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokendrop.engine.forward.arguments import Form, columns_of, is_bias
+from tokendrop.engine.forward.arguments import columns_of, is_bias
+from tokendrop.engine.forward.packing import attends
 from tokendrop.engine.model.block_masks import compact_block, is_block_mask
+from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.rows import Rows, Split, split_rows
 from tokendrop.errors import LayoutError, NeededRowError, UnsupportedError
@@ -121,17 +123,20 @@ def _differs(route: Route, name: str | None) -> bool:
     return False
 
 
-def check_told(index: int, backend: str, form: Form) -> None:
-    """Refuse an attention that cannot be told which tokens the cache of layer `index` holds.
+def told(layer: nn.Module, spec: LayerSpec, index: int) -> bool:
+    """Whether the attention of layer `index` is told by a `Sight` which tokens its cache holds; else by a mask tensor.
 
     Raises:
-        UnsupportedError: with its name.
+        UnsupportedError: it cannot be told.
     """
-    if form.kind is None or (form.kind == "flash" and not form.sight):
+    backend = spec.backend(layer)
+    of, sight = attends(layer, spec, backend)
+    if of is None or (of == "flash" and not sight):
         raise UnsupportedError(
             f"layer {index} generates behind tokens that its cache does not hold, and the {backend!r} attention takes "
             "no mask that says which; load it with attn_implementation='sdpa'"
         )
+    return sight
 
 
 def decode(
@@ -159,11 +164,11 @@ def decode(
             return None
     else:
         store.follow(new)
-    biased = {name: columns_of(x, store.positions) for name, x in named.items() if is_bias(x, store.length)}
-    given = named.get(mask)
+    given, others = named.get(mask), {name: x for name, x in named.items() if name != mask}
+    changed = {name: columns_of(x, store.positions) for name, x in others.items() if is_bias(x, store.length)}
     if new > 1 or given is not None or sight or not store.full:
-        biased[mask] = _once(given, store, new, sight, made)
-    return named | biased
+        changed[mask] = _once(given, store, new, sight, made)
+    return named | changed
 
 
 def _once(mask: Any, store: Any, new: int, sight: bool, made: list[Any]) -> Any:

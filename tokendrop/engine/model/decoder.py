@@ -269,10 +269,10 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
 
 def reentrant(layer: nn.Module) -> bool:
     """Whether a layer recomputes its forward inside a re-entrant backward."""
-    function: Callable[..., Any] | None = getattr(layer, "_gradient_checkpointing_func", None)
-    if not getattr(layer, "gradient_checkpointing", False) or not layer.training or function is None:
+    if not layer.training or not getattr(layer, "gradient_checkpointing", False):
         return False
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    function: Callable[..., Any] | None = getattr(layer, "_gradient_checkpointing_func", None)
+    return function is not None and bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
 
 def is_sharded(module: nn.Module) -> bool:
