@@ -36,7 +36,7 @@ class Positions:
     def enter(self, span: Span) -> None:
         """Number the rows of a span whose selections are made."""
         self.span, self.at = span, places(self.plan, span) if any(span.renumber) else None
-        self.made.clear()
+        self.made = [one for one in self.made if one[1] is _FIRST]
 
     def of(self, named: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a layer of the span, its rotary tables (B or 1, T, D) in the order of the new numbers.
