@@ -10,6 +10,7 @@ Shape letters: none.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -40,13 +41,14 @@ def main() -> None:
     given = parser.parse_args()
     seeds = range(*map(int, given.seeds.split(":")))
     every = [*CONTROLS, *(name for name in plans(SCALES[given.scale].layers) if name not in CONTROLS)]
-    shared = {key: environment("cpu")[key] for key in ("device", "commit")}
+    device = None if SCALES[given.scale].accelerator == "gpu" else "cpu"
+    shared = {key: environment(device)[key] for key in ("device", "commit")}
     where = given.out, lambda: shared | made_where(), given.jobs
     found = run_missing(given.scale, given.split, given.runs or every, seeds, *where)
     for done, due, row in found:
         u, g = (row[task] for task in TASKS)
         said = [f"U exact {u['accuracy']:.3f} NLL {u['nll']:.3f}"] if u else []
-        said += [f"G NLL {g['nll']:.4f} agreement {g['agreement']:.2f}"] if g else []
+        said += [f"G NLL {g['nll']:.4f} agreement {g.get('agreement', math.nan):.2f}"] if g else []
         named = f"{row['plan']} x{row['updates']:g}, seed {row['seed']}"
         print(f"{done}/{due} {named:45} {row['flops']:.3e} FLOPs {row['seconds']:.0f} s  {'  '.join(said)}", flush=True)
 

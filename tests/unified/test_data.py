@@ -78,6 +78,8 @@ def test_generation_is_system_instruction_output(scenes):
     codes = batch["labels"][output].view(3, -1).numpy()
     np.testing.assert_array_equal(codes[1].reshape(4, 4, 4), digits.codes[rows[1]])
     assert scenes.captions_in(batch).tolist() == scenes.captions_in(scenes.batch("understanding", rows, "val")).tolist()
+    elsewhere = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+    assert scenes.captions_in(elsewhere).shape == (len(rows), 12)
 
 
 def test_image_tokens_dominate():

@@ -122,7 +122,7 @@ def quality_table(rows: Sequence[Row]) -> Table:
     for name in names(rows):
         own = [row for row in rows if name_of(row) == name]
         cells = [interval([row[task][key] for row in own if row[task]]) for task, key, _ in METRICS.values()]
-        cells.append(interval([row[G]["agreement"] for row in own if row[G]]))
+        cells.append(interval([row[G]["agreement"] for row in own if "agreement" in (row[G] or {})]))
         lines.append((name, str(len(own)), f"{flops(rows, name):.2f}", *cells))
     return Table(QUALITY, lines)
 

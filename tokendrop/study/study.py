@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from tokendrop.callbacks import TokenDrop
 from tokendrop.methods import HiMix, HMGen
@@ -11,6 +12,8 @@ from tokendrop.unified.data import TASKS, Scenes
 from tokendrop.unified.datamodule import UnifiedData, Update
 from tokendrop.unified.images import Source
 from tokendrop.unified.model import UnifiedVLM
+
+Precision = Literal["32-true", "bf16-mixed"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Study:
         test_scenes: test scenes of each task.
         curve_points: points of a learning curve.
         timing_rounds: timed steps of each configuration and task.
+        accelerator: of Lightning's trainer.
+        precision: likewise.
 
     Example:
         >>> list(Study().runs())
@@ -62,6 +67,8 @@ class Study:
     test_scenes: int = 512
     curve_points: int = 8
     timing_rounds: int = 25
+    accelerator: str = "cpu"
+    precision: Precision = "32-true"
 
     def runs(self) -> dict[str, Run]:
         """The eight runs by name."""

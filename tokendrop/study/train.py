@@ -110,7 +110,8 @@ def train(
     witness = Witness(study.steps, progress)
     drop = study.callback(name)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=study.accelerator,
+        precision=study.precision,
         devices=1,
         max_epochs=1,
         val_check_interval=max(1, len(data.train) // study.curve_points),
@@ -128,6 +129,6 @@ def train(
         task: {key.rsplit("/", 1)[1]: value for key, value in tested.items() if key.startswith(f"test/{task}/")}
         for task in run.tasks
     }
-    if "generation" in scores:
+    if "agreement" in scores.get("generation", {}):
         scores["generation"]["judge_accuracy"] = judge(study.source).accuracy
     return Outcome(name, seed, scores, witness.curve, witness.pictures)

