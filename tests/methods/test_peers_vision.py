@@ -25,7 +25,7 @@ def merged(run, inputs):
     (layer,) = out.past_key_values.layers[:1]
     places = layer.positions[0].tolist() if hasattr(layer, "positions") else range(len(entered[0]))
     valid = layer.valid[0].tolist() if hasattr(layer, "valid") else [True] * len(entered[0])
-    pairs = zip(places, valid, entered[0], strict=True)
+    pairs = zip(places, valid, entered[0][: len(places)], strict=True)  # rows that fill up are not stored
     return {at - peer_inputs.BEFORE: x for at, real, x in pairs if real and run.layout.image[0, at]}, out
 
 
