@@ -88,7 +88,7 @@ def measure(
     for turn in range(1 + rounds):
         shuffle.shuffle(order)
         for dropped in order:
-            run = generate(model if dropped else base, drops[dropped], ids, layout, new if turn else 2)
+            run = generate(model if dropped else base, drops[dropped], ids, layout, new)
             found[dropped] += [run] if turn else []
     return found
 

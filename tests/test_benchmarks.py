@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import decode, scale, table  # noqa: E402
 from benchmarks.gpu import step, tests  # noqa: E402
+from benchmarks.train import step as train_step  # noqa: E402
 from benchmarks.train.cases import Sizes, decoder, methods  # noqa: E402
 
 # What comes with torch, transformers, lightning, torchmetrics, pytest and hypothesis.
@@ -67,6 +68,17 @@ def test_every_method_fits_the_sizes_it_is_measured_at(rehearse):
         assert all(len(made[name][0].route(sizes.layers)) == sizes.layers for name in names)
     assert {sizes.attention for sizes, _, _ in plans} == {"sdpa", *step.BACKENDS}
     assert {sizes.dtype for sizes, _, unchecked in plans if not unchecked} == {"float32", "bfloat16"}
+
+
+def test_a_device_whose_peak_is_known(monkeypatch):
+    """MFU is of the FLOPs that a provider really runs, and stands in a row of its own."""
+    monkeypatch.setattr(train_step, "available_flops", lambda dtype: 1e9)
+    sizes = Sizes(layers=4, width=32, head=16, tokens=32, vocabulary=16)
+    rows = train_step.measure(decoder(sizes), sizes, ["HMGen middle"], "cpu", 1, unchecked=True)
+    assert {row["provider"] for row in rows} == {"dense", "HMGen middle"}
+    of = {(row["provider"], row["metric"]): row["median"] for row in rows}
+    ratio = of["HMGen middle", "MFU"] / of["dense", "MFU"]
+    assert ratio == pytest.approx(of["HMGen middle", "FLOPs ratio"] / of["HMGen middle", "time ratio"], rel=1e-6)
 
 
 @pytest.mark.parametrize("layers", [4, 8, 12])

@@ -88,6 +88,7 @@ def loop(module: Timed, own: bool) -> list[float]:
     """Seconds of each step of a written-out loop but the first; the model is given the mask only where it takes it."""
     batch, optimizer, seconds = dict(module.batch), torch.optim.SGD(module.model.parameters(), lr=1e-4), []
     image = batch.pop("image_mask")
+    module.model.to(image.device)  # a Trainer leaves it on the CPU
     given = batch | {"use_cache": False} | ({"image_mask": torch.zeros_like(image)} if own else {})
     for _ in range(5):
         start = now()

@@ -74,8 +74,8 @@ def _rows(name: str, found: dict[str, Any], config: dict[str, Any], shared: dict
     rate["p20"], rate["p80"] = rate["p80"], rate["p20"]
     figures["tokens per second", "tokens/s"] = _times(rate, config["batch"] * config["tokens"])
     peak = available_flops(config["dtype"])
-    for metric, name in {"MFU": "flops", "computed MFU": "computed_flops"}.items() if peak else ():
-        figures[metric, "1"] = _times(rate, found[name] / peak)
+    for metric, key in {"MFU": "flops", "computed MFU": "computed_flops"}.items() if peak else ():
+        figures[metric, "1"] = _times(rate, found[key] / peak)
     if flops < 1:
         figures["saved-time share", "1"] = _saved(found["time_ratio"], flops)
     return [

@@ -118,6 +118,13 @@ def test_by_hand():
     }
 
 
+@pytest.mark.parametrize("method", [td.HiMix(), td.Drop("1:", 0.5, per="frame"), td.RandomLTD("1:", 0.5)])
+def test_wherever_tensors_are_made_by_default(method):
+    expected = td.flops(config(), method, text=6, image=8)
+    with torch.device("meta"):
+        assert td.flops(config(), method, text=6, image=8) == expected
+
+
 def test_tasks_choose_their_method():
     methods = {"u": td.HiMix(separate="per-task"), "g": td.HMGen("1:3"), "dense": None}
     sizes = {"text": 8, "image": 24}

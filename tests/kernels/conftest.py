@@ -1,5 +1,6 @@
 """What the kernels do not write is NaN here."""
 
+import device
 import pytest
 import torch
 
@@ -11,3 +12,10 @@ def memory_that_nobody_wrote_is_nan():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def values_are_looked_at(monkeypatch):
+    """On an accelerator, where looking costs a synchronisation, only where it is asked for."""
+    if device.DEVICE.type != "cpu":
+        monkeypatch.setenv("TOKENDROP_DEBUG", "1")

@@ -44,6 +44,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("values_are_looked_at")
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     run, args, error, message = REFUSED[case]

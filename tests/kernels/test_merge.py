@@ -59,6 +59,7 @@ def test_sums_of_half_precision_are_rounded_once():
     assert merge_tokens(x, into, weight)[0, 0].item() == 512
 
 
+@pytest.mark.usefixtures("values_are_looked_at")
 def test_refused():
     x, into, weight = case(2, 5, 0)
     with pytest.raises(td.LayoutTypeError, match="int64"):

@@ -75,9 +75,9 @@ def test_neither_full_nor_kept():
 
 def test_the_cpu_runs_torch(monkeypatch):
     monkeypatch.delenv("TOKENDROP_KERNELS", raising=False)
-    x = torch.zeros(1, 2, 3)
+    x, idx = torch.zeros(1, 2, 3, device="cpu"), torch.tensor([[1]], device="cpu")
     assert not ops.uses_triton(x)
-    assert "IndexSelect" in str(gather_tokens(x.requires_grad_(), torch.tensor([[1]])).grad_fn.next_functions)
+    assert "IndexSelect" in str(gather_tokens(x.requires_grad_(), idx).grad_fn.next_functions)
 
 
 @pytest.mark.parametrize("choice", ["cuda", "Triton", "1"])
@@ -99,4 +99,4 @@ def test_triton_where_there_is_none(monkeypatch, device):
 @pytest.mark.parametrize("choice", ["torch", ""])
 def test_torch_by_choice(monkeypatch, choice):
     monkeypatch.setenv("TOKENDROP_KERNELS", choice)
-    assert not ops.uses_triton(torch.zeros(1))
+    assert not ops.uses_triton(torch.zeros(1, device="cpu"))

@@ -122,6 +122,7 @@ def test_kept_rows_have_the_dtype():
         scatter_tokens(torch.zeros(2, 3, 4), torch.zeros(2, 1, 4).double(), torch.zeros(2, 1, dtype=torch.long))
 
 
+@pytest.mark.usefixtures("values_are_looked_at")
 @pytest.mark.parametrize("idx", [[[3], [0]], [[0], [-1]], [[5], [0]]])
 def test_an_index_outside_its_sample_never_reads_another(idx):
     """Flat indexing would turn row T of sample 0 into row 0 of sample 1."""

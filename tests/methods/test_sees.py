@@ -55,9 +55,10 @@ def test_the_engine_equals_the_reference_for_a_function_of_keys_and_text(layers)
     run(keys_like_those_of_the_text, layers)
 
 
-def test_keys_are_those_that_a_cache_holds():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keys_are_those_that_a_cache_holds(attention):
     spy = td.sees(attention="answer", before=True)(Spy())
-    model, drop = dropped(BASE, td.Drop("2:", 0.5, spy), multiple=1)
+    model, drop = dropped(llama(attention, dtype=torch.float64), td.Drop("2:", 0.5, spy), multiple=1)
     made = batch(["ttiiiitt"], "u")
     with drop.layout(td.TokenLayout(made.image)), torch.no_grad():
         cache = model(made.ids, past_key_values=DynamicCache()).past_key_values

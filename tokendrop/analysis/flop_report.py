@@ -206,7 +206,7 @@ def _layout(text: int, image: int, before: int, task: str | None) -> TokenLayout
         raise LayoutError(f"text={text}, image={image}: expected 1 to {LARGEST} tokens in all")
     if _count("before", before) > text:
         raise LayoutError(f"before={before}: expected at most the {text} text tokens, which it is a part of")
-    at = torch.arange(total)[None]
+    at = torch.arange(total, device="cpu")[None]  # whatever is made elsewhere by default
     return TokenLayout((at >= before) & (at < before + image), task, frames=torch.zeros_like(at))
 
 

@@ -44,13 +44,15 @@ class Pairs:
         if self.packs is None:
             wide = tokens if window is None else min(window, tokens)
             return [wide * (wide + 1) // 2 + (tokens - wide) * wide] * batch
-        return self._count(rows, torch.zeros_like(rows), range(batch), window)
+        with torch.device("cpu"):
+            return self._count(rows, torch.zeros_like(rows), range(batch), window)
 
     def of(self, group: Group, window: int | None = None) -> list[int]:
         """Of each of the N samples of a group of the plan."""
         key = group.number, window
         if key not in self._known:
-            self._known[key] = self._of(group, window)
+            with torch.device("cpu"):
+                self._known[key] = self._of(group, window)
         return self._known[key]
 
     def _of(self, group: Group, window: int | None) -> list[int]:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_stand_in import EVERY, FLASH, ignores_masks, kernels, with_attention
 from test_attention_rows import Looking
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, StaticCache
 
 import tokendrop as td
@@ -168,6 +169,8 @@ def test_lower_right_in_words_is_the_mask() -> None:
     for first, size, context in ((2, 7, 4), (0, 3, 5), (4, 5, 1)):
         late = behind_image(first, size, context, torch.device("cpu"))
         assert torch.equal(lower_right(late)._materialize(), late)
+        with FlopCounterMode(display=False):
+            assert torch.equal(lower_right(late), late)
 
 
 # transformers runs no sinks in FlexAttention on a CPU.

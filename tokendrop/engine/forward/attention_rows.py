@@ -153,7 +153,14 @@ def _run(look: _Looking, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     # A single row of grouped queries comes as (B, G, H / G, T), where transformers packs it for decoding.
     logits = logits.reshape(len(states), -1, rows.index.shape[1], logits.shape[-1])
     # What a cache is given for values may be something they are made of, as in latent attention.
-    return logits, values if attended is None else attended.reshape(len(states), -1, *attended.shape[-2:]), keys
+    return logits, values if attended is None else _each_once(attended, layer, keys), keys
+
+
+def _each_once(attended: Tensor, layer: nn.Module, keys: Tensor) -> Tensor:
+    # Values (B, G, T, W) of which there may be a copy for each query head of a group.
+    attended = attended.reshape(len(keys), -1, *attended.shape[-2:])
+    copies = getattr(attention_of(layer), "num_key_value_groups", 1)
+    return attended[:, ::copies] if attended.shape[1] == copies * keys.shape[1] else attended
 
 
 def _looking(layer: nn.Module, spec: LayerSpec, named: dict[str, Any], group: Group, states: Tensor) -> _Looking:
