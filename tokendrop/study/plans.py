@@ -84,6 +84,9 @@ def plans(layers: int) -> dict[str, Plan]:
         # Where in depth, for each task: U reads its image in the first layers, G needs the last ones.
         "U 2:, G 1:5:2 skipped": _joint(late, alternate),
         "U 2:, G 2:5 skipped": _joint(late, middle),
+        # Image tokens of G compute in all layers in which those of U do, and skip some of the others.
+        "U 2:, G 2:5:2 skipped": _joint(late, HMGen(at(2, 5, 2))),
+        "U 1:, G 1:5:2 skipped": _joint(HiMix(at(1)), alternate),
         "U 3:, G 1:5 skipped": _joint(HiMix(at(3)), HMGen(at(1, 5))),
         "U 1:, G 2:4 skipped": _joint(HiMix(at(1)), HMGen(at(2, 4))),
         "U 2:, G dense": _joint(late, None),
