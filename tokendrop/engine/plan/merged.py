@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendrop.kernels import gather_tokens
 from tokendrop.roles import Select
 
 
@@ -46,5 +45,6 @@ class Merged:
         leaves = self.into != own
         touched = leaves | (torch.zeros_like(self.into).scatter_add(1, self.into, leaves.long()) > 0)
         touched = touched & torch.tensor(ends, device=states.device)[:, None]
-        update = gather_tokens(now - self.after, self.into)
+        # Not by `gather_tokens`, whose backward is written for rows that come once: several go to one token.
+        update = (now - self.after)[torch.arange(len(now), device=now.device)[:, None], self.into]
         return states.index_copy(0, self.samples, (self.before + update).where(touched[:, :, None], now))
