@@ -279,7 +279,7 @@ class Handle(Described, nn.Module):
             raise AppliedError(f"this handle is not on {type(model).__name__} any more; it was removed before")
         check_swapped(model, layers, self.encoder)
         self.undo()
-        this_thread.__dict__.get("frames", {}).pop(self.key, None)
+        this_thread.by_key.pop(self.key, None)
 
     def undo(self) -> None:
         """Take back what `apply` did, or began to do."""

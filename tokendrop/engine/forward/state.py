@@ -155,13 +155,19 @@ class Frame:
         )
 
 
-this_thread = threading.local()
+class _Entered(threading.local):
+    """The layouts that a thread has entered, by handle."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[str, list[Frame | None]] = {}
+
+
+this_thread = _Entered()
 
 
 def frames(key: str) -> list[Frame | None]:
     """This thread's entered layouts of the handle `key`, innermost last; None for an entered `drop.disabled()`."""
-    by_key: dict[str, list[Frame | None]] = this_thread.__dict__.setdefault("frames", {})
-    return by_key.setdefault(key, [])
+    return this_thread.by_key.setdefault(key, [])
 
 
 def in_thread() -> str:
