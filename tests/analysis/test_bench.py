@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import batch, llama, snapshot
+from kernels_stand_in import kernels, with_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokendrop as td
@@ -164,6 +165,16 @@ def test_a_lightning_module_is_run_by_its_training_step():
 def test_other_precisions_are_equal_to_the_reference(dtype):
     rows = run(llama(dtype=dtype)).rows
     assert rows[0]["gradient_gap"] <= (1e-9 if dtype is torch.float64 else 0.06)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_kernels_that_take_no_mask_are_equal_to_the_reference(attention):
+    """It runs sdpa, as a model does that was loaded so."""
+    model = with_attention(llama(), attention)
+    with kernels():
+        rows = run(model).rows
+    assert rows[0]["gradient_gap"] <= 1e-4
+    assert model.config._attn_implementation == attention
 
 
 def test_under_autocast_too():

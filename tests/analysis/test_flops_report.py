@@ -123,6 +123,7 @@ def test_wherever_tensors_are_made_by_default(method):
     expected = td.flops(config(), method, text=6, image=8)
     with torch.device("meta"):
         assert td.flops(config(), method, text=6, image=8) == expected
+        assert td.flops(config(), method, text=6, image=8, counted=True) == expected
 
 
 def test_tasks_choose_their_method():

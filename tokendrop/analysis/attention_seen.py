@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tokendrop.engine.model.attention import seen_kernels
 from tokendrop.engine.model.logits import SOFTMAX, products
 from tokendrop.errors import LayoutError, UnsupportedError
 
@@ -129,14 +130,9 @@ def attention_seen(layers: nn.ModuleList, tokens: int, sink: Sink) -> Generator[
     Source: ours.
     """
     run = _Run(sink, tokens)
-    configs = {id(config): config for module in layers.modules() if (config := getattr(module, "config", None))}
     with ExitStack() as stack:
         stack.callback(run.close)
-        for config in configs.values():
-            backend = getattr(config, "_attn_implementation", None)
-            if backend not in (None, "sdpa", "eager"):
-                stack.callback(setattr, config, "_attn_implementation", backend)
-                config._attn_implementation = "sdpa"
+        stack.enter_context(seen_kernels(layers))
         for index, layer in enumerate(layers):
             hook = layer.register_forward_pre_hook(lambda *_, at=index: run.before(at))
             stack.callback(hook.remove)

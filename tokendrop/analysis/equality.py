@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokendrop.analysis.subject import Subject
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply
+from tokendrop.engine.model.attention import seen_kernels
 from tokendrop.engine.model.decoder import find_layers
 from tokendrop.engine.reference import reference
 from tokendrop.engine.support import Methods
@@ -48,7 +49,8 @@ def check_equal(
 ) -> float:
     """The largest difference of a batch's gradients to those of `engine.reference`, over the largest gradient.
 
-    Both in eval mode, without dropout, from the same random state, and compared also by their loss.
+    Both in eval mode, without dropout, from the same random state, and compared also by their loss. The reference
+    takes masks, and runs sdpa where the model runs another kernel.
 
     Args:
         subject: its model is untouched, and so again afterwards.
@@ -74,7 +76,7 @@ def check_equal(
                 found = _measured(subject, batch, parameters, name)
             given = _by_task(drop, layout)
         try:
-            with _by_default_on(subject.device), preserved(model):
+            with _by_default_on(subject.device), preserved(model), seen_kernels(model):
                 where = layout if subject.device is None else layout.to(subject.device)
                 with reference(model, given[0], where, list(drop.layers), given[1], options.get("layers")):
                     wanted = _measured(subject, batch, parameters, name)

@@ -4,7 +4,8 @@ Shape letters: B batch, T tokens, K computed rows, M context rows, R scoring row
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -168,7 +169,7 @@ def flops(
     if counted:
         _check_countable(model_or_config)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake if counted else torch.device("meta"):
+    with _on_cpu(fake) if counted else torch.device("meta"):
         drop = apply(_weightless(model_or_config), methods, layers, multiple)
     drop.in_training = True  # a method for training only is costed as it trains
     _check(drop)
@@ -177,12 +178,19 @@ def flops(
     plans = Planner(layout, [route], [None], multiple).plan(), drop.plan(layout)
     hidden = [_hidden(drop, plan, backward) for plan in plans]
     if counted:
-        with fake, drop.disabled():
+        with _on_cpu(fake), drop.disabled():
             dense = counted_parts(drop, text + image, text + image, backward)
-        with drop.layout(layout), fake:
+        with drop.layout(layout), _on_cpu(fake):
             return FlopReport.of(dense, counted_parts(drop, text + image, rows, backward), *hidden)
     dense = _formula(drop, plans[0], route, text + image, backward)
     return FlopReport.of(dense, _formula(drop, plans[1], drop.served(layout)[0][0], rows, backward), *hidden)
+
+
+@contextmanager
+def _on_cpu(fake: FakeTensorMode) -> Generator[None]:
+    # Whatever is made elsewhere by default.
+    with torch.device("cpu"), fake:
+        yield
 
 
 def _check_countable(model: Any) -> None:
@@ -206,7 +214,7 @@ def _layout(text: int, image: int, before: int, task: str | None) -> TokenLayout
         raise LayoutError(f"text={text}, image={image}: expected 1 to {LARGEST} tokens in all")
     if _count("before", before) > text:
         raise LayoutError(f"before={before}: expected at most the {text} text tokens, which it is a part of")
-    at = torch.arange(total, device="cpu")[None]  # whatever is made elsewhere by default
+    at = torch.arange(total, device="cpu")[None]
     return TokenLayout((at >= before) & (at < before + image), task, frames=torch.zeros_like(at))
 
 

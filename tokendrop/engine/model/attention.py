@@ -141,6 +141,22 @@ def settled(attention: nn.Module) -> bool:
     return isinstance(attention, _ChosenAttention)
 
 
+@contextmanager
+def seen_kernels(module: nn.Module) -> Generator[None]:
+    """Inside, sdpa runs wherever a kernel runs that nobody can look into; it computes the same."""
+    configs = {id(config): config for one in module.modules() if (config := getattr(one, "config", None)) is not None}
+    before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
+    for config, backend in before:
+        if backend not in (None, "sdpa", "eager"):
+            config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        for config, backend in before:  # in this order: a config gives what it is given to those that it is made of
+            if backend is not None and config._attn_implementation != backend:
+                config._attn_implementation = backend
+
+
 def unseen(attention: nn.Module) -> bool:
     """Whether an attention runs a kernel that nobody can look into."""
     name = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "sdpa"
