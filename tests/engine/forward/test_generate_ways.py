@@ -26,7 +26,9 @@ from generation import (
 )
 from helpers import llama
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import (
+    CompileConfig,
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -69,6 +71,24 @@ def test_a_cache_of_a_fixed_length(method: str, given: Prompt, attention: str) -
     assert isinstance(static.past_key_values, StaticCache)
     agree(static, generated(model, drop, given, False, **texts(method)))
     agree(static, generated(model, drop, given, True, **texts(method)))
+
+
+@pytest.mark.parametrize("method", ["himix", "gone"])
+def test_a_cache_of_a_fixed_length_where_transformers_compiles(method: str) -> None:
+    """As it does on a GPU: decoding is what it is, and nothing compiles anew for each token."""
+    model, drop = dropped(METHODS[method])
+    options, frames = CompileConfig(backend="eager", mode=None, fullgraph=False), []
+    options._compile_all_devices = True
+    compiled = {"cache_implementation": "static", "disable_compile": False, "compile_config": options}
+    for new in (4, NEW):
+        torch._dynamo.reset()
+        counters.clear()
+        vars(model).pop("_compiled_call", None)
+        some = texts(method) | {"max_new_tokens": new}
+        agree(generated(model, drop, EVEN, True, **some, **compiled), generated(model, drop, EVEN, True, **some))
+        assert "_compiled_call" in vars(model)  # it did
+        frames.append(counters["frames"]["ok"])
+    assert frames[0] == frames[1]
 
 
 def windowed(name: str, window: int) -> Any:

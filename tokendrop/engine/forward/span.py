@@ -56,6 +56,8 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
             f"{in_thread()}{binding.handle.hint}"
         )
     frame = entered[-1]
+    if frame is not None and frame.generates and torch.compiler.is_compiling() and _cached(binding, args, kwargs):
+        return uncompiled(layer, proceed, args, kwargs)
     if frame is not None and binding.index == 0:
         hidden, named = binding.spec.bind(args, kwargs)
         frame.check(hidden, _cache(binding, named)[1])
@@ -75,6 +77,17 @@ def call(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], k
     if forward.next_layer == len(forward.plan.span_of):
         frame.losses, frame.forward = forward.selections.losses, None
     return out
+
+
+def _cached(binding: Binding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    name = binding.spec.cache
+    return name is not None and binding.spec.bind(args, kwargs)[1].get(name) is not None
+
+
+@torch.compiler.disable
+def uncompiled(layer: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same, where `generate` compiles a model whose cache has a fixed length: each token would compile anew."""
+    return call(layer, proceed, args, kwargs)
 
 
 def _forward(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Forward:
