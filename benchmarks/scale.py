@@ -80,7 +80,7 @@ def activations(sizes: LlamaConfig, method: Any) -> int:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
                 saved[storage._cdata] = storage.nbytes()
-            return tensor
+            return tensor.detach()
 
         ids, targets = torch.ones(1, len(at), dtype=torch.int64), fake.from_tensor(labels)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens.
 """
 
+import gc
 import json
 
 import lightning as L
@@ -66,6 +67,18 @@ def test_every_row_by_hand():
         assert row["dense_samples_per_second"]["median"] == pytest.approx(samples / dense)
         assert row["flops_ratio"] == row["flops"] / row["dense_flops"]
         assert {row[name]["n"] for name in ("seconds", "time_ratio", "capture")} == {1}
+
+
+def test_nothing_that_a_forward_keeps_outlives_its_count():
+    """A saved tensor that is handed back as it is holds the node that holds it, and no collector sees it."""
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    model, before = llama(), alive()
+    assert saved_bytes(lambda: model(**made()).loss, model.parameters()) > 0
+    assert alive() <= before + len(list(model.buffers()))
 
 
 def test_figures_are_of_all_batches():

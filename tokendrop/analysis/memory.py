@@ -30,7 +30,7 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would hold the node that holds it, and nothing would ever be freed
 
     # The loss keeps every saved tensor alive until the sum is taken, so that no address is used twice.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
