@@ -21,6 +21,8 @@ CHOOSING = {
     "Drop to context": td.Drop("1:3", 0.5, "attention", "context"),
     "Drop to attend": td.Drop("1:3", 0.5, "attention", "attend"),
     "MixtureOfDepths": td.MixtureOfDepths("1::2", 0.5),
+    "Sprint": td.Sprint("1:3", 0.5),
+    "Sprint, to another end": td.Sprint("2:", 0.5),
 }
 
 

@@ -44,6 +44,7 @@ METHODS: dict[str, Any] = {
         td.DART(1, 0.5),
         pytest.param(td.DivPrune(3), marks=pytest.mark.slow),
         td.PMoD(-0.5),
+        td.Sprint("1:3", 0.5),
         td.Drop("0:1", keep=0.5, score="norm", then="merge"),
         pytest.param(td.SVDPrune(0.5), marks=pytest.mark.slow),
     ],

@@ -5,16 +5,24 @@ Shape letters: B batch, T tokens, D hidden, L layers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tokendrop.analysis.flops import LayerCost, head_flops, is_trained, output_head, refusal, scoring_flops
+from tokendrop.analysis.flops import (
+    LayerCost,
+    fusing_flops,
+    head_flops,
+    is_trained,
+    output_head,
+    refusal,
+    scoring_flops,
+)
 from tokendrop.analysis.pairs import Pairs, counted_pairs
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.model.linears import base_linear, linear_shape
-from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.model.sets import FUSION, ROUTER, Fusion
 from tokendrop.engine.plan.labelled import labelled_rows
 from tokendrop.engine.plan.plan import Plan, Span
 from tokendrop.roles import Select
@@ -127,6 +135,8 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
             if choice is not None and choice not in looked:
                 looked.add(choice)
                 forward += _looking(made, plan, choice[0], span.start)
+                fused = _fusing(made, handle, plan, choice[0])
+                forward, backward = forward + fused[0], backward + fused[1]
             rows = group.size * (span.stop - span.start)
             for member in group.members:
                 costs[tasks[member]] += TaskCost(rows, 0, forward + backward + learning, 0, forward)
@@ -168,6 +178,17 @@ def _routing(handle: Handle, plan: Plan, span: Span) -> tuple[int, int]:
     return once, 2 * once if learns and is_trained(added[ROUTER]) else 0
 
 
+def _fusing(costs: _Costs, handle: Handle, plan: Plan, select: Select) -> Pass:
+    """Forward and backward of what fuses a sample's tokens where a selection ends."""
+    if not select.fuse:
+        return 0, 0
+    fusion = cast(Fusion, handle.sets(select.layer)[FUSION])
+    once = fusing_flops(fusion.linear, plan)
+    inside = [span for span in plan.spans for one in span.groups if one.choice and one.choice.select == select]
+    flows = costs.reached[inside[-1].stop - 1] or any(p.requires_grad for p in fusion.parameters())
+    return once, once * (flows + is_trained(fusion.linear))
+
+
 def _looking(costs: _Costs, plan: Plan, select: Select, layer: int) -> int:
     """What scores the tokens of a sample that a selection at the entry of a layer keeps."""
     before = select.queries is not None and select.queries.layer < layer
@@ -189,8 +210,11 @@ def _found(handle: Handle) -> _Costs:
     owner, layers, reached = handle.owner, handle.decoder_layers, []
     flows = _trained_before(handle)
     for layer, added in zip(layers, handle.layers, strict=True):
-        flows = flows or any(p.requires_grad for part in (layer, added) for p in part.parameters())
+        # A router and a fusion work on what comes out of a layer.
+        inside = [layer, *(part for name, part in cast(nn.ModuleDict, added).items() if name not in (ROUTER, FUSION))]
+        flows = flows or any(p.requires_grad for part in inside for p in part.parameters())
         reached.append(flows)
+        flows = flows or any(p.requires_grad for p in added.parameters())
     head, once = output_head(owner), head_flops(owner)
     own = head is not None and is_trained(base_linear(head))
     costs = [LayerCost.of(layer, spec) for layer, spec in zip(layers, handle.specs, strict=True)]

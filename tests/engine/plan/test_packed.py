@@ -26,6 +26,7 @@ METHODS: dict[str, Any] = {
     "hidrop": td.HiDrop(1, (2,), (0.6,), 3),
     "duet": td.DuetVLM((1, 3), (0.5, 0)),
     "pmod": td.PMoD(0.2),
+    "sprint": td.Sprint("1:3", 0.5),
     "cd_pruner": td.CDPruner(0.5),
     "div_prune": td.DivPrune(0.5),
     "dart": td.DART(2, 0.5, 1, 2),

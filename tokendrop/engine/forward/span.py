@@ -23,7 +23,7 @@ from tokendrop.engine.forward.step import Step, decode, told
 from tokendrop.engine.model.block_masks import first_columns, has_columns
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
-from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.model.sets import FUSION, ROUTER
 from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.plan import Group, Plan, Span
 from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
@@ -136,6 +136,7 @@ def _grow(binding: Binding, frame: Frame, hidden: Tensor, prompt: Plan, ids: gen
     order = generate.row_order(layout, routes, ids, hidden)
     check_rows(layout, order, ids.now, shape)
     image = generate.new_images(layout, ids, shape[0], shape[1] - layout.image.shape[1], one_by_one)
+    generate.refuse_new_images(routes, image)
     plan = handle.plan(generate.grown(layout, routes, order, image), cache is not None)
     if not plan.dense:
         generate.refuse_routers(routes)
@@ -160,6 +161,7 @@ def _continue(
     step = Step.of(generate.new_images(*given), generate.same_kind(*given), frame.caches[cache], routes, names)
     if step.any_image:
         generate.refuse_routers(routes)
+        generate.refuse_new_images(routes, step.image)
     return frame.start(frame.plan, cache, step)
 
 
@@ -224,8 +226,9 @@ def _run(
         return attention_rows(layer, spec, positions.of(named), lambda: _full(forward, hidden), *asked)
 
     if span is None or index == span.stop:
-        router = dict(binding.handle.sets(index).items()).get(ROUTER)
-        span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
+        added = dict(binding.handle.sets(index).items())
+        beside = added.get(ROUTER), added.get(FUSION)
+        span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, *beside)
         forward.span = span
         hidden = _enter(forward, span, hidden)
         positions.enter(span)
