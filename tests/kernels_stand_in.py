@@ -4,6 +4,7 @@ Shape letters: B batch, T tokens, K queries, C keys, H heads, G heads of keys an
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 import transformers.integrations.flex_attention as flex_integration
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import math_attention
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import AuxOutput, create_block_mask
 from transformers import masking_utils, modeling_utils
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.models.falcon import modeling_falcon
@@ -141,14 +142,18 @@ def _operator(
     return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
-def _flex(calls: Calls, query: Tensor, key: Tensor, value: Tensor, training: bool = False, **given: Any) -> Tensor:
+def _flex(calls: Calls, query: Tensor, key: Tensor, value: Tensor, training: bool = False, **given: Any) -> Any:
     mask = given["block_mask"]
     if mask is None:  # nothing is masked
-        mask = create_block_mask(lambda b, h, q, k: b >= 0, len(query), 1, query.shape[2], key.shape[2], device="cpu")
+        sizes = len(query), 1, query.shape[2], key.shape[2]
+        mask = create_block_mask(lambda b, h, q, k: b >= 0, *sizes, device=str(query.device))
     assert mask.shape == (len(query), 1, query.shape[2], key.shape[2])
     calls.flex.append({"q": tuple(query.shape), "k": tuple(key.shape), "mask": mask})
     rule = given["score_mod"]
-    return math_attention(query, key, value, rule, mask.as_tuple(), given["scale"], {})[0]
+    out, lse, _ = math_attention(query, key, value, rule, mask.as_tuple(), given["scale"], {})
+    # What transformers asks for on every device but the CPU; of base 2 here.
+    aux = AuxOutput(lse=lse * math.log(2))
+    return (out, aux) if given.get("return_aux") is not None else (out, aux.lse) if given.get("return_lse") else out
 
 
 def _falcon(*args: Any, **given: Any) -> Tensor:
