@@ -320,7 +320,7 @@ GOOD = {
     "PMoD": {},
     "SVDPrune": {"keep": 1, "rank": 1},
     "SkipVision": {},
-    "Sprint": {},
+    "Sprint": {"layers": "1:-1"},
     "DART": {"layer": 1},
     "CDPruner": {},
     "DivPrune": {},

@@ -10,7 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from helpers import batch, checkpointed, close, dropped, engine_step, llama, perturbed, reference_step, same, step
+from helpers import batch, checkpointed, close, dropped, engine_step, llama, reference_step, same, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -22,7 +22,9 @@ from tokendrop.roles import LayerRoute, Merge, Role, Select
 
 BASE, EXACT = llama(spread=0.2), llama(dtype=torch.float64)
 SAMPLES = st.lists(st.text("ti", min_size=2, max_size=9), min_size=1, max_size=3)
-METHODS = st.builds(td.Sprint, st.sampled_from([":", "1:3", "2:", "0:1", (1, 3)]), st.sampled_from([0, 1, 3, 0.25, 1.0]))
+METHODS = st.builds(
+    td.Sprint, st.sampled_from([":", "1:3", "2:", "0:1", (1, 3)]), st.sampled_from([0, 1, 3, 0.25, 1.0])
+)
 OTHERS = st.sampled_from([None, td.HMGen("1:3"), td.Sprint("1:2", 0.5), td.Sprint("1:4", 1), td.Drop("1:3", 0.5)])
 
 
@@ -164,15 +166,17 @@ def test_packed_samples_equal_each_alone():
 @pytest.mark.parametrize("sample", ["ttiiitt", "ttttttt"])
 def test_new_image_tokens_are_refused(sample, use_cache):
     """Also behind a prompt without an image."""
-    made = batch([sample], "u")
+    image = torch.tensor([[letter == "i" for letter in sample]])
+    ids = torch.arange(1, 8)[None] + 30 * image  # from 30 on, ids are of images
     model, drop = dropped(BASE, td.Sprint("1:3"))
     options = {"max_new_tokens": 3, "do_sample": False, "use_cache": use_cache, "eos_token_id": None}
-    for new, ids in (("image", None), (None, torch.arange(50))):
-        layout = td.TokenLayout(made.image, "u", new=new, image_ids=ids)
+    options |= {"attention_mask": torch.ones_like(ids), "suppress_tokens": list(range(30))}
+    for what in ({"new": "image"}, {"image_ids": torch.arange(30, 50)}):
+        layout = td.TokenLayout(image, "u", **what)
         with drop.layout(layout), pytest.raises(td.UnsupportedError, match=r"1 generated tokens are images.*use HMGen"):
-            model.generate(made.ids, attention_mask=torch.ones_like(made.ids), **options)
-    with drop.layout(td.TokenLayout(made.image, "u", new="text")):
-        assert model.generate(made.ids, attention_mask=torch.ones_like(made.ids), **options).shape[1] == 10
+            model.generate(ids, **options)
+    with drop.layout(td.TokenLayout(image, "u", new="text")):
+        assert model.generate(ids, **options).shape[1] == 10
 
 
 def test_a_fusion_is_saved_and_loaded_and_kept_by_a_dense_checkpoint(tmp_path):
@@ -189,10 +193,13 @@ def test_a_fusion_is_saved_and_loaded_and_kept_by_a_dense_checkpoint(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in drop.layers.state_dict().items())
 
 
-def test_a_checkpoint_of_the_callback_names_it_and_gives_it_back():
-    assert td.from_config(td.to_config(td.Sprint("1:3", 5, 2))) == td.Sprint("1:3", 5, 2)
-    model = perturbed(td.apply(copy.deepcopy(BASE), td.Sprint("1:3"))).owner
-    assert same(engine_step(model, td.handle(model), MADE), engine_step(copied := copy.deepcopy(model), td.handle(copied), MADE))
+def test_copies_and_removal():
+    model, drop = dropped(BASE, td.Sprint("1:3"))
+    copied = copy.deepcopy(model)
+    assert same(engine_step(model, drop, MADE), engine_step(copied, td.handle(copied), MADE))
+    assert not close(engine_step(model, drop, MADE), step(BASE, MADE), MADE.real, 1e-3)
+    drop.remove()
+    assert same(step(model, MADE), step(BASE, MADE))
 
 
 def nothing(scoring: Any, kept: torch.Tensor) -> Merge:
@@ -212,12 +219,14 @@ def test_a_selection_that_fuses_does_nothing_else(more):
 @pytest.mark.parametrize("role", [Role.GONE, Role.CONTEXT, Role.ATTEND])
 def test_tokens_that_rejoin_are_fused_and_no_others(role):
     model = copy.deepcopy(BASE)
-    with pytest.raises(td.UnsupportedError, match=f"fuses image tokens behind layer 1, where the others are {role.name}"):
+    with pytest.raises(
+        td.UnsupportedError, match=f"fuses image tokens behind layer 1, where the others are {role.name}"
+    ):
         td.apply(model, Mine(Select(0.5, score, 1, fuse=True), role))
     assert not hasattr(model, "tokendrop")
 
 
-def test_parameters_are_not_added_behind_ddp_or_where_nothing_says_how_wide():
+def test_parameters_are_not_added_inside_ddp():
     class Inside(nn.parallel.DistributedDataParallel):
         def __init__(self, module: nn.Module) -> None:
             nn.Module.__init__(self)

@@ -17,7 +17,7 @@ from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.calls import Site, group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.ids import check_rows, generating
-from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, told_packs, unkept
+from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, refuse_packs, told_packs, unkept
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.forward.step import Step, decode, told
 from tokendrop.engine.model.block_masks import first_columns, has_columns
@@ -128,7 +128,7 @@ def _begin(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, nam
 def _grow(binding: Binding, frame: Frame, hidden: Tensor, prompt: Plan, ids: generate.Ids, cache: Any) -> Forward:
     handle, shape = binding.handle, (hidden.shape[0], hidden.shape[1])
     if shape != prompt.shape:
-        _refuse_packs(prompt)
+        refuse_packs(prompt)
     routes, _ = handle.served(prompt.layout)
     first, one_by_one = not frame.reach, frame.one_by_one(shape[1])
     generate.check_length(prompt.layout, ids, shape[1], one_by_one and not first)
@@ -150,7 +150,7 @@ def _grow(binding: Binding, frame: Frame, hidden: Tensor, prompt: Plan, ids: gen
 def _continue(
     binding: Binding, frame: Frame, shape: tuple[int, int], ids: generate.Ids, cache: Any, stored: int
 ) -> Forward:
-    _refuse_packs(frame.plan)
+    refuse_packs(frame.plan)
     if cache not in frame.caches:
         raise UnsupportedError(
             f"a cache with {stored} tokens was not filled inside this layout; continue it inside the one that filled "
@@ -181,14 +181,6 @@ def _cut(binding: Binding, forward: Forward, named: dict[str, Any]) -> dict[str,
     if not any(given is mask for given, _ in forward.cut):
         forward.cut.append((mask, first_columns(mask, tokens)))
     return named | {name: next(left for given, left in forward.cut if given is mask)}
-
-
-def _refuse_packs(plan: Plan) -> None:
-    if plan.packs is not None:
-        raise UnsupportedError(
-            f"{len(plan.packs.rows)} samples are packed into {plan.shape[0]} rows; behind a row only its last sample "
-            "could go on. Generate with a row for each sample"
-        )
 
 
 def _packed(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Plan:
