@@ -75,6 +75,19 @@ def test_what_is_frozen_has_no_gradient_of_its_own(kind, task):
     assert found == formula
 
 
+@pytest.mark.parametrize("trained", ["tokendrop", "tokendrop.layers.1"])
+@pytest.mark.parametrize("name", ["Sprint", "MixtureOfDepths", "PMoD"])
+def test_what_works_behind_a_layer_needs_no_backward_of_it(name, trained):
+    """A router and a fusion, in a decoder that is frozen."""
+    methods = CHOOSING | {"PMoD": td.PMoD(0.0)}
+    model, drop = dropped(llama(), {"u": methods[name]})
+    model.train()
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.startswith(trained))
+    found, formula = counted(model, drop, batch(SAMPLES, "uu"))
+    assert found == formula
+
+
 def test_what_is_unfrozen_later_is_counted_from_then_on():
     model, drop = dropped(llama(), {"u": td.HiMix("1:")})
     frozen(model, "model")

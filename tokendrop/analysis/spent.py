@@ -69,13 +69,15 @@ class _Costs:
 
     Args:
         layers: of each of the L layers.
-        reached: whether its gradient is made: whether something in it, or before it, is trained.
+        entered: whether what enters it has a gradient: whether something before it is trained.
+        reached: whether its gradient is made: whether something in it is trained, too.
         head: of a row in the forward of the output head.
         head_backward: in its backward.
         refusal: why these are not what the layers cost, or None.
     """
 
     layers: list[LayerCost]
+    entered: list[bool]
     reached: list[bool]
     head: int
     head_backward: int
@@ -125,7 +127,7 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
         costs[task] += TaskCost(0, tokens * depth, ahead + back, dense, ahead)
     looked = set()
     for span in plan.spans:
-        routed, learning = _routing(handle, plan, span)
+        routed, learning = _routing(made, handle, plan, span)
         for group in span.groups:
             pairs = group.pairs if eager is None else None
             attend = group.size - group.ffn_rows
@@ -168,14 +170,14 @@ def unknown_flops(handle: Handle) -> str | None:
     return _costs(handle).refusal
 
 
-def _routing(handle: Handle, plan: Plan, span: Span) -> tuple[int, int]:
+def _routing(costs: _Costs, handle: Handle, plan: Plan, span: Span) -> tuple[int, int]:
     """Forward and backward of the router at the entry of a span, which runs on all samples of the batch."""
     added = handle.sets(span.start)
     if not span.selects or ROUTER not in added:
         return 0, 0
     once = 2 * plan.shape[1] * linear_shape(added[ROUTER])[1]
     learns = any(group.choice is not None and group.choice.select.learned for group in span.groups)
-    return once, 2 * once if learns and is_trained(added[ROUTER]) else 0
+    return once, once * (costs.entered[span.start] + is_trained(added[ROUTER])) if learns else 0
 
 
 def _fusing(costs: _Costs, handle: Handle, plan: Plan, select: Select) -> Pass:
@@ -207,9 +209,12 @@ def _costs(handle: Handle) -> _Costs:
 
 
 def _found(handle: Handle) -> _Costs:
-    owner, layers, reached = handle.owner, handle.decoder_layers, []
+    owner, layers = handle.owner, handle.decoder_layers
+    entered: list[bool] = []
+    reached: list[bool] = []
     flows = _trained_before(handle)
     for layer, added in zip(layers, handle.layers, strict=True):
+        entered.append(flows)
         # A router and a fusion work on what comes out of a layer.
         inside = [layer, *(part for name, part in cast(nn.ModuleDict, added).items() if name not in (ROUTER, FUSION))]
         flows = flows or any(p.requires_grad for part in inside for p in part.parameters())
@@ -218,7 +223,7 @@ def _found(handle: Handle) -> _Costs:
     head, once = output_head(owner), head_flops(owner)
     own = head is not None and is_trained(base_linear(head))
     costs = [LayerCost.of(layer, spec) for layer, spec in zip(layers, handle.specs, strict=True)]
-    return _Costs(costs, reached, once, once * (flows + own), refusal(layers, handle.specs))
+    return _Costs(costs, entered, reached, once, once * (flows + own), refusal(layers, handle.specs))
 
 
 def _trained_before(handle: Handle) -> bool:
