@@ -226,6 +226,36 @@ def test_tokens_that_rejoin_are_fused_and_no_others(role):
     assert not hasattr(model, "tokendrop")
 
 
+class Twice(Mine):
+    """The same selection in layers 1 and 3."""
+
+    def route(self, num_layers: int, strength: float = 1.0) -> Any:
+        inside = LayerRoute(Role.BYPASS, select=self.select)
+        return tuple(inside if index in (1, 3) else LayerRoute() for index in range(num_layers))
+
+
+@pytest.mark.parametrize(("method", "entered", "said"), [(Mine, 1, 0), (Mine, 1, 2), (Twice, 3, 1)])
+def test_a_selection_that_fuses_says_where_its_range_begins(method, entered, said):
+    message = f"fuses image tokens that enter layer {entered}, but its selection is of layer {said}; say {entered}"
+    with pytest.raises(td.UnsupportedError, match=message):
+        td.apply(copy.deepcopy(BASE), method(Select(0.5, score, said, fuse=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_and_states_of_a_higher_one(dtype):
+    """Parameters are made in the dtype of the layer, and take states of another."""
+    model, drop = dropped(llama(dtype=dtype), td.Sprint("1:3"))
+    fusion: Any = drop.layers[1]["fusion"]
+    assert {p.dtype for p in fusion.parameters()} == {dtype}
+    x, yes = torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)
+    assert fusion(x, x, yes, yes).dtype == torch.float32
+    drop.in_training = True
+    with drop.layout(MADE.layout()):
+        logits = model(MADE.ids, attention_mask=MADE.mask, use_cache=False).logits
+    assert logits.dtype == dtype
+    assert logits[MADE.real].isfinite().all()
+
+
 def test_parameters_are_not_added_inside_ddp():
     class Inside(nn.parallel.DistributedDataParallel):
         def __init__(self, module: nn.Module) -> None:

@@ -144,6 +144,10 @@ def _chosen_refusal(route: Route) -> str | None:
             return f"weighs what image tokens get in layer {index}, where the others are {layer.image.name}; use BYPASS"
         if layer.select is not None and layer.select.fuse and layer.image is not Role.BYPASS:
             return f"fuses image tokens behind layer {index}, where the others are {layer.image.name}; use BYPASS"
+        begins = index == 0 or route[index - 1].select != layer.select
+        if layer.select is not None and layer.select.fuse and begins and layer.select.layer != index:
+            found = f"but its selection is of layer {layer.select.layer}; say {index}"
+            return f"fuses image tokens that enter layer {index}, {found}"
         if layer.select is not None and layer.image in (Role.CONTEXT, Role.ATTEND) and gone:
             role = layer.image.name
             return f"selects image tokens in layer {index}, the others {role}, behind others that are GONE; use BYPASS"

@@ -110,7 +110,8 @@ class Fusion(nn.Module):
             kept: (N, T) bool, those that computed in it.
         """
         deep = states.where(kept[:, :, None], self.mask.to(states.dtype))
-        fused = self.linear(torch.cat([deep, shallow], -1)).to(states.dtype)
+        both = torch.cat([deep, shallow], -1).to(self.linear.weight.dtype)
+        fused = self.linear(both).to(states.dtype)
         return states + fused.masked_fill(~image[:, :, None], 0)
 
 

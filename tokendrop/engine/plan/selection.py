@@ -5,6 +5,7 @@ Shape letters: B batch, N samples of a group, T tokens, P samples (packed ones c
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -126,9 +127,10 @@ class Selections:
             chosen = self._select(group, choice, states, look, router)
             done, kept = self.made.get(choice.select, (frozenset(), torch.zeros_like(self.alive)))
             self.made[choice.select] = done | set(group.members), kept.index_copy(0, group.samples, chosen)
-            if choice.select.fuse and self.fusion is not None:
+            if choice.select.fuse:
                 rows = states if group.whole else states[group.samples]
-                at = choice.select, group.members, group.samples, self.fusion
+                fusion = cast(nn.Module, self.fusion)  # the range begins here
+                at = choice.select, group.members, group.samples, fusion
                 self.returning.append(Fused(*at, rows, self.alive[group.samples], chosen, set(group.members)))
         kept = self.made[choice.select][1][group.samples]
         active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.ffn_rows)
