@@ -34,6 +34,7 @@ METHODS = [
     td.CDPruner(12),
     td.DivPrune(12),
     td.PMoD(0.25),
+    td.Sprint("1:-1", 0.5, 3),
     td.DART(2, 0.25),
     td.VisionZip(9, 3),
 ]

@@ -4,7 +4,7 @@ Shape letters: B batch, T tokens, L layers.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal, Protocol, runtime_checkable
 
@@ -68,9 +68,11 @@ class Select:
         learned: whether the layer has a router, whose output also scales what the layer adds to the tokens it keeps.
         per: what keeps so many: a sample, each of its images, or each of their frames.
         frames: whether `score` sees which image and frame a token belongs to.
+        fuse: whether, where the range ends, image tokens are given a learned projection of what they are then, of a
+            mask token for one that is not kept, and of what they were at its entry; others than these are BYPASS.
 
     Raises:
-        MethodError: queries of a layer that is neither entered nor the one before.
+        MethodError: queries of a layer that is neither entered nor the one before; a fusion beside a merge or a router.
     """
 
     keep: int | float
@@ -88,13 +90,23 @@ class Select:
     gate: float = 0.0
     per: Per = "sample"
     frames: bool = False
+    fuse: bool = False
 
     def __post_init__(self) -> None:
+        if self.fuse and (self.merge is not None or self.learned):
+            raise MethodError(
+                f"a selection at layer {self.layer} fuses where its range ends, and merges or has a router too; do one"
+            )
         if self.queries is not None and self.queries.layer not in (self.layer, max(0, self.layer - 1)):
             raise MethodError(
                 f"a selection at layer {self.layer} looks at the attention of layer {self.queries.layer}; it can look "
                 "at that layer, or at the one before"
             )
+
+    @property
+    def adds(self) -> bool:
+        """Whether it comes with parameters: a router, or those of a fusion."""
+        return self.learned or self.fuse
 
     def count(self, images: int) -> int:
         """How many of a sample's image tokens are kept: the share rounded and at least 1, or the count.
@@ -138,8 +150,9 @@ def selections(routes: Iterable[Route]) -> list[Select]:
 class Method(Protocol):
     """A rule that gives image tokens a role in each of L layers; any class with these two is one.
 
-    Where it also has `training_only = True`, image tokens are ACTIVE while the decoder's layers are in eval mode. As a
-    dataclass with fields of plain data it is written into checkpoints and read back; see `td.to_config`.
+    Where it also has `training_only = True`, image tokens are ACTIVE while the decoder's layers are in eval mode, and
+    are fused still where a range ends that fuses. As a dataclass with fields of plain data it is written into
+    checkpoints and read back; see `td.to_config`.
     """
 
     @property
@@ -150,6 +163,28 @@ class Method(Protocol):
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
         """The L routes, with the schedule at `strength` (0 dense, 1 the whole method)."""
         ...
+
+
+def present(method: Method | None, num_layers: int, strength: float, trained: Callable[[], bool]) -> Route:
+    """The route of a method now; every image token is ACTIVE where there is none, or it is for training only.
+
+    Args:
+        method: None for the dense model.
+        num_layers: L.
+        strength: of the schedule.
+        trained: whether methods for training only hold.
+    """
+    if method is None:
+        return (LayerRoute(),) * num_layers
+    route = method.route(num_layers, strength)
+    if not getattr(method, "training_only", False) or trained():
+        return route
+    return tuple(
+        LayerRoute(one.image, select=replace(one.select, strength=0.0))
+        if one.select is not None and one.select.fuse
+        else LayerRoute()
+        for one in route
+    )
 
 
 PARTS = ("o", "norm", "ffn")

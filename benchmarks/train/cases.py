@@ -61,6 +61,7 @@ def methods(sizes: Sizes) -> dict[str, tuple[Any, dict[str, Any]]]:
         "Drop gone 25%": (td.Drop("2:", keep=0.25, then="gone"), {}),
         "Drop merge 25%": (td.Drop(f"1:{last}", keep=0.25, score="norm", then="merge"), {}),
         "RandomLTD 25%": (td.RandomLTD(f"1:{last}", keep=0.25), {}),
+        "Sprint 25%": (td.Sprint(f"1:{last}", keep=0.25), {}),
         "SkipVision 25%": (td.SkipVision(keep=0.25), {}),
         "MixtureOfTransformers": (td.MixtureOfTransformers(), {}),
         "MixtureOfDepths": (td.MixtureOfDepths(), {}),

@@ -46,6 +46,8 @@ METHODS = [
     td.DivPrune(keep=3),
     td.DART(1, 0.5),
     td.PMoD(),
+    td.Sprint("1:3", keep=0.4),
+    td.Sprint("1::2", keep=5),
     td.FastV(2, 0.5),
     td.PyramidDrop((1, 2, 3), (0.5, 0.25, 0.125)),
     td.HiDrop(1, (2,), (0.3,), 3),

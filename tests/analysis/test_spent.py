@@ -21,6 +21,8 @@ CHOOSING = {
     "Drop to context": td.Drop("1:3", 0.5, "attention", "context"),
     "Drop to attend": td.Drop("1:3", 0.5, "attention", "attend"),
     "MixtureOfDepths": td.MixtureOfDepths("1::2", 0.5),
+    "Sprint": td.Sprint("1:3", 0.5),
+    "Sprint, to another end": td.Sprint("2:", 0.5),
 }
 
 
@@ -70,6 +72,19 @@ def test_what_is_frozen_has_no_gradient_of_its_own(kind, task):
     found, formula = counted(model, drop, batch(SAMPLES, task * 2))
     if kind == "all but norm and head":  # whose gradient stops at the norm, behind the layers
         formula = formula[0], formula[1] + model.lm_head.weight.numel() * 2 * 2 * 11
+    assert found == formula
+
+
+@pytest.mark.parametrize("trained", ["tokendrop", "tokendrop.layers.1"])
+@pytest.mark.parametrize("name", ["Sprint", "MixtureOfDepths", "PMoD"])
+def test_what_works_behind_a_layer_needs_no_backward_of_it(name, trained):
+    """A router and a fusion, in a decoder that is frozen."""
+    methods = CHOOSING | {"PMoD": td.PMoD(0.0)}
+    model, drop = dropped(llama(), {"u": methods[name]})
+    model.train()
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.startswith(trained))
+    found, formula = counted(model, drop, batch(SAMPLES, "uu"))
     assert found == formula
 
 

@@ -55,6 +55,7 @@ METHODS = [
     td.HMGen("1:3", "shared", "qkv+norm"),
     td.SVDPrune(),
     td.PMoD(0.25, 0.75, 0.25, 0.5),
+    td.Sprint("1:-1", 0.5, 3),
     td.CDPruner(0.25),
     td.DivPrune(0.25),
     td.DART(3, 7, image_pivots=2, text_pivots=3),

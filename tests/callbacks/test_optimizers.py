@@ -101,9 +101,16 @@ def test_what_no_optimizer_holds_is_refused_before_the_first_step(made, where):
     assert module.losses == []
 
 
-def test_routers_are_named_too():
-    with pytest.raises(td.UnsupportedError, match=r"2 of the 2 .*MixtureOfDepths.*'tokendrop\.layers\.1\.router"):
-        trainer(td.TokenDrop(ROUTED)).fit(Given(MISSED["the model's"]), loader())
+@pytest.mark.parametrize(
+    ("method", "found"),
+    [
+        (ROUTED, r"2 of the 2 .*MixtureOfDepths.*'tokendrop\.layers\.1\.router"),
+        (td.Sprint("1:3"), r"3 of the 3 .*Sprint.*'tokendrop\.layers\.1\.fusion\.mask"),
+    ],
+)
+def test_routers_and_fusions_are_named_too(method, found):
+    with pytest.raises(td.UnsupportedError, match=found):
+        trainer(td.TokenDrop(method)).fit(Given(MISSED["the model's"]), loader())
 
 
 def test_a_part_of_them_is_counted():

@@ -134,7 +134,14 @@ def test_stage_3_is_taken_where_a_layer_is_gathered_as_one(method):
 
 
 @pytest.mark.parametrize(
-    "method", [td.HiMix("1:", "shared"), td.FastV(2), td.MixtureOfDepths("1:3"), td.Drop("1:", 0.5, "attention")]
+    "method",
+    [
+        td.HiMix("1:", "shared"),
+        td.FastV(2),
+        td.MixtureOfDepths("1:3"),
+        td.Sprint("1:3"),
+        td.Drop("1:", 0.5, "attention"),
+    ],
 )
 def test_stage_3_is_refused_to_what_uses_weights_outside_the_layers(method):
     layers = leaves(llama().model.layers)

@@ -59,7 +59,7 @@ def test_they_follow_the_schedule():
 
 
 @pytest.mark.parametrize(
-    "method", [td.HiMix("1:"), td.HMGen("1:3"), td.FastV(1), td.MixtureOfDepths("1::2", 0.5)], ids=str
+    "method", [td.HiMix("1:"), td.HMGen("1:3"), td.FastV(1), td.MixtureOfDepths("1::2", 0.5), td.Sprint("1:3")], ids=str
 )
 def test_they_are_what_a_run_counts(method):
     class Counting(Lit):

@@ -26,6 +26,7 @@ METHODS = [
     td.CDPruner(keep=3),
     td.DivPrune(keep=3),
     td.PMoD(0.2),
+    td.Sprint("1:3", keep=0.4),
     td.DART(2, keep=0.5, image_pivots=1, text_pivots=2),
     td.MixtureOfDepths("1:3", keep=0.4),
     td.MixtureOfTransformers("1:3"),

@@ -44,6 +44,7 @@ METHODS: dict[str, Any] = {
         td.DART(1, 0.5),
         pytest.param(td.DivPrune(3), marks=pytest.mark.slow),
         td.PMoD(-0.5),
+        td.Sprint("0:1", 0.5),
         td.Drop("0:1", keep=0.5, score="norm", then="merge"),
         pytest.param(td.SVDPrune(0.5), marks=pytest.mark.slow),
     ],
@@ -53,6 +54,7 @@ def test_one_graph_for_each_rounded_count(method):
     torch._dynamo.reset()
     model = llama(layers=2)
     drop = td.apply(model, method, multiple=8)
+    drop.in_training = True  # also for methods that are for training only
     graphs = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
     seen = []

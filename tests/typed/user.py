@@ -35,6 +35,7 @@ METHODS: list[td.Method] = [
     td.DivPrune(),
     td.CDPruner(),
     td.PMoD(),
+    td.Sprint(),
     td.DART(),
     td.VisionZip(),
     td.MixtureOfDepths(),

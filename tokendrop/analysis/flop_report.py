@@ -7,7 +7,7 @@ import copy
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,13 +25,13 @@ from tokendrop.analysis.flop_ledger import (
     Parts,
     counted_parts,
 )
-from tokendrop.analysis.flops import LayerCost, head_flops, refusal, scoring_flops
+from tokendrop.analysis.flops import LayerCost, fusing_flops, head_flops, refusal, scoring_flops
 from tokendrop.analysis.pairs import Pairs, counted_pairs
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply
 from tokendrop.engine.model.from_config import model_from_config
 from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape
-from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.model.sets import FUSION, ROUTER, Fusion
 from tokendrop.engine.model.weights import readable
 from tokendrop.engine.plan.plan import Group, Plan, Planner
 from tokendrop.engine.plan.rows import round_up
@@ -271,6 +271,8 @@ def _formula(drop: Handle, plan: Plan, route: Route, rows: int, backward: bool) 
         select = None if group.choice is None or index != span.start else group.choice.select
         if select is not None and select.learned:
             parts[SCORING] += times * 2 * plan.shape[1] * linear_shape(drop.sets(index)[ROUTER])[1]
+        if select is not None and select.fuse:
+            parts[OWN] += times * fusing_flops(cast(Fusion, drop.sets(index)[FUSION]).linear, plan)
         if select is not None and select.queries is not None:
             # By the layer before or the one that is entered.
             at = index - (select.queries.layer < index)

@@ -159,6 +159,11 @@ def scoring_flops(select: Select, plan: Plan, layer: LayerCost) -> int:
     return (tokens + scores) * sum(layer.letters.values()) + scores * tokens * layer.pair // 2
 
 
+def fusing_flops(linear: nn.Module, plan: Plan) -> int:
+    """FLOPs of the forward of what fuses a sample's image tokens where a range ends, on all T: 4 T D^2."""
+    return 2 * plan.shape[1] * prod(linear_shape(linear))
+
+
 def head_flops(model: nn.Module) -> int:
     """FLOPs of a row in the forward of the output head, 2 * weights; 0 where the model has none."""
     head = output_head(model)

@@ -5,16 +5,24 @@ Shape letters: B batch, T tokens, D hidden, L layers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tokendrop.analysis.flops import LayerCost, head_flops, is_trained, output_head, refusal, scoring_flops
+from tokendrop.analysis.flops import (
+    LayerCost,
+    fusing_flops,
+    head_flops,
+    is_trained,
+    output_head,
+    refusal,
+    scoring_flops,
+)
 from tokendrop.analysis.pairs import Pairs, counted_pairs
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.model.linears import base_linear, linear_shape
-from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.model.sets import FUSION, ROUTER, Fusion
 from tokendrop.engine.plan.labelled import labelled_rows
 from tokendrop.engine.plan.plan import Plan, Span
 from tokendrop.roles import Select
@@ -61,13 +69,15 @@ class _Costs:
 
     Args:
         layers: of each of the L layers.
-        reached: whether its gradient is made: whether something in it, or before it, is trained.
+        entered: whether what enters it has a gradient: whether something before it is trained.
+        reached: whether its gradient is made: whether something in it is trained, too.
         head: of a row in the forward of the output head.
         head_backward: in its backward.
         refusal: why these are not what the layers cost, or None.
     """
 
     layers: list[LayerCost]
+    entered: list[bool]
     reached: list[bool]
     head: int
     head_backward: int
@@ -117,7 +127,7 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
         costs[task] += TaskCost(0, tokens * depth, ahead + back, dense, ahead)
     looked = set()
     for span in plan.spans:
-        routed, learning = _routing(handle, plan, span)
+        routed, learning = _routing(made, handle, plan, span)
         for group in span.groups:
             pairs = group.pairs if eager is None else None
             attend = group.size - group.ffn_rows
@@ -127,6 +137,8 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
             if choice is not None and choice not in looked:
                 looked.add(choice)
                 forward += _looking(made, plan, choice[0], span.start)
+                fused = _fusing(made, handle, plan, choice[0])
+                forward, backward = forward + fused[0], backward + fused[1]
             rows = group.size * (span.stop - span.start)
             for member in group.members:
                 costs[tasks[member]] += TaskCost(rows, 0, forward + backward + learning, 0, forward)
@@ -158,14 +170,25 @@ def unknown_flops(handle: Handle) -> str | None:
     return _costs(handle).refusal
 
 
-def _routing(handle: Handle, plan: Plan, span: Span) -> tuple[int, int]:
+def _routing(costs: _Costs, handle: Handle, plan: Plan, span: Span) -> tuple[int, int]:
     """Forward and backward of the router at the entry of a span, which runs on all samples of the batch."""
     added = handle.sets(span.start)
     if not span.selects or ROUTER not in added:
         return 0, 0
     once = 2 * plan.shape[1] * linear_shape(added[ROUTER])[1]
     learns = any(group.choice is not None and group.choice.select.learned for group in span.groups)
-    return once, 2 * once if learns and is_trained(added[ROUTER]) else 0
+    return once, once * (costs.entered[span.start] + is_trained(added[ROUTER])) if learns else 0
+
+
+def _fusing(costs: _Costs, handle: Handle, plan: Plan, select: Select) -> Pass:
+    """Forward and backward of what fuses a sample's tokens where a selection ends."""
+    if not select.fuse:
+        return 0, 0
+    fusion = cast(Fusion, handle.sets(select.layer)[FUSION])
+    once = fusing_flops(fusion.linear, plan)
+    inside = [span for span in plan.spans for one in span.groups if one.choice and one.choice.select == select]
+    flows = costs.reached[inside[-1].stop - 1] or any(p.requires_grad for p in fusion.parameters())
+    return once, once * (flows + is_trained(fusion.linear))
 
 
 def _looking(costs: _Costs, plan: Plan, select: Select, layer: int) -> int:
@@ -186,15 +209,21 @@ def _costs(handle: Handle) -> _Costs:
 
 
 def _found(handle: Handle) -> _Costs:
-    owner, layers, reached = handle.owner, handle.decoder_layers, []
+    owner, layers = handle.owner, handle.decoder_layers
+    entered: list[bool] = []
+    reached: list[bool] = []
     flows = _trained_before(handle)
     for layer, added in zip(layers, handle.layers, strict=True):
-        flows = flows or any(p.requires_grad for part in (layer, added) for p in part.parameters())
+        entered.append(flows)
+        # A router and a fusion work on what comes out of a layer.
+        inside = [layer, *(part for name, part in cast(nn.ModuleDict, added).items() if name not in (ROUTER, FUSION))]
+        flows = flows or any(p.requires_grad for part in inside for p in part.parameters())
         reached.append(flows)
+        flows = flows or any(p.requires_grad for p in added.parameters())
     head, once = output_head(owner), head_flops(owner)
     own = head is not None and is_trained(base_linear(head))
     costs = [LayerCost.of(layer, spec) for layer, spec in zip(layers, handle.specs, strict=True)]
-    return _Costs(costs, reached, once, once * (flows + own), refusal(layers, handle.specs))
+    return _Costs(costs, entered, reached, once, once * (flows + own), refusal(layers, handle.specs))
 
 
 def _trained_before(handle: Handle) -> bool:

@@ -71,7 +71,7 @@ def _check_gathering(name: str, methods: Iterable[Method | None], layers: Iterab
         if method is None:
             continue
         selects = [layer.select for layer in method.route(num_layers) if layer.select is not None]
-        looks = any(one.queries is not None or one.learned or one.encoder for one in selects)
+        looks = any(one.queries is not None or one.adds or one.encoder for one in selects)
         if method.separate != "none" or looks:
             raise UnsupportedError(
                 f"{name} with ZeRO stage 3 gathers weights where they are used, and {method} uses some outside the "

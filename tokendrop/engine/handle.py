@@ -34,7 +34,7 @@ from tokendrop.errors import (
     check_integer,
 )
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import LayerRoute, Method, Route
+from tokendrop.roles import Method, Route, present
 
 
 class Handle(Described, nn.Module):
@@ -242,10 +242,8 @@ class Handle(Described, nn.Module):
 
     def route_of(self, key: str | None) -> Route:
         """The route of image tokens through the L layers, at the schedule's present strength."""
-        method = self.methods.get(key)
-        if method is None or (getattr(method, "training_only", False) and not self.trained(self.decoder_layers[0])):
-            return (LayerRoute(),) * len(self.layers)
-        return method.route(len(self.layers), self.strength)
+        trained = lambda: self.trained(self.decoder_layers[0])  # noqa: E731
+        return present(self.methods.get(key), len(self.layers), self.strength, trained)
 
     def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:
         """What each layer computes on such tokens; `layout()` makes and enters it."""

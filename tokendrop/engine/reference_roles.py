@@ -31,6 +31,7 @@ class Roles:
         self.seen: Seen = {}
         self.places: list[list[int]] = []
         self.merged: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
+        self.shallow: dict[int, Tensor] = {}
 
     def of(self, index: int, layer: nn.Module, spec: LayerSpec, states: Tensor, named: dict[str, Any]) -> Any:
         """(B, T) roles in layer `index`, whose input is `states` (B, T, D) and `named`; and these states, merged."""
@@ -47,6 +48,8 @@ class Roles:
                 self.kept[sample], before, into = [], rows[sample], list(range(len(states[sample])))
                 for number, tokens in self._packs(sample):
                     rows[sample] = self._select(sample, select, states, number, tokens, rows[sample], into)
+                if select.fuse:
+                    self.shallow[sample] = states[sample]
                 if select.restore:
                     self.merged[sample] = before, rows[sample], into
                 if route[index].image is Role.GONE:
@@ -67,10 +70,16 @@ class Roles:
         return places
 
     def restored(self, index: int, states: Tensor) -> Tensor:
-        """The states behind layer `index`; where a range of merged tokens ends, each has the update of its target."""
+        """The states behind layer `index`; where a range of merged tokens ends, each has the update of its target.
+
+        Where one ends that fuses, each image token has r + W [y; x] + b: r is the state it has, x that at the entry,
+        and y is r for a token that was kept and the mask token for another.
+        """
         rows = list(states)
         for sample, route in enumerate(self.routes):
             last = index + 1 == len(route) or route[index + 1].select != route[index].select
+            if (select := route[index].select) is not None and select.fuse and last:
+                rows[sample] = self._fused(sample, self.sets[select.layer]["fusion"], rows[sample])
             if sample not in self.merged or not last:
                 continue
             before, after, into = self.merged.pop(sample)
@@ -79,6 +88,13 @@ class Roles:
                     rows[sample] = rows[sample].index_copy(
                         0, torch.tensor([t]), (before[t] + states[sample, target] - after[target])[None]
                     )
+        return torch.stack(rows)
+
+    def _fused(self, sample: int, fusion: Any, states: Tensor) -> Tensor:
+        rows, weight = list(states), fusion.linear.weight.to(states.dtype)
+        for t in self.alive[sample]:
+            y = states[t] if t in self.kept[sample] else fusion.mask.to(states.dtype)
+            rows[t] = states[t] + weight @ torch.cat([y, self.shallow[sample][t]]) + fusion.linear.bias.to(states.dtype)
         return torch.stack(rows)
 
     def turned(self, named: dict[str, Any]) -> dict[str, Any]:

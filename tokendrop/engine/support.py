@@ -13,7 +13,7 @@ from tokendrop.engine.model.decoder import LayerSpec, attention_of, is_sharded
 from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
 from tokendrop.errors import MethodError, UnsupportedError
-from tokendrop.roles import Method, Role, Route
+from tokendrop.roles import Method, Role, Route, selections
 
 Methods = Method | Mapping[str, Method | None]
 
@@ -89,8 +89,8 @@ def check_support(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
         _check_owned(layers, specs, method, route)
-        learned = any(layer.select is not None and layer.select.learned for layer in route)
-        adds = learned or method.separate != "none"
+        chosen = any(select.adds for select in selections([route]))
+        adds = chosen or method.separate != "none"
         if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise UnsupportedError(
                 f"{method} adds parameters, whose gradients DistributedDataParallel would not average, since it is "
@@ -142,6 +142,12 @@ def _chosen_refusal(route: Route) -> str | None:
             return f"scores by attention of layer {looks}, where image tokens have own projections; do one"
         if layer.select is not None and layer.select.gate and layer.image is not Role.BYPASS:
             return f"weighs what image tokens get in layer {index}, where the others are {layer.image.name}; use BYPASS"
+        if layer.select is not None and layer.select.fuse and layer.image is not Role.BYPASS:
+            return f"fuses image tokens behind layer {index}, where the others are {layer.image.name}; use BYPASS"
+        begins = index == 0 or route[index - 1].select != layer.select
+        if layer.select is not None and layer.select.fuse and begins and layer.select.layer != index:
+            found = f"but its selection is of layer {layer.select.layer}; say {index}"
+            return f"fuses image tokens that enter layer {index}, {found}"
         if layer.select is not None and layer.image in (Role.CONTEXT, Role.ATTEND) and gone:
             role = layer.image.name
             return f"selects image tokens in layer {index}, the others {role}, behind others that are GONE; use BYPASS"

@@ -15,6 +15,7 @@ from tokendrop.methods.pmod import PMoD
 from tokendrop.methods.pyramid_drop import PyramidDrop
 from tokendrop.methods.random_ltd import RandomLTD
 from tokendrop.methods.skip_vision import SkipVision
+from tokendrop.methods.sprint import Sprint
 from tokendrop.methods.svd_prune import SVDPrune
 from tokendrop.methods.vision_zip import VisionZip
 from tokendrop.methods.vscan import VScan
@@ -36,6 +37,7 @@ __all__ = [
     "RandomLTD",
     "SVDPrune",
     "SkipVision",
+    "Sprint",
     "VScan",
     "VisionZip",
 ]

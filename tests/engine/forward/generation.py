@@ -38,6 +38,7 @@ METHODS: dict[str, Any] = {
     "hidrop": td.HiDrop(1, (2, 3), (0.6, 2), 4),
     "duet_vlm": td.DuetVLM((1, 3), (0.5, 0)),
     "pmod": td.PMoD(0.2),
+    "sprint": td.Sprint("1:3"),
     "dart": td.DART(2, 0.6, 1, 2),
     "cd_pruner": td.CDPruner(0.5),
     "div_prune": td.DivPrune(0.5),

@@ -23,7 +23,7 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 MANY = prompt(["tt" + 25 * "i" + 13 * "t"] * 2)  # 15 rows of text, of which layers compute 16
 # Where a new image token is another thing than text; elsewhere a selection is of the prompt's tokens only.
 ROUTES = {"himix", "himix_range", "himix_shared", "hmgen", "hmgen_first", "hmgen_shared", "hmgen_parts"}
-ROUTES |= {"transformers", "attend", "hidrop", "duet_vlm"}
+ROUTES |= {"transformers", "attend", "hidrop", "duet_vlm", "sprint"}
 
 
 class Ops(TorchDispatchMode):

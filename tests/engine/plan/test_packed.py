@@ -26,6 +26,7 @@ METHODS: dict[str, Any] = {
     "hidrop": td.HiDrop(1, (2,), (0.6,), 3),
     "duet": td.DuetVLM((1, 3), (0.5, 0)),
     "pmod": td.PMoD(0.2),
+    "sprint": td.Sprint("1:3", 0.5),
     "cd_pruner": td.CDPruner(0.5),
     "div_prune": td.DivPrune(0.5),
     "dart": td.DART(2, 0.5, 1, 2),
@@ -154,6 +155,7 @@ def test_rows_of_packed_samples_equal_the_reference(method: str, side: str) -> N
     methods = {"u": METHODS.get(method) or Merging(), "g": td.HMGen("1:3")}
     base = llama(dtype=torch.float64)
     model, drop = dropped(base, methods, multiple=4)
+    drop.in_training = True  # also for a method that is for training only
     made, packs, positions = rows_of([["tiiitt", "iitit"], ["ttiit", "t", "iiiitt"], ["tttitt"], ["iit", "iiit"]], side)
     layout = made.layout(packs=packs, task=("u", "u", "g", "u"))
     given = {"input_ids": made.ids, "position_ids": positions, "attention_mask": block_mask(packs), "use_cache": False}

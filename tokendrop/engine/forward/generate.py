@@ -65,6 +65,23 @@ def refuse_routers(routes: Sequence[Route]) -> None:
         )
 
 
+def refuse_new_images(routes: Sequence[Route], image: Tensor) -> None:
+    """Refuse to generate image tokens where those of a prompt are fused: a new one would not be.
+
+    Args:
+        routes: of the samples.
+        image: bool, the new tokens that are images.
+
+    Raises:
+        UnsupportedError: with what to use.
+    """
+    if any(select.fuse for select in selections(routes)) and bool(image.any()):
+        raise UnsupportedError(
+            f"{int(image.sum())} generated tokens are images, and image tokens are fused where a range of layers ends, "
+            "which is done for those of a prompt only; use HMGen to generate images"
+        )
+
+
 def may_skip(routes: Sequence[Route]) -> bool:
     """Whether a token behind the prompt may skip a layer, if it is an image."""
     return any(layer.image is Role.BYPASS and layer.select is None for route in routes for layer in route)

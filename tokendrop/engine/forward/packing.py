@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokendrop.engine.forward.arguments import Form
 from tokendrop.engine.model.attention import follows, kind
 from tokendrop.engine.model.decoder import LayerSpec, attention_of, sees_both_sides
+from tokendrop.engine.plan.plan import Plan
 from tokendrop.errors import UnsupportedError
 from tokendrop.layout import packed_samples
 
@@ -109,4 +110,17 @@ def check_packing(named: dict[str, Any], form: Form, backend: str) -> None:
         raise UnsupportedError(
             f"packed sequences ({found}) with the {backend!r} attention, which would look for their borders among the "
             "rows that are left; pass position ids that restart, with attn_implementation='sdpa'"
+        )
+
+
+def refuse_packs(plan: Plan) -> None:
+    """Refuse to continue rows that hold several samples.
+
+    Raises:
+        UnsupportedError: with how many.
+    """
+    if plan.packs is not None:
+        raise UnsupportedError(
+            f"{len(plan.packs.rows)} samples are packed into {plan.shape[0]} rows; behind a row only its last sample "
+            "could go on. Generate with a row for each sample"
         )

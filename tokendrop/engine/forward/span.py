@@ -17,13 +17,13 @@ from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.calls import Site, group_calls
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.ids import check_rows, generating
-from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, told_packs, unkept
+from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, refuse_packs, told_packs, unkept
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.forward.step import Step, decode, told
 from tokendrop.engine.model.block_masks import first_columns, has_columns
 from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
-from tokendrop.engine.model.sets import ROUTER
+from tokendrop.engine.model.sets import FUSION, ROUTER
 from tokendrop.engine.model.sight import Sight
 from tokendrop.engine.plan.plan import Group, Plan, Span
 from tokendrop.errors import LayoutWarning, MissingLayoutError, UnsupportedError
@@ -128,7 +128,7 @@ def _begin(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, nam
 def _grow(binding: Binding, frame: Frame, hidden: Tensor, prompt: Plan, ids: generate.Ids, cache: Any) -> Forward:
     handle, shape = binding.handle, (hidden.shape[0], hidden.shape[1])
     if shape != prompt.shape:
-        _refuse_packs(prompt)
+        refuse_packs(prompt)
     routes, _ = handle.served(prompt.layout)
     first, one_by_one = not frame.reach, frame.one_by_one(shape[1])
     generate.check_length(prompt.layout, ids, shape[1], one_by_one and not first)
@@ -136,6 +136,7 @@ def _grow(binding: Binding, frame: Frame, hidden: Tensor, prompt: Plan, ids: gen
     order = generate.row_order(layout, routes, ids, hidden)
     check_rows(layout, order, ids.now, shape)
     image = generate.new_images(layout, ids, shape[0], shape[1] - layout.image.shape[1], one_by_one)
+    generate.refuse_new_images(routes, image)
     plan = handle.plan(generate.grown(layout, routes, order, image), cache is not None)
     if not plan.dense:
         generate.refuse_routers(routes)
@@ -149,7 +150,7 @@ def _grow(binding: Binding, frame: Frame, hidden: Tensor, prompt: Plan, ids: gen
 def _continue(
     binding: Binding, frame: Frame, shape: tuple[int, int], ids: generate.Ids, cache: Any, stored: int
 ) -> Forward:
-    _refuse_packs(frame.plan)
+    refuse_packs(frame.plan)
     if cache not in frame.caches:
         raise UnsupportedError(
             f"a cache with {stored} tokens was not filled inside this layout; continue it inside the one that filled "
@@ -160,6 +161,7 @@ def _continue(
     step = Step.of(generate.new_images(*given), generate.same_kind(*given), frame.caches[cache], routes, names)
     if step.any_image:
         generate.refuse_routers(routes)
+        generate.refuse_new_images(routes, step.image)
     return frame.start(frame.plan, cache, step)
 
 
@@ -179,14 +181,6 @@ def _cut(binding: Binding, forward: Forward, named: dict[str, Any]) -> dict[str,
     if not any(given is mask for given, _ in forward.cut):
         forward.cut.append((mask, first_columns(mask, tokens)))
     return named | {name: next(left for given, left in forward.cut if given is mask)}
-
-
-def _refuse_packs(plan: Plan) -> None:
-    if plan.packs is not None:
-        raise UnsupportedError(
-            f"{len(plan.packs.rows)} samples are packed into {plan.shape[0]} rows; behind a row only its last sample "
-            "could go on. Generate with a row for each sample"
-        )
 
 
 def _packed(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Plan:
@@ -224,8 +218,9 @@ def _run(
         return attention_rows(layer, spec, positions.of(named), lambda: _full(forward, hidden), *asked)
 
     if span is None or index == span.stop:
-        router = dict(binding.handle.sets(index).items()).get(ROUTER)
-        span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, router)
+        added = dict(binding.handle.sets(index).items())
+        beside = added.get(ROUTER), added.get(FUSION)
+        span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, *beside)
         forward.span = span
         hidden = _enter(forward, span, hidden)
         positions.enter(span)

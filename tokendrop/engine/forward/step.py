@@ -118,7 +118,7 @@ def _differs(route: Route, name: str | None) -> bool:
     # Whether a new image token is another thing than text; most selections concern the prompt only.
     for layer in route:
         chosen, own = layer.select, name is not None and layer.separate
-        if own or (layer.image is not Role.ACTIVE if chosen is None else chosen.learned and not chosen.gate):
+        if own or (layer.image is not Role.ACTIVE if chosen is None else chosen.adds and not chosen.gate):
             return True
     return False
 

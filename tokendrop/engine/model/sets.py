@@ -1,6 +1,6 @@
-"""The parameters added to each layer: image-only parts as copies of the text's, and routers.
+"""The parameters added to each layer: image-only parts as copies of the text's, routers and fusions.
 
-Shape letters: T tokens, D hidden, L layers.
+Shape letters: N samples, T tokens, D hidden, L layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from tokendrop.engine.model.linears import is_linear, linear_shape
 from tokendrop.engine.model.own import copies, source, taken
 from tokendrop.engine.model.weights import home
 from tokendrop.errors import UnsupportedError
-from tokendrop.roles import Method
+from tokendrop.roles import Method, selections
 
-ROUTER = "router"
+ROUTER, FUSION = "router", "fusion"
 
 
 def set_names(methods: Mapping[str | None, Method]) -> dict[str | None, str]:
@@ -30,7 +30,7 @@ def make_sets(
     methods: Mapping[str | None, Method],
     names: Mapping[str | None, str],
 ) -> nn.ModuleList:
-    """The image-only parts of each layer, by set and part, as copies of the text's, and its router.
+    """The image-only parts of each layer, by set and part, as copies of the text's, its router and its fusion.
 
     Args:
         layers: the decoder's L layers.
@@ -44,10 +44,13 @@ def make_sets(
         for task, name in names.items():
             wanted.setdefault(name, set()).update(methods[task].route(len(layers))[index].separate)
         made = {name: nn.ModuleDict(copies(layer, spec, parts)) for name, parts in sorted(wanted.items()) if parts}
-        selects = [method.route(len(layers))[index].select for method in methods.values()]
-        learned = [select for select in selects if select is not None and select.learned]
-        gated = any(select.gate for select in learned)
-        sets.append(nn.ModuleDict({**made, ROUTER: Router.of(layer, gated)} if learned else made))
+        selects = selections((method.route(len(layers))[index],) for method in methods.values())
+        beside: dict[str, nn.Module] = {}
+        if learned := [select for select in selects if select.learned]:
+            beside[ROUTER] = Router.of(layer, any(select.gate for select in learned))
+        if any(select.fuse and select.layer == index for select in selects):
+            beside[FUSION] = Fusion(*_beside(layer, "fusion"))
+        sets.append(nn.ModuleDict({**made, **beside}))
     sets.__dict__["_made"] = frozenset(name for name, _ in sets.named_parameters())
     return sets
 
@@ -62,14 +65,8 @@ class Router(nn.Linear):
         Raises:
             UnsupportedError: no linear says how wide that is.
         """
-        first = next((module for module in layer.modules() if is_linear(module)), None)
-        if first is None:
-            raise UnsupportedError(
-                f"no linear in {type(layer).__name__} says its in_features and out_features, so nothing says how wide "
-                "a router is; use a method without routers, or linears that say both"
-            )
-        device, dtype = home(first, layer)
-        made = cls(linear_shape(first)[1], 1, bias=gated, device=device, dtype=dtype)
+        width, device, dtype = _beside(layer, "router")
+        made = cls(width, 1, bias=gated, device=device, dtype=dtype)
         if gated:
             nn.init.zeros_(made.weight)
             nn.init.zeros_(made.bias)
@@ -82,6 +79,53 @@ class Router(nn.Linear):
             return nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias).squeeze(-1)
 
 
+class Fusion(nn.Module):
+    """What image tokens are given where they rejoin: a projection of deep and shallow states, beside what they are.
+
+    out = r + W [y; x] + b with r = y for a token that was kept, else r = x and y the mask token; W, b are 0 at first
+
+    Args:
+        width: D.
+        device: of the parameters.
+        dtype: likewise.
+
+    Source: arXiv 2510.21986, whose out is W [y; x] + b, with weights at random; from 0, beside r, a pretrained model
+    begins as it is.
+    """
+
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(nn.init.normal_(torch.empty(width, device=device, dtype=dtype), std=0.02))
+        self.linear = nn.Linear(2 * width, width, device=device, dtype=dtype)
+        for p in self.linear.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, shallow: Tensor, states: Tensor, image: Tensor, kept: Tensor) -> Tensor:
+        """`states` (N, T, D) behind the range, the image tokens fused with what they were at its entry.
+
+        Args:
+            shallow: (N, T, D), at its entry.
+            states: of all tokens behind it.
+            image: (N, T) bool, the image tokens.
+            kept: (N, T) bool, those that computed in it.
+        """
+        deep = states.where(kept[:, :, None], self.mask.to(states.dtype))
+        both = torch.cat([deep, shallow], -1).to(self.linear.weight.dtype)
+        fused = self.linear(both).to(states.dtype)
+        return states + fused.masked_fill(~image[:, :, None], 0)
+
+
+def _beside(layer: nn.Module, what: str) -> tuple[int, torch.device, torch.dtype]:
+    # How wide the input of a layer is, and where a parameter beside it belongs.
+    first = next((module for module in layer.modules() if is_linear(module)), None)
+    if first is None:
+        raise UnsupportedError(
+            f"no linear in {type(layer).__name__} says its in_features and out_features, so nothing says how wide "
+            f"a {what} is; use a method without {what}s, or linears that say both"
+        )
+    return linear_shape(first)[1], *home(first, layer)
+
+
 def fill_missing(
     sets: nn.ModuleList,
     prefix: str,
@@ -90,7 +134,7 @@ def fill_missing(
     specs: Sequence[LayerSpec],
     state: dict[str, Tensor],
 ) -> None:
-    """Give a dense checkpoint what it lacks: image-only weights as copies of its text weights, and present routers.
+    """Give a dense checkpoint what it lacks: image-only weights as copies of its text weights, and the rest as it is.
 
     Args:
         sets: the image-only projections of each layer.
@@ -103,7 +147,7 @@ def fill_missing(
     if any(key.startswith(prefix) for key in state):
         return
     for key, present in sets.state_dict().items():
-        if f".{ROUTER}." in key:
+        if key.split(".")[1] in (ROUTER, FUSION):
             state[prefix + key] = present
             continue
         index, _, part = key.split(".", 2)

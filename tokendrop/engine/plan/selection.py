@@ -5,11 +5,13 @@ Shape letters: B batch, N samples of a group, T tokens, P samples (packed ones c
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from tokendrop.engine.plan.fused import Fused
 from tokendrop.engine.plan.merged import Merged
 from tokendrop.engine.plan.packs import Packs
 from tokendrop.engine.plan.parts import highest_of_each, known_frames, part_numbers
@@ -50,12 +52,15 @@ class Selections:
         self.weight: Tensor | None = None
         self.encode = encode
         self.merges: list[tuple[Group, Select, Merge]] = []
-        self.merged: list[Merged] = []
+        self.fusion: nn.Module | None = None
+        self.returning: list[Merged | Fused] = []
         self.alive = plan.layout.image
         self.seen: dict[tuple[Select, tuple[int, ...]], Attention] = {}
         self.made: dict[Select, tuple[frozenset[int], Tensor]] = {}
 
-    def enter(self, span: Span, states: Tensor, look: Look, router: nn.Module | None) -> tuple[Span, Tensor]:
+    def enter(
+        self, span: Span, states: Tensor, look: Look, router: nn.Module | None, fusion: nn.Module | None
+    ) -> tuple[Span, Tensor]:
         """The span with its rows chosen, and the hidden states with tokens that leave merged into others.
 
         Args:
@@ -63,11 +68,13 @@ class Selections:
             states: (B, T, D) hidden states.
             look: gives the attention of scoring rows in the layer that is entered.
             router: of that layer, if it has one.
+            fusion: likewise.
         """
         self.scale = self.weight = None
         if not span.selects:
             return span, states
         scores = None if router is None else router(states)
+        self.fusion = fusion
         groups = tuple(
             one if one.choice is None else self._chosen(one, one.choice, states, look, scores) for one in span.groups
         )
@@ -76,7 +83,7 @@ class Selections:
             states = states.index_copy(0, samples, merge_tokens(states[samples], *merge))
             if select.restore:
                 pair = before[samples], states[samples]
-                self.merged.append(Merged(select, group.members, samples, merge.into, *pair, set(group.members)))
+                self.returning.append(Merged(select, group.members, samples, merge.into, *pair, set(group.members)))
         self.merges.clear()
         return replace(span, groups=groups, rows=span_rows(groups, self.plan.shape[1])), states
 
@@ -93,13 +100,12 @@ class Selections:
         return states
 
     def leave(self, stop: int, states: Tensor) -> Tensor:
-        """The hidden states (B, T, D) that enter layer `stop`, tokens restored that are merged there no more."""
-        following = self.plan.span_of[stop].groups if self.merged and stop < len(self.plan.span_of) else ()
-        for merged in self.merged:
-            groups = [one for one in following if one.choice and one.choice.select == merged.select]
-            on = {sample for one in groups for sample in one.members}
-            states = merged.restored(states, on)
-        self.merged = [merged for merged in self.merged if merged.on]
+        """The hidden states (B, T, D) that enter layer `stop`, tokens restored or fused whose selection ends there."""
+        following = self.plan.span_of[stop].groups if self.returning and stop < len(self.plan.span_of) else ()
+        for one in self.returning:
+            groups = [group for group in following if group.choice and group.choice.select == one.select]
+            states = one.restored(states, {sample for group in groups for sample in group.members})
+        self.returning = [one for one in self.returning if one.on]
         return states
 
     def before(self, span: Span, look: Look) -> None:
@@ -121,6 +127,11 @@ class Selections:
             chosen = self._select(group, choice, states, look, router)
             done, kept = self.made.get(choice.select, (frozenset(), torch.zeros_like(self.alive)))
             self.made[choice.select] = done | set(group.members), kept.index_copy(0, group.samples, chosen)
+            if choice.select.fuse:
+                rows = states if group.whole else states[group.samples]
+                fusion = cast(nn.Module, self.fusion)  # the range begins here
+                at = choice.select, group.members, group.samples, fusion
+                self.returning.append(Fused(*at, rows, self.alive[group.samples], chosen, set(group.members)))
         kept = self.made[choice.select][1][group.samples]
         active = choose_rows(self.plan.computing[group.samples] | kept, choice.counts, group.ffn_rows)
         if group.role is Role.ATTEND:
