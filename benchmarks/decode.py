@@ -71,7 +71,9 @@ def generate(model: LlamaForCausalLM, drop: Any, ids: Tensor, layout: td.TokenLa
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **more)
     if len(clock.seconds) != new:
         raise RuntimeError(f"{len(clock.seconds)} new tokens; expected {new}")
-    held = [one for layer in out.past_key_values.layers for one in vars(layer).values() if isinstance(one, Tensor)]
+    values = [value for layer in out.past_key_values.layers for value in vars(layer).values()]
+    noted = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    held = {id(one): one for one in noted if isinstance(one, Tensor)}.values()  # layers share what is noted of a prompt
     first, last = clock.seconds[0], clock.seconds[-1]
     return Run(first - start, last - first, sum(one.numel() * one.element_size() for one in held))
 

@@ -293,6 +293,30 @@ def scale_states() -> str:
     return "".join(f"| {' | '.join(one)} |\n" for one in lines)
 
 
+def gpu_kernels() -> str:
+    """Bytes per second of the kernels on a GPU over those of a copy there, in one run."""
+    rows = [row for row in rows_of("gpu") if row["metric"] == "bandwidth"]
+    found = {(row["config"]["dtype"], row["case"], row["provider"]): row["median"] for row in rows}
+    lines = ["| kernel | dtype | Triton, of a copy | torch, of a copy |", "| --- | --- | --- | --- |"]
+    for dtype, case, provider in found:
+        if provider == "triton":
+            copy = found[dtype, "copy", "torch"]
+            parts = (f"{found[dtype, case, by] / copy:.2f}" for by in ("triton", "torch"))
+            lines.append(f"| {' | '.join((case, dtype, *parts))} |")
+    return "\n".join(lines) + "\n"
+
+
+def decode(name: str) -> str:
+    """Generation under each method beside the dense model."""
+
+    def line(row: Row) -> tuple[str, ...]:
+        return str(row["config"]["tokens"]), str(row["config"]["batch"]), row["provider"]
+
+    rows = [row for row in rows_of(name) if row["case"] == "decode" and not row["provider"].startswith("dense")]
+    metrics = ["tokens per second", "decode time ratio", "prefill time ratio", "cache ratio"]
+    return pivot(rows, line, ["T", "B", "method"], metrics)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step-32000": lambda: step(32000),
@@ -314,6 +338,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "papers": papers,
     "scale": scale,
     "scale-states": scale_states,
+    "gpu-kernels": gpu_kernels,
+    "gpu-decode": partial(decode, "gpu"),
 }
 TABLES |= {frontier_name(*at): partial(frontier, *at) for at in product(SCALES, ("val", "test"))}
 TABLES |= {

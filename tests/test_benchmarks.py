@@ -96,8 +96,8 @@ def test_what_a_cache_holds_by_hand(tmp_path):
     found = decode.measure(base, SMALL, methods(SMALL)["HMGen middle"][0], new, 1, "cpu")
     token, layer = 2 * 2 * 32 * 4, SMALL.tokens + new - 1
     assert found[False][0].cache == token * 4 * layer
-    holes = 12 * token  # 12 of 16 tokens are the image's; its layer notes the positions of those that it holds
-    notes = 2 * (layer - 12) * (8 + 1)
+    holes = 12 * token  # 12 of 16 tokens are the image's; its layer notes the positions of those of the prompt that it holds
+    notes = 2 * (SMALL.tokens - 12) * (8 + 1)
     assert found[True][0].cache == token * 4 * layer - holes + notes
     assert min(found[True][0].prefill, found[True][0].decode) > 0
     rows = decode.rows_of(found, "HMGen middle", SMALL, new, decode.environment())

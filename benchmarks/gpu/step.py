@@ -1,10 +1,10 @@
-"""A training step at real widths under every method and backend, dense beside it, and first that all are right.
+"""A training step at real widths under every method and backend, dense beside it, and that all are right.
 
     python -m benchmarks.gpu.step --seconds 150 --out rows.jsonl
 
 One model and method after another, the most wanted first, until the seconds are over; what fails is noted, and the
-next begins. First every method against the reference (`td.benchmark` refuses what is not equal), in float32 and
-bfloat16, and under FlexAttention.
+next begins. Between the widths every method against the reference (`td.benchmark` refuses what is not equal), in
+float32 and bfloat16, and some under FlexAttention.
 Shape letters: B batch, T tokens, D hidden, L layers.
 """
 
@@ -38,14 +38,15 @@ def plan(rehearse: bool) -> Iterator[tuple[Sizes, list[str], bool]]:
     every = list(methods(replace(SMALL, **shrunk)))[:: 9 if rehearse else 1]
     rest = [name for name in methods(replace(REAL, **shrunk)) if name not in FIRST][: 1 if rehearse else None]
     first, few = list(FIRST), list(FIRST[: 1 if rehearse else 3])
-    for dtype in ("float32", "bfloat16"):
-        yield replace(SMALL, dtype=dtype, **shrunk), every, False
-    yield replace(SMALL, **{"attention": BACKENDS[0]} | shrunk), few, False
-    yield replace(REAL, **{"tokens": 2048} | shrunk), few if rehearse else [*first, *rest], True
+    yield replace(REAL, **{"tokens": 2048} | shrunk), few if rehearse else first, True
     yield replace(REAL, **{"tokens": 8192} | shrunk), few if rehearse else first, True
     for backend in BACKENDS:
         yield replace(REAL, **{"tokens": 2048, "attention": backend} | shrunk), few, True
-    yield replace(REAL, **{"tokens": 8192} | shrunk), rest, True
+    yield replace(SMALL, **{"attention": BACKENDS[0]} | shrunk), few, False
+    for dtype in ("float32", "bfloat16"):
+        yield replace(SMALL, dtype=dtype, **shrunk), every, False
+    for tokens in (2048, 8192):
+        yield replace(REAL, **{"tokens": tokens} | shrunk), rest, True
 
 
 def main() -> None:
