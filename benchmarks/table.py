@@ -16,8 +16,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from benchmarks import methods as compared
 from tokendrop.analysis.report import Table
-from tokendrop.study import comparison, frontier_summary, synergy_summary
+from tokendrop.study import frontier_summary, synergy_summary
 from tokendrop.study import summary as demo_summary
 from tokendrop.study.frontier import SCALES
 from tokendrop.study.intervals import interval
@@ -144,7 +145,7 @@ PAPERS = {  # as the comparison at equal FLOPs names a method -> as the step ben
 
 def methods() -> str:
     """Every method beside dense training of equal FLOPs."""
-    return markdown(comparison.table(rows_of("frontier/methods")))
+    return markdown(compared.table(rows_of("frontier/methods")))
 
 
 def papers() -> str:
@@ -153,7 +154,7 @@ def papers() -> str:
     steps = [row for row in rows_of("step") if row["config"]["vocabulary"] == 2048 and row["metric"] == "time ratio"]
     times = {row["provider"]: row for row in steps}
     lines = [["method", "U exact", "of a step:", "time ratio"], ["---"] * 4]
-    for name, step in {**dict.fromkeys(comparison.DENSE[:2], "dense"), **PAPERS}.items():
+    for name, step in {**dict.fromkeys(compared.DENSE[:2], "dense"), **PAPERS}.items():
         exact = interval(list(frontier_summary.quality(found, name, "U exact").values()))
         lines.append([name, exact, step, figure(times[step])])
     return "".join(f"| {' | '.join(one)} |\n" for one in lines)

@@ -5,20 +5,24 @@ Shape letters: none.
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from tokendrop import methods
-from tokendrop.study.comparison import DENSE, METHODS, Comparison, table
 from tokendrop.study.frontier import SCALES, key, one_run
 from tokendrop.study.frontier_summary import flops, name_of, names
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.methods import DENSE, METHODS, Comparison, table  # noqa: E402
 
 # Lightning 2.6 calls a function that torch 2.13 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
 U, G = "understanding", "generation"
-ROOT = Path(__file__).parents[2]
 ROWS = [json.loads(line) for line in (ROOT / "benchmarks/results/frontier/methods.jsonl").read_text().splitlines()]
 # They need a vision encoder, or save no FLOPs.
 LEFT_OUT = {"VisionZip", "VScan", "MixtureOfTransformers"}
