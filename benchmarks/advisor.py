@@ -10,24 +10,38 @@ import argparse
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tokendrop as td
-from benchmarks.methods import MethodsStudy
 from benchmarks.results import append, environment, row
 from tokendrop.analysis.advisor import Trials, advise
 from tokendrop.analysis.subject import Subject
 from tokendrop.study.analyzed import trained_dense
-from tokendrop.study.study import Study
+from tokendrop.study.study import Run, Study
 from tokendrop.study.train import train
 from tokendrop.unified.data import TASKS
 
 BUDGET, PAPER = 0.68, td.HiMix()
+
+
+@dataclass(frozen=True)
+class MethodsStudy(Study):
+    """Runs of one task, each under one method."""
+
+    methods: Mapping[str, Any] = field(default_factory=dict)
+
+    @override
+    def runs(self) -> dict[str, Run]:
+        """A run for each method."""
+        return {name: Run((TASKS[0],), {TASKS[0]: one}) for name, one in self.methods.items()}
 
 
 def plans() -> list[Any]:

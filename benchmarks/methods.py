@@ -1,110 +1,127 @@
-"""Every method on the demo's understanding task at about equal FLOPs: quality over seeds, time and memory side by side.
+"""Every method at about equal FLOPs beside dense training of as few, in the frontier's regime; resumable run by run.
 
-    python benchmarks/methods.py --out benchmarks/results/methods.jsonl
+    python benchmarks/methods.py --seeds 0:3
 
-Where a method has a count, it is the one whose counted FLOPs are nearest those of HiMix from layer 3 of 6 on.
-Shape letters: M image tokens.
+Understanding is under the method, generation dense. A row a run, in benchmarks/results/frontier/methods.jsonl, on
+validation; what is there is not run again. `python -m benchmarks.table` makes the table of docs/comparison.md of them.
+Shape letters: none.
 """
 
 import argparse
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tokendrop as td
-from benchmarks.results import append, environment, row
-from benchmarks.train.measure import seconds
-from tokendrop.study.costs import Steps
-from tokendrop.study.study import Run, Study
-from tokendrop.study.train import train
+from benchmarks.results import ROOT, environment
+from tokendrop.analysis.report import Table
+from tokendrop.methods import (
+    DART,
+    CDPruner,
+    DivPrune,
+    Drop,
+    DuetVLM,
+    FastV,
+    HiDrop,
+    HiMix,
+    HMGen,
+    MixtureOfDepths,
+    PMoD,
+    PyramidDrop,
+    RandomLTD,
+    SkipVision,
+    SVDPrune,
+)
+from tokendrop.roles import Method
+from tokendrop.study.frontier import FrontierStudy, run_missing
+from tokendrop.study.frontier_summary import METRICS, Row, dense_at, flops, name_of, names, paired, quality
+from tokendrop.study.intervals import interval
+from tokendrop.study.plans import JOINT, Plan
+from tokendrop.study.runner import made_where
+from tokendrop.unified.data import TASKS
 
-TASK, IMAGES, DENSE, TARGET = "understanding", 32, "dense", "HiMix, layers 3:"
-FIXED: dict[str, Any] = {DENSE: None, TARGET: td.HiMix("3:"), "HMGen, layers 3:": td.HMGen("3:")}
-COUNTED: dict[str, Callable[[int], Any]] = {
-    "RandomLTD": lambda k: td.RandomLTD("1:-1", k),
-    "SkipVision": lambda k: td.SkipVision(":", k),
-    "MixtureOfDepths": lambda k: td.MixtureOfDepths("1:", k),
-    "Drop random, layer 2": lambda k: td.Drop("2:", k, then="gone"),
-    "Drop uniform, layer 2": lambda k: td.Drop("2:", k, "uniform", then="gone"),
-    "Drop leverage, layer 2": lambda k: td.Drop("2:", k, "leverage", then="gone"),
-    "SVDPrune, layer 0": lambda k: td.SVDPrune(k),
-    "FastV, layer 2": lambda k: td.FastV(2, k),
-    "PyramidDrop, layers 1 3 5": lambda k: td.PyramidDrop((1, 3, 5), (k, k // 2, k // 4)),
-    "HiDrop, entry 1, layers 2 3, exit 5": lambda k: td.HiDrop(1, (2, 3), (k, k // 2), 5),
-    "DuetVLM text stages, layers 2 4": lambda k: td.DuetVLM((2, 4), (k, 0)),
+ROWS = ROOT / "benchmarks" / "results" / "frontier" / "methods.jsonl"
+# The FLOPs of training around those of HiMix from layer 2 on, dense.
+DENSE = (JOINT, f"{JOINT} x0.8", f"{JOINT} x0.7")
+# Of 6 layers and 32 image tokens; each count, range or shift is the one whose FLOPs are nearest to those of the first.
+METHODS: dict[str, Method] = {
+    "HiMix, layers 2:": HiMix("2:"),
+    "HMGen, layers 3:": HMGen("3:"),
+    "FastV, layer 1": FastV(1, 10),
+    "PyramidDrop, layers 1 3 5": PyramidDrop((1, 3, 5), (14, 6, 4)),
+    "HiDrop, entry 1, layers 2 3, exit 5": HiDrop(1, (2, 3), (24, 12), 5),
+    "DuetVLM text stages, layers 2 4": DuetVLM((2, 4), (10, 0)),
+    "DART, layer 1": DART(1, 10),
+    "SVDPrune, layer 0": SVDPrune(14),
+    "DivPrune, layer 0": DivPrune(14),
+    "CDPruner, layer 0": CDPruner(14),
+    "RandomLTD": RandomLTD("1:-1", 6),
+    "SkipVision": SkipVision(":", 0),
+    "MixtureOfDepths": MixtureOfDepths("1:", 12),
+    "PMoD": PMoD(shift=0.36),
+    "Drop random, layer 1, gone": Drop("1:", 12, then="gone"),
+    "Drop uniform, layer 1, gone": Drop("1:", 12, "uniform", then="gone"),
+    "Drop leverage, layer 1, gone": Drop("1:", 12, "leverage", then="gone"),
+    "Drop random, layers 1:-1, rejoin (TREAD)": Drop("1:-1", 6),
+    "Drop random, layers 1:, visible": Drop("1:", 6, then="context"),
+    "Drop random, layers 1:-1, merged": Drop("1:-1", 6, then="merge"),
 }
+HEADER = ("run", "seeds", "FLOPs", *METRICS, *(f"{name}, to dense" for name in METRICS))
 
 
 @dataclass(frozen=True)
-class MethodsStudy(Study):
-    """Runs of one task, each under one method."""
+class Comparison(FrontierStudy):
+    """The regime of the frontier, with a plan for each method."""
 
-    methods: Mapping[str, Any] = field(default_factory=dict)
+    drawn: int = 0
+    events: int = 0
 
     @override
-    def runs(self) -> dict[str, Run]:
-        """A run for each method."""
-        return {name: Run((TASK,), {} if one is None else {TASK: one}) for name, one in self.methods.items()}
+    def plans(self) -> dict[str, Plan]:
+        """Dense joint training, and each method for understanding."""
+        return {JOINT: Plan(TASKS, {})} | {name: Plan(TASKS, {TASKS[0]: one}) for name, one in METHODS.items()}
 
 
-def flops(method: Any) -> int:
-    """Counted FLOPs of a step."""
-    return Steps(MethodsStudy(methods={"it": method}), "it").flops()
+def table(rows: Sequence[Row]) -> Table:
+    """Every run with its figures, and their difference by seed to dense training of equal FLOPs; positive is better.
 
-
-def at_equal_flops(only: list[str]) -> dict[str, Any]:
-    """The methods, with the count that comes nearest the target's FLOPs."""
-    target = flops(FIXED[TARGET])
-    found = {name: one for name, one in FIXED.items() if not only or name in only or name == DENSE}
-    for name, make in COUNTED.items():
-        if only and name not in only:
-            continue
-        apart = {count: abs(flops(make(count)) - target) for count in range(1, IMAGES + 1)}
-        found[name] = make(min(apart, key=lambda count: apart[count]))
-    return found
+    Args:
+        rows: of the runs, as `one_run` makes them.
+    """
+    lines = []
+    for name in names(rows):
+        own = [row for row in rows if name_of(row) == name]
+        share = flops(rows, name)
+        cells = [interval([row[task][key] for row in own]) for task, key, _ in METRICS.values()]
+        equal = [
+            "" if name in DENSE else interval(paired(quality(rows, name, one), dense_at(rows, share, one)), signed=True)
+            for one in METRICS
+        ]
+        lines.append((name, str(len(own)), f"{share:.2f}", *cells, *equal))
+    return Table(HEADER, lines)
 
 
 def main() -> None:
-    """Train, measure, print, and append to the results where asked."""
+    """Run what is missing, and print each row as it comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seeds", default="0:3", help="first and end, as in 0:3")
+    parser.add_argument("--jobs", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--out", type=Path, default=ROWS)
     given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    study, shared = MethodsStudy(methods=at_equal_flops(given.only)), environment()
-    steps = {name: Steps(study, name) for name in study.methods}
-    timed = seconds({name: _stepper(one) for name, one in steps.items()}, given.rounds)
-    for name, method in study.methods.items():
-        scores = [train(study, name, seed).scores[TASK] for seed in range(given.seeds)]
-        values = {
-            "exact": [one["accuracy"] for one in scores],
-            "NLL": [one["nll"] for one in scores],
-            "FLOPs ratio": [steps[name].flops() / steps[DENSE].flops()],
-            "time ratio": [a / b for a, b in zip(timed[name], timed[DENSE], strict=True)],
-            "memory ratio": [steps[name].peak_bytes() / steps[DENSE].peak_bytes()],
-        }
-        config = {"method": str(method), "updates": study.steps, "seeds": given.seeds, "threads": 1}
-        rows = [row(TASK, name, metric, "1", value, config, **shared) for metric, value in values.items()]
-        print(f"{name:40}" + "   ".join(f"{one['metric']} {one['median']:.3f}" for one in rows), method, flush=True)
-        if given.out:
-            append(given.out, rows)
-
-
-def _stepper(steps: Steps) -> Callable[[], None]:
-    return lambda: steps.step(steps.batches[0])
+    seeds = range(*map(int, given.seeds.split(":")))
+    shared = {key: environment("cpu")[key] for key in ("device", "commit")}
+    if shared["commit"].endswith("-dirty"):
+        parser.error("the code differs from its commit, which a row could not tell; commit it first")
+    where = given.out, lambda: shared | made_where(), given.jobs, {"digits": Comparison()}
+    for done, due, row in run_missing("digits", "val", [*DENSE, *METHODS], seeds, *where):
+        u, g = (row[task] for task in TASKS)
+        said = f"U exact {u['accuracy']:.3f} NLL {u['nll']:.3f}  G NLL {g['nll']:.4f}"
+        named = f"{row['plan']} x{row['updates']:g}, seed {row['seed']}"
+        print(f"{done}/{due} {named:50} {row['flops']:.3e} FLOPs {row['seconds']:.0f} s  {said}", flush=True)
 
 
 if __name__ == "__main__":

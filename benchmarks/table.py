@@ -16,10 +16,12 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from benchmarks import methods as compared
 from tokendrop.analysis.report import Table
 from tokendrop.study import frontier_summary, synergy_summary
 from tokendrop.study import summary as demo_summary
 from tokendrop.study.frontier import SCALES
+from tokendrop.study.intervals import interval
 from tokendrop.study.synergy import SynergyStudy
 
 MEMORY = 80e9  # of a GPU, as in benchmarks/scale.py
@@ -127,29 +129,35 @@ def demo(*names: str) -> str:
     return markdown(replace(made, rows=[row for row in made.rows if not names or row[0] in names]))
 
 
-PAPERS = {  # as the sweep at equal FLOPs names a method -> as the step benchmark does
-    "HiMix, layers 3:": "HiMix",
+PAPERS = {  # as the comparison at equal FLOPs names a method -> as the step benchmark does
+    "HiMix, layers 2:": "HiMix",
     "HMGen, layers 3:": "HMGen alternating",
-    "FastV, layer 2": "FastV 50%",
+    "FastV, layer 1": "FastV 50%",
     "PyramidDrop, layers 1 3 5": "PyramidDrop",
     "HiDrop, entry 1, layers 2 3, exit 5": "HiDrop",
     "DuetVLM text stages, layers 2 4": "DuetVLM",
     "SVDPrune, layer 0": "SVDPrune 25%",
     "RandomLTD": "RandomLTD 25%",
     "MixtureOfDepths": "MixtureOfDepths",
-    "Drop random, layer 2": "Drop gone 25%",
+    "Drop random, layer 1, gone": "Drop gone 25%",
 }
+
+
+def methods() -> str:
+    """Every method beside dense training of equal FLOPs."""
+    return markdown(compared.table(rows_of("frontier/methods")))
 
 
 def papers() -> str:
     """What each method does to quality at equal FLOPs, and to the time of a step."""
-    quality = {row["provider"]: row for row in rows_of("methods") if row["metric"] == "exact"}
+    found = rows_of("frontier/methods")
     steps = [row for row in rows_of("step") if row["config"]["vocabulary"] == 2048 and row["metric"] == "time ratio"]
     times = {row["provider"]: row for row in steps}
-    lines = ["| method | exact | of a step: | time ratio |", "| --- | --- | --- | --- |"]
-    lines.append(f"| dense | {figure(quality['dense'])} | dense | {figure(times['dense'])} |")
-    lines += [f"| {one} | {figure(quality[one])} | {step} | {figure(times[step])} |" for one, step in PAPERS.items()]
-    return "\n".join(lines) + "\n"
+    lines = [["method", "U exact", "of a step:", "time ratio"], ["---"] * 4]
+    for name, step in {**dict.fromkeys(compared.DENSE[:2], "dense"), **PAPERS}.items():
+        exact = interval(list(frontier_summary.quality(found, name, "U exact").values()))
+        lines.append([name, exact, step, figure(times[step])])
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
 
 
 def _synergy(make: Callable[[list[Row], dict[str, float]], Table]) -> str:
@@ -222,12 +230,6 @@ def flops() -> str:
             cells = name, image, f"`{text}`", *(f"{one / 1e12:.2f}" for one in (found.dense, found.dropped))
             lines.append(f"| {' | '.join(map(str, cells))} | {found.ratio:.3f} |")
     return "\n".join(lines) + "\n"
-
-
-def methods() -> str:
-    """Every method on the demo's understanding task."""
-    metrics = ["exact", "NLL", "FLOPs ratio", "time ratio", "memory ratio"]
-    return pivot(rows_of("methods"), lambda row: (row["provider"],), ["method"], metrics)
 
 
 def advisor() -> str:

@@ -75,7 +75,7 @@ def recipe(
         (HiMix(layers='5:', separate='none'), HMGen(shallow='1:6:2', separate='none'))
 
     Source: HiMix and HMGen arXiv 2606.01503 sections 3 and 4 (every layer; K alternating shallow layers in the middle).
-    Leaving HiMix's first layers dense is ours, from docs/comparison.md and docs/synergy.md, at a small scale. HiDrop
+    Leaving HiMix's first layers dense is ours, from docs/synergy.md, at a small scale. HiDrop
     github.com/EIT-NLP/HiDrop (entry 8, stages 10, 14, 16, 18, exit 24 of 32 layers; 80, 64 and 48 of 576 tokens on
     average). SVD-Prune arXiv 2604.11530.
     """

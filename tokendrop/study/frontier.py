@@ -5,7 +5,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,10 +58,14 @@ class FrontierStudy(Study):
     curve_points: int = 5
     events: int = 5
 
+    def plans(self) -> dict[str, Plan]:
+        """Every plan by name."""
+        return plans(self.layers)
+
     @override
     def runs(self) -> dict[str, Run]:
         """Every plan by name."""
-        return dict(plans(self.layers))
+        return dict(self.plans())
 
     @property
     @override
@@ -91,7 +95,7 @@ class FrontierStudy(Study):
         Raises:
             FrontierError: there is none of that name.
         """
-        found = plans(self.layers)
+        found = self.plans()
         if name not in found:
             raise FrontierError(f"found the plan {name!r}; use one of {', '.join(found)}")
         return found[name]
@@ -244,17 +248,19 @@ def run_missing(
     path: Path,
     shared: Callable[[], dict[str, Any]],
     jobs: int = 1,
+    scales: Mapping[str, FrontierStudy] = SCALES,
 ) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Run what is missing; each row is appended to a file as it comes, so that a broken study goes on there.
 
     Args:
-        scale: one of `SCALES`.
+        scale: one of `scales`.
         split: "val" to choose, "test" to report.
         names: of runs, as `one_run` takes them.
         seeds: of each.
         path: of the rows.
         shared: what each row says of where it was made.
         jobs: runs at a time.
+        scales: studies by scale.
 
     Yields:
         Runs done, runs due, and the row.
@@ -262,9 +268,9 @@ def run_missing(
     Raises:
         FrontierError: an unknown scale or plan.
     """
-    if scale not in SCALES:
-        raise FrontierError(f"found the scale {scale!r}; use one of {', '.join(SCALES)}")
-    study = replace(SCALES[scale], tested=split)
+    if scale not in scales:
+        raise FrontierError(f"found the scale {scale!r}; use one of {', '.join(scales)}")
+    study = replace(scales[scale], tested=split)
     for name in names:
         study.of(name)
     todo = missing(scale, split, names, seeds, path)
