@@ -34,6 +34,7 @@ from tokendrop.methods import (
     PyramidDrop,
     RandomLTD,
     SkipVision,
+    Sprint,
     SVDPrune,
 )
 from tokendrop.roles import Method
@@ -60,6 +61,7 @@ METHODS: dict[str, Method] = {
     "DivPrune, layer 0": DivPrune(14),
     "CDPruner, layer 0": CDPruner(14),
     "RandomLTD": RandomLTD("1:-1", 6),
+    "Sprint": Sprint("1:-1", 4),
     "SkipVision": SkipVision(":", 0),
     "MixtureOfDepths": MixtureOfDepths("1:", 12),
     "PMoD": PMoD(shift=0.36),
@@ -109,6 +111,7 @@ def main() -> None:
     """Run what is missing, and print each row as it comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0:3", help="first and end, as in 0:3")
+    parser.add_argument("--runs", nargs="*", help="methods or dense runs by name; all by default")
     parser.add_argument("--jobs", type=int, choices=[1, 2], default=1)
     parser.add_argument("--out", type=Path, default=ROWS)
     given = parser.parse_args()
@@ -117,7 +120,7 @@ def main() -> None:
     if shared["commit"].endswith("-dirty"):
         parser.error("the code differs from its commit, which a row could not tell; commit it first")
     where = given.out, lambda: shared | made_where(), given.jobs, {"digits": Comparison()}
-    for done, due, row in run_missing("digits", "val", [*DENSE, *METHODS], seeds, *where):
+    for done, due, row in run_missing("digits", "val", given.runs or [*DENSE, *METHODS], seeds, *where):
         u, g = (row[task] for task in TASKS)
         said = f"U exact {u['accuracy']:.3f} NLL {u['nll']:.3f}  G NLL {g['nll']:.4f}"
         named = f"{row['plan']} x{row['updates']:g}, seed {row['seed']}"
