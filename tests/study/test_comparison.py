@@ -74,7 +74,7 @@ def test_differences_are_to_dense_training_of_equal_flops():
 
 def test_committed_rows_are_of_these_methods_at_equal_flops():
     assert len({key(one) for one in ROWS}) == len(ROWS)
-    assert {name_of(one) for one in ROWS} <= {*DENSE, *METHODS}
+    assert {name_of(one) for one in ROWS} == {*DENSE, *METHODS}
     for one in ROWS:
         assert re.fullmatch(r"[0-9a-f]{7,}", one["commit"])  # of clean code
         named = METHODS.get(one["plan"])
