@@ -341,6 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale-states": scale_states,
     "gpu-kernels": gpu_kernels,
     "gpu-decode": partial(decode, "gpu"),
+    "decode": partial(decode, "decode"),
 }
 TABLES |= {frontier_name(*at): partial(frontier, *at) for at in product(SCALES, ("val", "test"))}
 TABLES |= {
