@@ -84,7 +84,7 @@ def test_nothing_that_a_forward_keeps_outlives_its_count():
     assert kept() > 0
     before = alive()
     assert kept() > 0
-    assert alive() == before
+    assert alive() <= before
 
 
 def test_figures_are_of_all_batches():
