@@ -56,7 +56,7 @@ class Sampler(L.Callback):
                 "files": len(os.listdir("/proc/self/fd")),
                 "hooks": sum(len(getattr(part, name)) for part in module.modules() for name in HOOKS),
                 "threads": threading.active_count(),
-                "frames": len(state.this_thread.frames),
+                "frames": len(state.this_thread.by_key),
             }
         )
         del things
@@ -134,7 +134,7 @@ def test_models_dropped_and_restored_leave_nothing():
         drop.remove()
         if time in (4, 19):
             gc.collect()
-            held.append((len(gc.get_objects()), len(state.this_thread.frames)))
+            held.append((len(gc.get_objects()), len(state.this_thread.by_key)))
     assert held[1][1] == held[0][1]
     assert held[1][0] <= held[0][0] + 20
 
