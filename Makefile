@@ -31,7 +31,7 @@ dist: $(STAMP)
 	.venv-dist/bin/python -m pip install --quiet --no-deps --target .venv-dist/away dist/*.whl
 	cd .venv-dist/away && PYTHONPATH=. $(abspath $(BIN)/python) $(CURDIR)/tests/wheel.py
 
-# The table in docs/families.md, from the results of its tests; about ten minutes.
+# The table in docs/families.md, from the results of its tests; most of an hour on two cores.
 families: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --families-table tests/engine
 
