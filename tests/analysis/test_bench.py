@@ -188,10 +188,12 @@ def test_other_precisions_are_equal_to_the_reference(dtype):
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
 def test_kernels_that_take_no_mask_are_equal_to_the_reference(attention):
-    """It runs sdpa, as a model does that was loaded so."""
-    model = with_attention(llama(), attention)
+    """The reference runs sdpa, as a model does that was loaded so, and so do steps whose FLOPs are counted."""
+    model, plain = with_attention(llama(), attention), run(llama()).rows
     with kernels():
         rows = run(model).rows
+    for name in ("flops", "dense_flops"):
+        assert [row[name] for row in rows] == [row[name] for row in plain]
     assert rows[0]["gradient_gap"] <= 1e-4
     assert model.config._attn_implementation == attention
 

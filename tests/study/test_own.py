@@ -1,11 +1,14 @@
 """What a user's own metrics say: which are a task's, which way is better, and figures by hand."""
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokendrop as td
+from kernels_stand_in import kernels, with_attention
 from tokendrop.errors import BatchError
 from tokendrop.study.intervals import interval
-from tokendrop.study.own import JOINT, OwnStudy
+from tokendrop.study.own import JOINT, Counted, OwnStudy
 from tokendrop.study.own_summary import direction, notes, qualities, summarised, table, task_of
 
 STUDY = OwnStudy("mine:made", lambda *_: None, ("vqa", "vqa_long"), [{"vqa": td.HiMix()}])
@@ -126,3 +129,21 @@ def test_runs_that_are_all_the_same_are_told():
     ]  # fmt: skip
     assert "does mine:made train only the tasks" in notes(STUDY, same, [])[1]
     assert len(notes(STUDY, list(rows()), [])) == 1
+
+
+def test_flash_attention_is_counted_as_sdpa_is():
+    """Its kernels have no formula, so that a counter would see no attention at all."""
+
+    def spent(attention):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = with_attention(LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)), attention)
+        counted, ids = Counted(), torch.randint(50, (2, 8))
+        counted.on_train_batch_start(None, model, None, 0)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        counted.on_train_batch_end(None, model, None, None, 0)
+        assert model.config._attn_implementation == attention
+        return counted.flops
+
+    with kernels():
+        assert spent("flash_attention_2") == spent("sdpa") != [0]

@@ -19,6 +19,7 @@ from tokendrop.analysis.spent import Pass, hidden_flops, task_costs
 from tokendrop.analysis.subject import Subject
 from tokendrop.analysis.timing import now, peak_bytes, spread
 from tokendrop.engine.handle import Handle
+from tokendrop.engine.model.attention import seen_kernels
 from tokendrop.engine.model.decoder import attention_of, find_layers
 from tokendrop.engine.support import Methods
 from tokendrop.errors import MethodError, TaskLossError
@@ -156,9 +157,14 @@ class Work:
             yield there - start, back - there, now(self.devices) - start
 
     def flops(self) -> Iterator[tuple[int, int, float]]:
-        """Counted FLOPs of each batch, forward and backward; and what share of attention ran again in backward."""
+        """Counted FLOPs of each batch, forward and backward; and what share of attention ran again in backward.
+
+        FlashAttention and FlexAttention are counted as sdpa: the former's kernels have no formula, and torch before
+        2.13 has none of the latter's and cannot run it while it counts.
+        """
         calls: list[nn.Module] = []
         with ExitStack() as stack:
+            stack.enter_context(seen_kernels(self.subject.model))
             for layer in self.layers:  # whose checkpointing may lie inside its __call__
                 hook = (attention_of(layer) or layer).register_forward_pre_hook(lambda module, _: calls.append(module))
                 stack.callback(hook.remove)

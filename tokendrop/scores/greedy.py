@@ -33,15 +33,28 @@ def diverse(states: Tensor, image: Tensor, counts: Tensor, most: int | None = No
     unit = F.normalize(states.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=-1)
     # Sample by sample, so that one T x T matrix is there at a time.
     nearest = torch.stack([_nearest_other(*one) for one in zip(unit, image, strict=True)])
-    score = torch.full(image.shape, -torch.inf, device=image.device)
+    nearest, chosen = nearest.masked_fill(~image, -torch.inf), list[Tensor]()
     for order in range(int(counts.max()) if most is None else most):
-        free = image & score.isinf()
-        best = nearest.masked_fill(~free, -torch.inf).argmax(1, keepdim=True)
-        take = free.gather(1, best) & (order < counts[:, None])
-        score = score.scatter(1, best, torch.where(take, -float(order), score.gather(1, best)))
-        apart = 1 - (unit @ unit.gather(1, best[:, :, None].expand(-1, -1, unit.shape[-1])).mT)[:, :, 0]
-        nearest = apart if order == 0 else torch.minimum(nearest, apart)
-    return score
+        best = nearest.argmax(1, keepdim=True)
+        chosen.append(best)
+        apart = 1 - (unit @ _rows(unit, best).mT)[:, :, 0]
+        nearest = torch.minimum(nearest, apart) if order else apart.masked_fill(~image, -torch.inf)
+        nearest = nearest.scatter_(1, best, -torch.inf)
+    return _by_order(chosen, image, counts)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def _by_order(chosen: list[Tensor], image: Tensor, counts: Tensor) -> Tensor:
+    # A sample with fewer tokens than others choose goes on to choose what it has chosen, or no image token.
+    score = torch.full(image.shape, -torch.inf, device=image.device)
+    if not chosen:
+        return score
+    order = torch.arange(len(chosen), device=image.device)
+    taken = torch.where(order < torch.minimum(counts, image.sum(1))[:, None], -order.float(), -torch.inf)
+    return score.scatter_reduce(1, torch.cat(chosen, 1), taken, "amax")
 
 
 def _nearest_other(unit: Tensor, image: Tensor) -> Tensor:
@@ -91,18 +104,18 @@ def conditional(states: Tensor, weight: Tensor, image: Tensor, counts: Tensor, m
     """
     unit = F.normalize(states.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=-1)
     unit = unit * weight[:, :, None]
-    score, variance = torch.full(image.shape, -torch.inf, device=image.device), unit.square().sum(-1)
-    factors = unit.new_zeros(len(unit), 0, unit.shape[1])  # rows of the Cholesky factor
-    for order in range(int(counts.max()) if most is None else most):
-        free = image & score.isinf()
-        best = variance.masked_fill(~free, -torch.inf).argmax(1, keepdim=True)
-        take = free.gather(1, best) & (order < counts[:, None])
-        score = score.scatter(1, best, torch.where(take, -float(order), score.gather(1, best)))
-        row = (unit @ unit.gather(1, best[:, :, None].expand(-1, -1, unit.shape[-1])).mT)[:, :, 0]
-        row = row - (factors.gather(2, best[:, None].expand(-1, factors.shape[1], -1)) * factors).sum(1)
-        row = row / variance.gather(1, best).clamp(min=1e-12).sqrt()
-        variance, factors = variance - row.square(), torch.cat([factors, row[:, None]], 1)
-    return score
+    variance = unit.square().sum(-1).masked_fill(~image, -torch.inf)
+    most, chosen = int(counts.max()) if most is None else most, list[Tensor]()
+    factors = unit.new_zeros(len(unit), most, unit.shape[1])  # rows of the Cholesky factor
+    for order in range(most):
+        largest, best = variance.max(1, keepdim=True)
+        chosen.append(best)
+        row, before = unit @ _rows(unit, best).mT, factors[:, :order]
+        row = torch.baddbmm(row, before.mT, before.gather(2, best[:, None].expand(-1, order, -1)), alpha=-1)[:, :, 0]
+        row = row / largest.clamp(min=1e-12).sqrt()
+        factors[:, order] = row
+        variance = variance.addcmul_(row, row, value=-1).scatter_(1, best, -torch.inf)
+    return _by_order(chosen, image, counts)
 
 
 def pivots(keys: Tensor, image: Tensor, text: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor]:

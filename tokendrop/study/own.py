@@ -4,6 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokendrop.analysis.bench import named
 from tokendrop.analysis.flops import counter
 from tokendrop.callbacks import TokenDrop
 from tokendrop.engine.handle import Handle
+from tokendrop.engine.model.attention import seen_kernels
 from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import MethodError, UnsupportedError
 from tokendrop.roles import Method
@@ -80,14 +82,15 @@ class Counted(L.Callback):
         super().__init__()
         self.flops: list[int] = []
         self._counter: FlopCounterMode | None = None
+        self._counting = ExitStack()
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if len(self.flops) < COUNTED:
-            self._counter = counter()
-            self._counter.__enter__()
+            self._counting.enter_context(seen_kernels(pl_module))  # flash kernels have no formula
+            self._counter = self._counting.enter_context(counter())
 
     @override
     def on_train_batch_end(
@@ -102,9 +105,8 @@ class Counted(L.Callback):
         self._stop()
 
     def _stop(self) -> None:
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._counter = None
+        self._counting.close()
+        self._counter = None
 
 
 def one_run(study: OwnStudy, name: str, seed: int) -> dict[str, Any]:

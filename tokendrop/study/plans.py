@@ -62,6 +62,25 @@ def _controls() -> dict[str, Plan]:
     return alone | {JOINT: Plan(TASKS, {}), PLACEBO: Plan(TASKS, {}, placebo=True)}
 
 
+def _newer(at: Callable[..., str]) -> dict[str, Plan]:
+    late, alternate, middle, early = HiMix(at(2)), HMGen(at(1, 5, 2)), HMGen(at(2, 5)), HiMix(at(1))
+    rejoin = Drop(at(1, 5), 0.25)
+    return {
+        # Image tokens without the FFN: they attend in every layer. A random few of U compute, the others are visible.
+        "U 1:, G 1:5 no FFN": _joint(early, SkipVision(at(1, 5), 0)),
+        "U 2:, G :5 no FFN": _joint(late, SkipVision(at(0, 5), 0)),
+        "U : and G :5 no FFN": _joint(SkipVision(at(0), 0), SkipVision(at(0, 5), 0)),
+        "U fifth visible, G 1:5:2 skipped": _joint(Drop(at(1), 0.2, then="context"), alternate),
+        "U tenth visible, G 1:5:2 skipped": _joint(Drop(at(1), 0.1, then="context"), alternate),
+        "U tenth visible, G 1:5 no FFN": _joint(Drop(at(1), 0.1, then="context"), SkipVision(at(1, 5), 0)),
+        # Cheap at first, and a dense end that brings them to 0.60 of the FLOPs of dense training.
+        "U 2:, G 2:5 skipped, dense end": _joint(late, middle, _tail(0.15)),
+        "U 1:, G 1:5:2 skipped, dense end": _joint(early, alternate, _tail(0.14)),
+        "U 1:, G 1:5 skipped, dense end": _joint(early, HMGen(at(1, 5)), _tail(0.34)),
+        "U 1:, G quarter rejoins, dense end": _joint(early, rejoin, _tail(0.27)),
+    }
+
+
 def plans(layers: int) -> dict[str, Plan]:
     """Every plan by name, for a decoder of L layers, a multiple of 6; names give layers as those of 6.
 
@@ -93,18 +112,7 @@ def plans(layers: int) -> dict[str, Plan]:
         # Image tokens that stay visible for G, too, in its own layers or in those of U.
         "U 2:, G 2:5 visible": _joint(late, HiMix(at(2, 5))),
         "both 2:5 visible": _twice(HiMix(at(2, 5))),
-        # Image tokens without the FFN: they attend in every layer. A random few of U compute, the others are visible.
-        "U 1:, G 1:5 no FFN": _joint(HiMix(at(1)), SkipVision(at(1, 5), 0)),
-        "U 2:, G :5 no FFN": _joint(late, SkipVision(at(0, 5), 0)),
-        "U : and G :5 no FFN": _joint(SkipVision(at(0), 0), SkipVision(at(0, 5), 0)),
-        "U fifth visible, G 1:5:2 skipped": _joint(Drop(at(1), 0.2, then="context"), alternate),
-        "U tenth visible, G 1:5:2 skipped": _joint(Drop(at(1), 0.1, then="context"), alternate),
-        "U tenth visible, G 1:5 no FFN": _joint(Drop(at(1), 0.1, then="context"), SkipVision(at(1, 5), 0)),
-        # Cheap at first, and a dense end that brings them to 0.60 of the FLOPs of dense training.
-        "U 2:, G 2:5 skipped, dense end": _joint(late, middle, _tail(0.15)),
-        "U 1:, G 1:5:2 skipped, dense end": _joint(HiMix(at(1)), alternate, _tail(0.14)),
-        "U 1:, G 1:5 skipped, dense end": _joint(HiMix(at(1)), HMGen(at(1, 5)), _tail(0.34)),
-        "U 1:, G quarter rejoins, dense end": _joint(HiMix(at(1)), some("rejoin"), _tail(0.27)),
+        **_newer(at),
         # A random quarter over the middle range in both tasks, and a dense end.
         "quarter rejoins, dense end": _twice(some("rejoin"), _tail(0.2)),
         "quarter, rest visible, dense end": _twice(some("context"), _tail(0.2)),

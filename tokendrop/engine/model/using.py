@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrop.engine.plan.rows import Own, Split
+from tokendrop.kernels import gather_tokens
 
 
 class _Using(threading.local):
@@ -47,7 +48,10 @@ def own(name: Own) -> dict[str, nn.Module]:
 
 def split_run(split: Split, flat: Tensor, run: Callable[[Tensor, Own], Tensor]) -> Tensor:
     """What `run` makes of flat rows (B * K, ...) and the name of their set, in the order of the rows."""
-    outputs = []
-    for name, rows in zip(split.names, split.rows, strict=True):
-        outputs.append(run(flat if len(rows) == len(flat) else flat.index_select(0, rows), name))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs).index_select(0, split.inverse)
+    if len(split.names) == 1:
+        return run(flat, split.names[0])
+    # Each row moves once: index_select's backward would add, as if rows came twice.
+    sorted_rows = gather_tokens(flat.flatten(1)[None], torch.cat(split.rows)[None])[0].unflatten(1, flat.shape[1:])
+    parts = sorted_rows.split([len(rows) for rows in split.rows])
+    out = torch.cat([run(part, name) for part, name in zip(parts, split.names, strict=True)])
+    return gather_tokens(out.flatten(1)[None], split.inverse[None])[0].unflatten(1, out.shape[1:])
