@@ -112,6 +112,7 @@ SCALES = {
     "digits": FrontierStudy(),
     "digits, 12 layers": FrontierStudy(layers=12),
     "mnist": MNIST,
+    "mnist, long": replace(MNIST, steps=500),
     "mnist, 12 layers": replace(MNIST, layers=12),
     "mnist 2x2": replace(MNIST, grid=(2, 2)),
     # The learning rate is that of width 64 times the root of 64 / 512, between one for all widths and one that falls as
