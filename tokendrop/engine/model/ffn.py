@@ -170,7 +170,7 @@ def _attended(x: Tensor, rows: Rows, call: Callable[..., Tensor]) -> Tensor:
 def _split(x: Tensor, split: Split, call: Callable[..., Tensor]) -> Tensor:
     def run(part: Tensor, name: Own) -> Tensor:
         image = own(name).get("ffn")
-        return (call(part[None]) if image is None else call(part[None], image))[0]
+        return (call(part[None]) if image is None else call(part[None], image)).squeeze(0)
 
     return split_run(split, x.flatten(0, 1), run).unflatten(0, x.shape[:2])
 

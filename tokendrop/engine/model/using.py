@@ -50,8 +50,10 @@ def split_run(split: Split, flat: Tensor, run: Callable[[Tensor, Own], Tensor]) 
     """What `run` makes of flat rows (B * K, ...) and the name of their set, in the order of the rows."""
     if len(split.names) == 1:
         return run(flat, split.names[0])
+    parts = _moved(flat, torch.cat(split.rows)).split([len(rows) for rows in split.rows])
+    return _moved(torch.cat([run(part, name) for part, name in zip(parts, split.names, strict=True)]), split.inverse)
+
+
+def _moved(flat: Tensor, rows: Tensor) -> Tensor:
     # Each row moves once: index_select's backward would add, as if rows came twice.
-    sorted_rows = gather_tokens(flat.flatten(1)[None], torch.cat(split.rows)[None])[0].unflatten(1, flat.shape[1:])
-    parts = sorted_rows.split([len(rows) for rows in split.rows])
-    out = torch.cat([run(part, name) for part, name in zip(parts, split.names, strict=True)])
-    return gather_tokens(out.flatten(1)[None], split.inverse[None])[0].unflatten(1, out.shape[1:])
+    return gather_tokens(flat.flatten(1)[None], rows[None]).view(flat.shape)
