@@ -69,6 +69,9 @@ def _newer(at: Callable[..., str]) -> dict[str, Plan]:
         # Image tokens without the FFN: they attend in every layer. A random few of U compute, the others are visible.
         "U 1:, G 1:5 no FFN": _joint(early, SkipVision(at(1, 5), 0)),
         "U 2:, G 1:5 no FFN": _joint(late, SkipVision(at(1, 5), 0)),
+        "U 2:, G 2: no FFN": _joint(late, SkipVision(at(2), 0)),
+        "U 2:, G 2:5 no FFN": _joint(late, SkipVision(at(2, 5), 0)),
+        "U 1:, G 1: no FFN": _joint(early, SkipVision(at(1), 0)),
         "U 2:, G :5 no FFN": _joint(late, SkipVision(at(0, 5), 0)),
         "U : and G :5 no FFN": _joint(SkipVision(at(0), 0), SkipVision(at(0, 5), 0)),
         "U fifth visible, G 1:5:2 skipped": _joint(Drop(at(1), 0.2, then="context"), alternate),
