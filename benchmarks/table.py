@@ -307,6 +307,25 @@ def gpu_kernels() -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_step() -> str:
+    """A training step at real widths on a GPU, beside the dense one in the same run."""
+    rows = [row for row in rows_of("gpu") if row["case"] == "train step" and row["config"]["width"] == 4096]
+    metrics = ["time ratio", "FLOPs ratio", "capture", "computed capture", "memory ratio", "MFU"]
+
+    def line(row: Row) -> tuple[str, ...]:
+        return row["config"]["attention"], str(row["config"]["tokens"]), row["provider"]
+
+    order = sorted(rows, key=lambda row: (row["config"]["attention"] == "eager", row["config"]["tokens"]))
+    return pivot(order, line, ["attention", "T", "method"], metrics)
+
+
+def gpu_compiled() -> str:
+    """A compiled training step on a GPU beside the same step as it is."""
+    rows = [row for row in rows_of("gpu") if row["case"] == "compiled step"]
+    metrics = ["time ratio to uncompiled", "first call"]
+    return pivot(rows, lambda row: (row["provider"],), ["method"], metrics)
+
+
 def decode(name: str) -> str:
     """Generation under each method beside the dense model."""
 
@@ -340,6 +359,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale": scale,
     "scale-states": scale_states,
     "gpu-kernels": gpu_kernels,
+    "gpu-step": gpu_step,
+    "gpu-compiled": gpu_compiled,
     "gpu-decode": partial(decode, "gpu"),
     "decode": partial(decode, "decode"),
 }

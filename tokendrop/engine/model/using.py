@@ -48,10 +48,15 @@ def own(name: Own) -> dict[str, nn.Module]:
 
 def split_run(split: Split, flat: Tensor, run: Callable[[Tensor, Own], Tensor]) -> Tensor:
     """What `run` makes of flat rows (B * K, ...) and the name of their set, in the order of the rows."""
-    if len(split.names) == 1:
-        return run(flat, split.names[0])
-    parts = _moved(flat, torch.cat(split.rows)).split([len(rows) for rows in split.rows])
-    return _moved(torch.cat([run(part, name) for part, name in zip(parts, split.names, strict=True)]), split.inverse)
+    counts = [len(rows) for rows in split.rows]
+    still = len(flat) in counts  # all rows are of one set, and stay where they are
+    if still:
+        parts = [flat if count else flat.new_empty(0, *flat.shape[1:]) for count in counts]
+    else:
+        parts = _moved(flat, torch.cat(split.rows)).split(counts)
+    outputs = [run(part, name) for part, name in zip(parts, split.names, strict=True)]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out if still else _moved(out, split.inverse)
 
 
 def _moved(flat: Tensor, rows: Tensor) -> Tensor:
