@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kernels_stand_in import kernels, with_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokendrop as td
-from kernels_stand_in import kernels, with_attention
 from tokendrop.errors import BatchError
 from tokendrop.study.intervals import interval
 from tokendrop.study.own import JOINT, Counted, OwnStudy

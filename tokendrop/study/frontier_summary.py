@@ -103,17 +103,22 @@ def dense_at(rows: Sequence[Row], share: float, metric: str) -> dict[int, float]
 def verdict(differences: Sequence[float], margin: float) -> str:
     """What the 95 % interval of a loss says against a margin.
 
-    "not worse" where it excludes a loss of the margin or more, else "worse" where it excludes zero, else "open".
+    "not worse" where it excludes a loss of the margin or more, else "worse" where it excludes zero, else "open". NaN for
+    no margin: a task without synergy has none to lose a share of.
 
     Example:
-        >>> verdict([0.01, 0.02, 0.01], 0.05), verdict([-0.1, -0.11, -0.1], 0.05), verdict([-0.1, 0.1], 0.05)
+        >>> verdict([0.01, 0.02, 0.01], 0.05), verdict([-0.1, -0.11, -0.1], math.nan), verdict([-0.1, 0.1], 0.05)
         ('not worse', 'worse', 'open')
     """
     half = half_width(differences) if differences else math.nan
-    if math.isnan(half) or math.isnan(margin):
+    if math.isnan(half):
         return "open"
     middle = statistics.fmean(differences)
     return "not worse" if middle - half > -margin else "worse" if middle + half < 0 else "open"
+
+
+def _margin(gains: Sequence[float]) -> float:
+    return SHARE * statistics.fmean(gains) if gains and statistics.fmean(gains) > 0 else math.nan
 
 
 def quality_table(rows: Sequence[Row]) -> Table:
@@ -137,7 +142,7 @@ def differences_table(rows: Sequence[Row], chosen: Sequence[Row]) -> Table:
         chosen: see `synergy`.
     """
     gains = {metric: synergy(rows, chosen, metric) for metric in METRICS}
-    margins = {metric: SHARE * statistics.fmean(one) if one else math.nan for metric, one in gains.items()}
+    margins = {metric: _margin(one) for metric, one in gains.items()}
     against = [
         f"{interval(one, signed=True)} to {best_alone(chosen, metric)}" if one else MISSING
         for metric, one in gains.items()
