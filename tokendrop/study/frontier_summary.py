@@ -103,8 +103,8 @@ def dense_at(rows: Sequence[Row], share: float, metric: str) -> dict[int, float]
 def verdict(differences: Sequence[float], margin: float) -> str:
     """What the 95 % interval of a loss says against a margin.
 
-    "not worse" where it excludes a loss of the margin or more, else "worse" where it excludes zero, else "open". NaN for
-    no margin: a task without synergy has none to lose a share of.
+    "not worse" where it excludes a loss of the margin or more, else "worse" where it excludes zero, else "open". The
+    margin is NaN for a task without synergy, which has none to lose a share of.
 
     Example:
         >>> verdict([0.01, 0.02, 0.01], 0.05), verdict([-0.1, -0.11, -0.1], math.nan), verdict([-0.1, 0.1], 0.05)
