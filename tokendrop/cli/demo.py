@@ -17,7 +17,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where results.json and report.html go.")] = Path("demo"),
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
 ) -> None:
-    """Train a small unified model on real digits eight ways, and say what dropping saved and cost."""
+    """Train a small unified model on real digits nine ways, and say what dropping saved and cost."""
     from tokendrop.analysis.report import render
     from tokendrop.study import summary
     from tokendrop.study.runner import run_study

@@ -22,7 +22,7 @@ class Cost:
     """What an optimiser step of a run costs, averaged over its tasks.
 
     Args:
-        flops_ratio: FLOPs of its step mix over those of the same steps run dense, forward and backward.
+        flops_ratio: FLOPs of its training over those of dense joint training, forward and backward.
         step_seconds: median seconds of a step.
         step_seconds_spread: half the interquartile range of the timed steps.
         timed_steps: how many steps were timed, of each task.
@@ -48,7 +48,7 @@ class Steps:
     def __init__(self, study: Study, name: str, dense: bool = False) -> None:
         run = study.runs()[name]
         self.model, train = study.model(seed=0), study.data(run, seed=0).train
-        self.batches = [train[index] for index in range(len(train) // study.steps)]
+        self.batches = [train[index] for index in range(len(train) // study.batches(run))]
         self._drop = apply(self.model, dict(run.methods)) if run.methods and not dense else None
         self._optimizer = torch.optim.AdamW(self.model.parameters())
 
@@ -90,7 +90,8 @@ def costs(study: Study, progress: Progress = lambda done, due: None) -> dict[str
     """
     names = list(study.runs())
     steps = {name: Steps(study, name) for name in names}
-    ratios = {name: steps[name].flops() / Steps(study, name, dense=True).flops() for name in names}
+    whole = steps["unified"].flops()
+    ratios = {name: run.updates * steps[name].flops() / whole for name, run in study.runs().items()}
     peaks = {name: steps[name].peak_bytes() for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-WARM_UP_ROUNDS, study.timing_rounds):

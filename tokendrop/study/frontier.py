@@ -36,7 +36,6 @@ class FrontierStudy(Study):
     """The size of everything at one scale: understanding has few images, generation all others.
 
     Args:
-        few: training images of understanding.
         question: what understanding is asked.
         placebo: captions of generation are shuffled.
         tested: the split of every figure: "val" to choose, "test" to report.
@@ -48,7 +47,6 @@ class FrontierStudy(Study):
         60
     """
 
-    few: int = 300
     question: Question = "caption"
     placebo: bool = False
     tested: Tested = "val"

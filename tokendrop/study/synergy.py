@@ -39,19 +39,21 @@ class SynergyStudy(Study):
     """
 
     steps: int = 300
+    few: int = 0
     timing_rounds: int = 7
 
     @override
     def runs(self) -> dict[str, Run]:
         """Every run by name."""
         u, g = TASKS
-        paper = {name: run for name, run in super().runs().items() if name in (*TABLE_3, "late")}
+        paper = {name: replace(run, updates=1.0) for name, run in super().runs().items() if name in TABLE_3}
 
         def both(first: Any, second: Any) -> Run:
             return Run(TASKS, {u: first, g: second})
 
         hmgen = HMGen(self.shallow)
         more = {
+            "late": both(HiMix("2:"), hmgen),
             "late, HMGen 2 layers": both(HiMix("3:"), HMGen("2:4")),
             "HiMix late half": both(HiMix("3:"), hmgen),
             "HiMix, dense G": Run(TASKS, {u: HiMix()}),

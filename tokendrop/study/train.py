@@ -107,7 +107,7 @@ def train(
     """
     run = study.runs()[name]
     data, model = study.data(run, seed), study.model(seed)
-    witness = Witness(study.steps, progress)
+    witness = Witness(study.batches(run), progress)
     drop = study.callback(name)
     trainer = L.Trainer(
         accelerator=study.accelerator,
