@@ -21,6 +21,7 @@ from tokendrop.analysis.report import Table
 from tokendrop.study import frontier_summary, synergy_summary
 from tokendrop.study import summary as demo_summary
 from tokendrop.study.frontier import SCALES
+from tokendrop.study.frontier_early import early_table
 from tokendrop.study.intervals import interval
 from tokendrop.study.synergy import SynergyStudy
 
@@ -197,6 +198,11 @@ def frontier_differences(scale: str, split: str) -> str:
     return markdown(frontier_summary.differences_table(frontier_rows(scale, split), chosen))
 
 
+def frontier_early(scale: str) -> str:
+    """What the first fifth of training foretells, on validation."""
+    return markdown(early_table(frontier_rows(scale, "val")))
+
+
 FLOPS = {  # of tokendrop/configs: image tokens of an image
     "vila-u-like": 256,
     "llava-1.5-7b": 576,
@@ -354,7 +360,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "synergy-correlations": lambda: _synergy(lambda rows, _: synergy_summary.correlations(rows, SynergyStudy())),
     "flops": flops,
     "demo": demo,
-    "demo-short": lambda: demo("unified", "share-all", "late"),
+    "demo-short": lambda: demo("unified", "unified x0.6", "share-all", "kept"),
     "papers": papers,
     "scale": scale,
     "scale-states": scale_states,
@@ -368,6 +374,7 @@ TABLES |= {frontier_name(*at): partial(frontier, *at) for at in product(SCALES, 
 TABLES |= {
     f"{frontier_name(*at)}-differences": partial(frontier_differences, *at) for at in product(SCALES, ("val", "test"))
 }
+TABLES |= {f"{frontier_name(scale, 'val')}-early": partial(frontier_early, scale) for scale in SCALES}
 
 
 def written(page: str) -> str:

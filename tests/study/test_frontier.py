@@ -10,6 +10,7 @@ import tokendrop as td
 from tokendrop.study import frontier, runner
 from tokendrop.study.costs import Steps
 from tokendrop.study.frontier import SCALES, missing, one_run, run_missing
+from tokendrop.study.frontier_early import PREDICTORS, early_table
 from tokendrop.study.frontier_summary import (
     best_alone,
     dense_at,
@@ -160,3 +161,31 @@ def test_the_tables():
     assert by_name["plan"][5] == "-0.125 worse"
     assert by_name["plan"][8] == "+0.075"
     assert frontier_png(ROWS, "a picture").startswith(b"\x89PNG")
+
+
+def test_a_task_without_synergy_has_none_to_lose_a_share_of():
+    rows = [one if one["plan"] != "G alone" else row("G alone", one["seed"], g=1.5) for one in ROWS]
+    by_name = {line[0]: line for line in differences_table(rows, rows).rows}
+    assert by_name["synergy of dense"][5] == "-0.250 to G alone"
+    assert by_name["plan"][5] == "-0.125 worse"
+    kept = [*rows, *(row("kept", seed, 0.5 + seed / 8, 1.7501) for seed in range(3))]
+    assert {line[0]: line for line in differences_table(kept, kept).rows}["kept"][5].endswith("worse")
+
+
+def test_what_the_first_fifth_foretells():
+    pair = f"{U}/{G}"
+
+    def watched(one, at):
+        event = {"alignment": {pair: {"value": -at}}, "magnitude": {pair: {"value": None if at == 1 else 0.5}}}
+        return {
+            **one,
+            "events": [event | {"fidelity": {U: {"value": 0.5 + at / 8}}}],
+            "curve": [[1, {U: 2.0, G: 3.0 - at}]],
+        }
+
+    runs = [watched(row(f"plan {at}", seed, 0.5 + at / 16, 2 - at / 8), at) for at in range(5) for seed in range(2)]
+    found = {line[0]: line[1:] for line in early_table([*ROWS, *runs]).rows}
+    assert list(found) == list(PREDICTORS)
+    assert all(cell.startswith("+1.00") for cell in found["G NLL on validation"] + found["fidelity of U"])
+    assert all(cell.startswith("-1.00") for cell in found["alignment"])
+    assert set(found["magnitude"] + found["fidelity of G"] + found["U NLL on validation"]) == {"-"}

@@ -111,12 +111,13 @@ def correlations(rows: Sequence[Row], study: SynergyStudy, draws: int = 2000) ->
         cells = [predictor]
         for task in TASKS:
             came = [statistics.fmean(synergies(rows, name, task)) for name in names]
-            cells.append(_spearman(np.array(said), np.array(came), draws))
+            cells.append(spearman(np.array(said), np.array(came), draws))
         lines.append(tuple(cells))
     return Table(("first fifth", f"U synergy, {len(names)} configurations", "G synergy"), lines)
 
 
-def _spearman(x: np.ndarray, y: np.ndarray, draws: int) -> str:
+def spearman(x: np.ndarray, y: np.ndarray, draws: int) -> str:
+    """Spearman's rank correlation with its 95 % interval over resampled pairs; a dash where there is none."""
     from scipy.stats import rankdata
 
     def rho(index: np.ndarray) -> float:
