@@ -51,10 +51,11 @@ def flops(rows: Sequence[Row], name: str) -> float:
 
 
 def best_alone(rows: Sequence[Row], metric: str) -> str | None:
-    """The single-task run of the metric's task that is best by these rows, whatever its updates."""
+    """The single-task run of the metric's task that is best by these rows, whatever its updates, on common seeds."""
     plan = ALONE[0] if METRICS[metric][0] == U else ALONE[1]
-    means = {name: quality(rows, name, metric) for name in names(rows) if name.split(" x")[0] == plan}
-    return max(means, key=lambda name: statistics.fmean(means[name].values()), default=None)
+    found = {name: quality(rows, name, metric) for name in names(rows) if name.split(" x")[0] == plan}
+    seeds = set.intersection(*(set(one) for one in found.values())) if found else set()
+    return max(found, key=lambda name: statistics.fmean(found[name][seed] for seed in seeds)) if seeds else None
 
 
 def names(rows: Sequence[Row]) -> list[str]:
@@ -79,11 +80,17 @@ def synergy(rows: Sequence[Row], chosen: Sequence[Row], metric: str) -> list[flo
 
     Args:
         rows: of one scale and split.
-        chosen: of the same scale, by which the number of updates of the single task is chosen: those on validation.
+        chosen: of the same scale, by which the number of updates of the single task is chosen among those of `rows`:
+            those on validation.
         metric: one of `METRICS`.
     """
-    alone = best_alone(chosen, metric)
+    alone = _alone(rows, chosen, metric)
     return [] if alone is None else paired(quality(rows, JOINT, metric), quality(rows, alone, metric))
+
+
+def _alone(rows: Sequence[Row], chosen: Sequence[Row], metric: str) -> str | None:
+    there = set(names(rows))
+    return best_alone([row for row in chosen if name_of(row) in there], metric)
 
 
 def dense_at(rows: Sequence[Row], share: float, metric: str) -> dict[int, float]:
@@ -144,7 +151,7 @@ def differences_table(rows: Sequence[Row], chosen: Sequence[Row]) -> Table:
     gains = {metric: synergy(rows, chosen, metric) for metric in METRICS}
     margins = {metric: _margin(one) for metric, one in gains.items()}
     against = [
-        f"{interval(one, signed=True)} to {best_alone(chosen, metric)}" if one else MISSING
+        f"{interval(one, signed=True)} to {_alone(rows, chosen, metric)}" if one else MISSING
         for metric, one in gains.items()
     ]
     lines = [("synergy of dense", str(len(gains["U NLL"])), "1.00", *against, *("",) * 3)]
