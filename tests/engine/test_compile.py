@@ -43,6 +43,7 @@ METHODS: dict[str, Any] = {
         td.PyramidDrop((1,), (0.5,), "renumber"),
         td.DART(1, 0.5),
         pytest.param(td.DivPrune(3), marks=pytest.mark.slow),
+        pytest.param(td.CDPruner(3), marks=pytest.mark.slow),
         td.PMoD(-0.5),
         td.Sprint("0:1", 0.5),
         td.Drop("0:1", keep=0.5, score="norm", then="merge"),

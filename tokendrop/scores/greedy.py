@@ -33,7 +33,8 @@ def diverse(states: Tensor, image: Tensor, counts: Tensor, most: int | None = No
     unit = F.normalize(states.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=-1)
     # Sample by sample, so that one T x T matrix is there at a time.
     nearest = torch.stack([_nearest_other(*one) for one in zip(unit, image, strict=True)])
-    nearest, chosen = nearest.masked_fill(~image, -torch.inf), list[Tensor]()
+    nearest = nearest.masked_fill(~image, -torch.inf)
+    chosen: list[Tensor] = []
     for order in range(int(counts.max()) if most is None else most):
         best = nearest.argmax(1, keepdim=True)
         chosen.append(best)
@@ -105,7 +106,8 @@ def conditional(states: Tensor, weight: Tensor, image: Tensor, counts: Tensor, m
     unit = F.normalize(states.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=-1)
     unit = unit * weight[:, :, None]
     variance = unit.square().sum(-1).masked_fill(~image, -torch.inf)
-    most, chosen = int(counts.max()) if most is None else most, list[Tensor]()
+    most = int(counts.max()) if most is None else most
+    chosen: list[Tensor] = []
     factors = unit.new_zeros(len(unit), most, unit.shape[1])  # rows of the Cholesky factor
     for order in range(most):
         largest, best = variance.max(1, keepdim=True)
