@@ -76,6 +76,8 @@ def _newer(at: Callable[..., str]) -> dict[str, Plan]:
         "U : and G :5 no FFN": _joint(SkipVision(at(0), 0), SkipVision(at(0, 5), 0)),
         "U fifth visible, G 1:5:2 skipped": _joint(Drop(at(1), 0.2, then="context"), alternate),
         "U tenth visible, G 1:5:2 skipped": _joint(Drop(at(1), 0.1, then="context"), alternate),
+        "U fifth visible, G 2:5 no FFN": _joint(Drop(at(1), 0.2, then="context"), SkipVision(at(2, 5), 0)),
+        "U 2:, G 2:5 no FFN, dense end": _joint(late, SkipVision(at(2, 5), 0), _tail(0.1)),
         "U tenth visible, G 1:5 no FFN": _joint(Drop(at(1), 0.1, then="context"), SkipVision(at(1, 5), 0)),
         # Cheap at first, and a dense end that brings them to 0.60 of the FLOPs of dense training.
         "U 2:, G 2:5 skipped, dense end": _joint(late, middle, _tail(0.15)),
