@@ -20,7 +20,17 @@ from tokendrop.study import runner, study, summary, train
 from tokendrop.study.study import Study
 from tokendrop.unified.images import DemoDependencyError
 
-NAMES = ["U-only", "G-only", "unified", "unified x0.6", "HiMix-U", "HMGen-G", "share-all", "share-partial", "kept"]
+NAMES = [
+    "U-only",
+    "G-only",
+    "unified",
+    "unified x0.6",
+    "HiMix-U",
+    "HMGen-G",
+    "share-all",
+    "share-partial",
+    "late",
+]
 TINY = Study(
     codes=16, hidden=16, layers=4, heads=2, shallow="1:3:2", steps=2, batch_size=4, val_scenes=4, test_scenes=4,
     curve_points=1, timing_rounds=3,
@@ -58,7 +68,7 @@ def test_rows_hold_what_they_promise(rows):
         assert {"tokendrop", "torch", "lightning", "transformers", "python"} <= set(row["versions"])
     assert set(rows[0]["understanding"]) == {"accuracy", "accuracy_se", "nll", "nll_se"}
     assert set(rows[1]["generation"]) == {"agreement", "agreement_se", "nll", "nll_se", "judge_accuracy"}
-    assert rows[3]["config"]["methods"] == {"understanding": "HiMix(layers=':', separate='none')"}
+    assert rows[NAMES.index("HiMix-U")]["config"]["methods"] == {"understanding": "HiMix(layers=':', separate='none')"}
 
 
 def test_json_goes_to_stdout_alone(demo, rows):
@@ -104,20 +114,20 @@ def test_table_rounds_to_the_spread_between_seeds():
 def test_the_dropped_run_of_both_tasks_that_reads_best_is_marked():
     rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "demo.json").read_text())
     table = summary.table(rows)
-    reads = {cells[0]: float(cells[2].split()[0]) for cells in table.rows if cells[0].startswith(("share", "kept"))}
+    reads = {cells[0]: float(cells[2].split()[0]) for cells in table.rows if cells[0].startswith(("share", "late"))}
     (at,) = table.marked
-    assert table.rows[at][0] == max(reads, key=reads.get) == "kept"
+    assert table.rows[at][0] == max(reads, key=reads.get) == "late"
 
 
 def test_what_was_asked_for_and_made_is_one_grid():
     pictures = [train.Picture(caption, np.eye(4, dtype=np.float32)) for caption in ("one two", "three")]
     runs = [
-        train.Outcome(name, 0, {}, [], pictures if name != "U-only" else []) for name in ("U-only", "G-only", "kept")
+        train.Outcome(name, 0, {}, [], pictures if name != "U-only" else []) for name in ("U-only", "G-only", "late")
     ]
     (section,) = summary._gallery(runner.Finished(None, runs, {}))
-    assert list(section.grid.header) == ["asked for", "G-only", "kept"]
+    assert list(section.grid.header) == ["asked for", "G-only", "late"]
     rows = [(name, [one.caption for one in images]) for name, images in section.grid.rows]
-    assert rows == [(name, [f"G-only: {name}", f"kept: {name}"]) for name in ("one two", "three")]
+    assert rows == [(name, [f"G-only: {name}", f"late: {name}"]) for name in ("one two", "three")]
     assert summary._gallery(runner.Finished(None, runs[:1], {})) == []
 
 

@@ -57,7 +57,7 @@ class Study:
 
     Example:
         >>> list(Study().runs())
-        ['U-only', 'G-only', 'unified', 'unified x0.6', 'HiMix-U', 'HMGen-G', 'share-all', 'share-partial', 'kept']
+        ['U-only', 'G-only', 'unified', 'unified x0.6', 'HiMix-U', 'HMGen-G', 'share-all', 'share-partial', 'late']
     """
 
     source: Source = "digits"
@@ -96,7 +96,7 @@ class Study:
             "share-all": Run(TASKS, both(HiMix(), "none")),
             "share-partial": Run(TASKS, both(HiMix(separate="per-task"), "per-task")),
             # Image tokens of both tasks are whole in the first two layers; 0.6 of the FLOPs of `unified`.
-            "kept": Run(TASKS, {understanding: HiMix("2:"), generation: SkipVision("2:-1", keep=0)}, updates=0.88),
+            "late": Run(TASKS, {understanding: HiMix("2:"), generation: SkipVision("2:-1", keep=0)}, updates=0.88),
         }
 
     def batches(self, run: Run) -> int:

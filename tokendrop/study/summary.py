@@ -26,7 +26,7 @@ QUALITY_NOTE = (
     "independent classifier sees the digits asked for (it reads {judge:.1%} of real test digits right). Synergy: "
     "quality minus that of the same task trained alone and dense, positive is better; accuracy for U, nats for G. "
     "Runs have equal samples for each task, but for those of U alone, which have twice as many, where U-only is best "
-    "on validation, and unified x0.6 and kept, so many that they spend 0.6 of the FLOPs of unified. "
+    "on validation, and unified x0.6 and late, which have so many that they spend 0.6 of the FLOPs of unified. "
     "All on test digits that no run was trained on; ± is {noise}."
 )
 COST_NOTE = (
