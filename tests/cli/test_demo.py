@@ -84,7 +84,7 @@ def test_report_holds_everything_itself(demo):
     page = (demo[1] / "report.html").read_text()
     assert all(f">{name}<" in page for name in NAMES)
     assert not re.search(r"""https?://|(?:src|href)=["'](?!data:)""", page)
-    assert page.count("data:image/png") == 2 + 4 * 6
+    assert page.count("data:image/png") == 2 + 4 * 7
     assert "left bold" in page or "left thin" in page
 
 
