@@ -145,6 +145,7 @@ def test_dense_training_of_equal_flops_lies_between_two_runs():
     assert list(dense_at(ROWS, 0.6, "U exact").values()) == pytest.approx([0.4, 0.525, 0.65])
     assert list(dense_at(ROWS, 0.6, "G NLL").values()) == pytest.approx([-1.95] * 3)
     assert dense_at(ROWS, 0.4, "U exact") == {}
+    assert dense_at(ROWS, 0.495, "U exact") == quality(ROWS, "dense x0.5", "U exact")
     assert quality(ROWS, "dense x0.5", "G NLL") == {0: -2.0, 1: -2.0, 2: -2.0}
 
 
