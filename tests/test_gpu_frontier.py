@@ -26,7 +26,8 @@ MERGED = json.loads((ROOT / "benchmarks/results/frontier/rows.jsonl").read_text(
 
 
 def asked(**more):
-    given = {"rehearse": True, "mnist": None, "seconds": 0.0, "jobs": 2, "seeds": 1, "runs": frontier.RUNS}
+    given = {"rehearse": True, "mnist": None, "seconds": 0.0, "jobs": 2, "seeds": "0:1", "runs": frontier.RUNS}
+    given |= {"scale": frontier.SCALE, "split": "val", "accelerator": None}
     return argparse.Namespace(**given | more)
 
 
@@ -50,11 +51,16 @@ def test_its_rows_are_those_of_the_study(monkeypatch):
     assert (made["scale"], made["split"], made["config"]["precision"]) == ("rehearsal", "val", "bf16-mixed")
     assert made["generation"].keys() == {"nll", "nll_se"}  # nothing is drawn
     assert made["understanding"].keys() == MERGED["understanding"].keys()
-    exact = replace(frontier.plan(True)[1], precision="32-true")
+    exact = replace(frontier.plan(asked())[1], precision="32-true")
     row = frontier.one_run(exact, "U 2:, G 2:5 skipped", 0)
     assert row["generation"]["nll"] == pytest.approx(made["generation"]["nll"], rel=1e-2)
     assert row["generation"]["nll"] != made["generation"]["nll"]
     assert row["flops"] == made["flops"]
+
+
+def test_any_scale_split_and_accelerator_can_be_asked_for():
+    scale, study = frontier.plan(asked(rehearse=False, scale="mnist", split="test", accelerator="gpu"))
+    assert (scale, study) == ("mnist", replace(SCALES["mnist"], tested="test", accelerator="gpu"))
 
 
 def test_what_has_no_time_is_missing(tmp_path, capsys):
