@@ -360,7 +360,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "synergy-correlations": lambda: _synergy(lambda rows, _: synergy_summary.correlations(rows, SynergyStudy())),
     "flops": flops,
     "demo": demo,
-    "demo-short": lambda: demo("unified", "unified x0.6", "share-all", "late"),
+    "demo-short": lambda: demo("unified", "unified x0.6", "late"),
     "papers": papers,
     "scale": scale,
     "scale-states": scale_states,
