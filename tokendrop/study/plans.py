@@ -62,11 +62,11 @@ def _controls() -> dict[str, Plan]:
     return alone | {JOINT: Plan(TASKS, {}), PLACEBO: Plan(TASKS, {}, placebo=True)}
 
 
-def _newer(at: Callable[..., str]) -> dict[str, Plan]:
-    late, alternate, middle, early = HiMix(at(2)), HMGen(at(1, 5, 2)), HMGen(at(2, 5)), HiMix(at(1))
-    rejoin = Drop(at(1, 5), 0.25)
+def _without_ffn(at: Callable[..., str]) -> dict[str, Plan]:
+    # Image tokens of G attend in every layer. A random few of U compute, the others are visible.
+    late, early = HiMix(at(2)), HiMix(at(1))
+    fifth, tenth = (Drop(at(1), share, then="context") for share in (0.2, 0.1))
     return {
-        # Image tokens without the FFN: they attend in every layer. A random few of U compute, the others are visible.
         "U 1:, G 1:5 no FFN": _joint(early, SkipVision(at(1, 5), 0)),
         "U 2:, G 1:5 no FFN": _joint(late, SkipVision(at(1, 5), 0)),
         "U 2:, G 2: no FFN": _joint(late, SkipVision(at(2), 0)),
@@ -74,16 +74,22 @@ def _newer(at: Callable[..., str]) -> dict[str, Plan]:
         "U 1:, G 1: no FFN": _joint(early, SkipVision(at(1), 0)),
         "U 2:, G :5 no FFN": _joint(late, SkipVision(at(0, 5), 0)),
         "U : and G :5 no FFN": _joint(SkipVision(at(0), 0), SkipVision(at(0, 5), 0)),
-        "U fifth visible, G 1:5:2 skipped": _joint(Drop(at(1), 0.2, then="context"), alternate),
-        "U tenth visible, G 1:5:2 skipped": _joint(Drop(at(1), 0.1, then="context"), alternate),
-        "U fifth visible, G 2:5 no FFN": _joint(Drop(at(1), 0.2, then="context"), SkipVision(at(2, 5), 0)),
-        "U 2:, G 2:5 no FFN, dense end": _joint(late, SkipVision(at(2, 5), 0), _tail(0.1)),
-        "U tenth visible, G 1:5 no FFN": _joint(Drop(at(1), 0.1, then="context"), SkipVision(at(1, 5), 0)),
-        # Cheap at first, and a dense end that brings them to 0.60 of the FLOPs of dense training.
-        "U 2:, G 2:5 skipped, dense end": _joint(late, middle, _tail(0.15)),
-        "U 1:, G 1:5:2 skipped, dense end": _joint(early, alternate, _tail(0.14)),
+        "U fifth visible, G 1:5:2 skipped": _joint(fifth, HMGen(at(1, 5, 2))),
+        "U tenth visible, G 1:5:2 skipped": _joint(tenth, HMGen(at(1, 5, 2))),
+        "U fifth visible, G 2:5 no FFN": _joint(fifth, SkipVision(at(2, 5), 0)),
+        "U tenth visible, G 1:5 no FFN": _joint(tenth, SkipVision(at(1, 5), 0)),
+    }
+
+
+def _dense_ends(at: Callable[..., str]) -> dict[str, Plan]:
+    # Cheap at first, and a dense end that brings them to 0.60 of the FLOPs of dense training.
+    late, early = HiMix(at(2)), HiMix(at(1))
+    return {
+        "U 2:, G 2:5 skipped, dense end": _joint(late, HMGen(at(2, 5)), _tail(0.15)),
+        "U 1:, G 1:5:2 skipped, dense end": _joint(early, HMGen(at(1, 5, 2)), _tail(0.14)),
         "U 1:, G 1:5 skipped, dense end": _joint(early, HMGen(at(1, 5)), _tail(0.34)),
-        "U 1:, G quarter rejoins, dense end": _joint(early, rejoin, _tail(0.27)),
+        "U 1:, G quarter rejoins, dense end": _joint(early, Drop(at(1, 5), 0.25), _tail(0.27)),
+        "U 2:, G 2:5 no FFN, dense end": _joint(late, SkipVision(at(2, 5), 0), _tail(0.1)),
     }
 
 
@@ -118,7 +124,8 @@ def plans(layers: int) -> dict[str, Plan]:
         # Image tokens that stay visible for G, too, in its own layers or in those of U.
         "U 2:, G 2:5 visible": _joint(late, HiMix(at(2, 5))),
         "both 2:5 visible": _twice(HiMix(at(2, 5))),
-        **_newer(at),
+        **_without_ffn(at),
+        **_dense_ends(at),
         # A random quarter over the middle range in both tasks, and a dense end.
         "quarter rejoins, dense end": _twice(some("rejoin"), _tail(0.2)),
         "quarter, rest visible, dense end": _twice(some("context"), _tail(0.2)),
