@@ -11,7 +11,7 @@ import numpy as np
 
 from tokendrop.analysis.report import Table
 from tokendrop.study.frontier_summary import METRICS, G, Row, U, name_of, names, paired, quality
-from tokendrop.study.plans import JOINT
+from tokendrop.study.plans import JOINT, PLACEBO
 from tokendrop.study.synergy_summary import PAIR, spearman
 
 PREDICTORS = ("alignment", "magnitude", "fidelity of U", "fidelity of G", "U NLL on validation", "G NLL on validation")
@@ -37,13 +37,14 @@ def early(row: Row, predictor: str) -> float:
 def early_table(rows: Sequence[Row], draws: int = 2000) -> Table:
     """Each predictor's correlation with what a run comes to, minus dense joint training of the same seed.
 
-    A configuration is a plan with its updates, its seeds averaged; the 95 % interval resamples configurations.
+    A configuration is a plan with its updates, its seeds averaged; the placebo is left out. The 95 % interval resamples
+    configurations.
 
     Args:
         rows: of one scale and split.
         draws: of the bootstrap.
     """
-    joint = [row for row in rows if row[U] and row[G] and row.get("events")]
+    joint = [row for row in rows if row[U] and row[G] and row.get("events") and row["plan"] != PLACEBO]
     found = [name for name in names(joint) if name != JOINT]
     lines = []
     for predictor in PREDICTORS:
