@@ -82,7 +82,7 @@ def _without_ffn(at: Callable[..., str]) -> dict[str, Plan]:
 
 
 def _dense_ends(at: Callable[..., str]) -> dict[str, Plan]:
-    # Cheap at first, and a dense end that brings them to 0.60 of the FLOPs of dense training.
+    # Cheap at first, and a dense end, which brings the first ones to 0.60 of the FLOPs of dense training.
     late, early = HiMix(at(2)), HiMix(at(1))
     return {
         "U 2:, G 2:5 skipped, dense end": _joint(late, HMGen(at(2, 5)), _tail(0.15)),
@@ -90,6 +90,10 @@ def _dense_ends(at: Callable[..., str]) -> dict[str, Plan]:
         "U 1:, G 1:5 skipped, dense end": _joint(early, HMGen(at(1, 5)), _tail(0.34)),
         "U 1:, G quarter rejoins, dense end": _joint(early, Drop(at(1, 5), 0.25), _tail(0.27)),
         "U 2:, G 2:5 no FFN, dense end": _joint(late, SkipVision(at(2, 5), 0), _tail(0.1)),
+        # A random quarter over the middle range in both tasks.
+        "quarter rejoins, dense end": _twice(Drop(at(1, 5), 0.25), _tail(0.2)),
+        "quarter, rest visible, dense end": _twice(Drop(at(1, 5), 0.25, then="context"), _tail(0.2)),
+        "RandomLTD quarter, dense end": _twice(RandomLTD(at(1, 5), 0.25), _tail(0.2)),
     }
 
 
@@ -105,9 +109,6 @@ def plans(layers: int) -> dict[str, Plan]:
 
     at = partial(_range, layers)
     late, alternate, middle = HiMix(at(2)), HMGen(at(1, 5, 2)), HMGen(at(2, 5))
-
-    def some(then: Any, score: str = "random") -> Drop:
-        return Drop(at(1, 5), 0.25, score, then)
 
     return _controls() | {
         "Share All": _joint(HiMix(), alternate),
@@ -126,10 +127,6 @@ def plans(layers: int) -> dict[str, Plan]:
         "both 2:5 visible": _twice(HiMix(at(2, 5))),
         **_without_ffn(at),
         **_dense_ends(at),
-        # A random quarter over the middle range in both tasks, and a dense end.
-        "quarter rejoins, dense end": _twice(some("rejoin"), _tail(0.2)),
-        "quarter, rest visible, dense end": _twice(some("context"), _tail(0.2)),
-        "RandomLTD quarter, dense end": _twice(RandomLTD(at(1, 5), 0.25), _tail(0.2)),
         # Severe at first, dense at the end; or dense now and then, an odd number so that both tasks have their turn.
         "Share All, growing": _joint(
             HiMix(), alternate, lambda updates: Schedule(steps=round(0.9 * updates), direction="out")
