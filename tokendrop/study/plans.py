@@ -6,7 +6,6 @@ Shape letters: L layers.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from tokendrop.errors import TokenDropError
 from tokendrop.methods import Drop, HiMix, HMGen, RandomLTD, SkipVision
