@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny_study import NAMES, TINY
 from typer.testing import CliRunner
 
 from tokendrop.analysis.report import Table
@@ -17,24 +18,7 @@ from tokendrop.cli import app
 from tokendrop.cli.screen import print_table
 from tokendrop.errors import LayerRangeError
 from tokendrop.study import runner, study, summary, train
-from tokendrop.study.study import Study
 from tokendrop.unified.images import DemoDependencyError
-
-NAMES = [
-    "U-only",
-    "G-only",
-    "unified",
-    "unified x0.6",
-    "HiMix-U",
-    "HMGen-G",
-    "share-all",
-    "share-partial",
-    "late",
-]
-TINY = Study(
-    codes=16, hidden=16, layers=4, heads=2, shallow="1:3:2", steps=2, batch_size=4, val_scenes=4, test_scenes=4,
-    curve_points=1, timing_rounds=3,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

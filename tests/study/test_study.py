@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_study import NAMES, TINY
 
 import tokendrop as td
 from tokendrop.study.costs import Steps, costs
@@ -16,22 +17,6 @@ from tokendrop.unified.sampling import sample_codes
 
 # Lightning 2.6 calls a function that torch 2.13 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-
-TINY = Study(
-    codes=16, hidden=16, layers=4, heads=2, shallow="1:3:2", steps=2, batch_size=4, val_scenes=4, test_scenes=4,
-    curve_points=1, timing_rounds=2,
-)  # fmt: skip
-NAMES = (
-    "U-only",
-    "G-only",
-    "unified",
-    "unified x0.6",
-    "HiMix-U",
-    "HMGen-G",
-    "share-all",
-    "share-partial",
-    "late",
-)
 
 
 def test_the_nine_runs():
@@ -138,7 +123,7 @@ def test_a_run_depends_on_its_seed_alone():
 
 
 def test_dropped_steps_cost_less():
-    found = costs(replace(TINY, batch_size=8))
+    found = costs(replace(TINY, batch_size=8, timing_rounds=2))
     ratios = {name: cost.flops_ratio for name, cost in found.items()}
     assert (ratios["unified"], ratios["unified x0.6"]) == (1, 0.6)
     assert ratios["U-only"] == pytest.approx(2 * ratios["G-only"], rel=0.01) == pytest.approx(1, rel=0.01)
