@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from tokendrop.errors import UnsupportedError
-from tokendrop.roles import Method, Role
+from tokendrop.roles import Method
 
 
 def check_strategy(
@@ -18,9 +18,8 @@ def check_strategy(
 ) -> None:
     """Refuse a strategy under which ranks would communicate in different orders, or choose different tokens.
 
-    DDP, FSDP and FSDP2 average gradients in an order that is theirs. ZeRO stage 2, and any with overlap_comm, fills its
-    buckets in the order in which gradients arrive; ZeRO stage 3 gathers a linear's weights at each of its calls, or, if
-    DeepSpeed was told so, those of a whole layer at the one call that each rank makes.
+    ZeRO stage 3 gathers a linear's weights at each of its calls, or, if DeepSpeed was told so, those of a whole layer
+    at the one call that each rank makes.
 
     Args:
         strategy: of the trainer.
@@ -41,21 +40,8 @@ def check_strategy(
             )
     config = getattr(strategy, "config", None)
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    if not isinstance(zero, dict):
-        return
-    if zero.get("stage") == 3:
+    if isinstance(zero, dict) and zero.get("stage") == 3:
         _check_gathering(name, methods, layers, num_layers)
-        return
-    if zero.get("stage") != 2 and not zero.get("overlap_comm"):
-        return
-    for method in methods:
-        if method is None:
-            continue
-        if method.separate != "none" or any(layer.image is Role.CONTEXT for layer in method.route(num_layers)):
-            raise UnsupportedError(
-                f"{name} with ZeRO stage {zero.get('stage')} sums gradients in the order in which they arrive, which "
-                f"under {method} depends on a rank's batch; use ZeRO stage 1 without overlap_comm, DDP or FSDP2"
-            )
 
 
 def _check_gathering(name: str, methods: Iterable[Method | None], layers: Iterable[nn.Module], num_layers: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokendrop.engine.forward import head
 from tokendrop.engine.forward.ids import SeenIds
+from tokendrop.engine.forward.order import listened
 from tokendrop.engine.forward.state import Frame, frames, pair_of, this_thread
 from tokendrop.engine.model import own, sets
 from tokendrop.engine.model.decoder import LayerSpec, find_layers
@@ -65,7 +66,7 @@ class Handle(Described, nn.Module):
         super().__init__()
         self.key, self.path, self.specs, self.methods, self.multiple = uuid.uuid4().hex, path, specs, methods, multiple
         self.names = sets.set_names({task: m for task, m in methods.items() if m is not None})
-        self.strength, self.entered, self._sharded, self.hint = 1.0, 0, False, ""
+        self.strength, self.entered, self._sharded, self.hint, self.listened = 1.0, 0, False, "", False
         self.source: object = None  # of layouts where none is entered: "auto", or a function
         self.in_training = False  # whether layers in eval mode are trained all the same, as pretrained ones may be
         self.progress: object | None = None  # of the training that set the strength, for the callback
@@ -199,7 +200,7 @@ class Handle(Described, nn.Module):
 
     @contextmanager
     def _entered(self, frame: Frame | None) -> Generator[None]:
-        entered = frames(self.key)
+        entered, self.listened = frames(self.key), listened(self.owner)
         entered.append(frame)
         try:
             yield

@@ -12,6 +12,7 @@ from tokendrop.engine.auto import Layouts, check_layouts, enter_own
 from tokendrop.engine.forward import deepstack, head, routers
 from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.forward.groups import run
+from tokendrop.engine.forward.order import ordered
 from tokendrop.engine.forward.span import WORK, call
 from tokendrop.engine.forward.state import frames
 from tokendrop.engine.handle import Handle
@@ -37,7 +38,7 @@ class _RoutedLayer(Swapped):
     """Mixin of a decoder layer whose tokens are routed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return call(self, self._proceed, args, kwargs)
+        return call(self, self._proceed, *ordered(self, args, kwargs))
 
     def _proceed(self, *args: Any, **kwargs: Any) -> Any:
         if "forward" in self.__dict__ and WORK in kwargs:

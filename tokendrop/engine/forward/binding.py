@@ -19,6 +19,7 @@ class Routing(Protocol):
 
     key: str
     hint: str
+    listened: bool
 
     def sets(self, index: int) -> nn.ModuleDict:
         """The image-only projections of layer `index`."""
