@@ -26,9 +26,10 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 MADE = {"versions": {"torch": "2.13", "python": "3.11"}, "date": "2026-11-26T12:00:00+00:00"}
 
-# Every text that is not wholly in view, nor in something that scrolls and shows that it does; and what scrolls.
+# Every text that is not wholly in view, nor in something that scrolls and shows that it does; what scrolls; and words
+# broken over two lines.
 LOOK = """() => {
-  const clipped = [], scrolls = [];
+  const clipped = [], scrolls = [], broken = [];
   const edge = one => {
     const style = getComputedStyle(one);
     return style.backgroundImage.includes("gradient") || parseFloat(style.borderRightWidth) >= 1;
@@ -50,6 +51,11 @@ LOOK = """() => {
       }
       if (!inside && (box.right > innerWidth + 1 || box.left < -1)) clipped.push(node.data.trim());
     }
+    for (const word of node.data.matchAll(/(?<!\\S)[A-Za-z]{2,18}(?!\\S)/g)) {
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      if (new Set([...range.getClientRects()].map(box => Math.round(box.top))).size > 1) broken.push(word[0]);
+    }
     const cell = node.parentElement.closest("th, td");
     if (cell && cell.scrollWidth > cell.clientWidth + 1) clipped.push(node.data.trim());
   }
@@ -60,7 +66,7 @@ LOOK = """() => {
       scrolls.push([(one.querySelector("th") || one).textContent.slice(0, 40) || "image", share]);
     }
   }
-  return {clipped: [...new Set(clipped)], scrolls, wide: document.documentElement.scrollWidth > innerWidth};
+  return {clipped: [...new Set(clipped)], scrolls, broken, wide: document.documentElement.scrollWidth > innerWidth};
 }"""
 
 
@@ -179,6 +185,7 @@ def test_a_report_shows_as_it_should(browser, tmp_path, report, size):
     assert wrong == [[], [], 0]
     assert not seen["clipped"]
     assert not seen["wide"]
+    assert not seen["broken"]
     if size is DESK:  # all of it is in view
         assert not seen["scrolls"]
     assert all(share < 0.5 for _, share in seen["scrolls"])  # names on the left leave room for figures
@@ -202,11 +209,13 @@ def test_faults_are_seen(browser, tmp_path):
     bare = (
         '<div style="overflow: auto; width: 100px"><p style="width: 300px">no edge shows that there is more</p></div>'
     )
+    thin = '<p style="width: 40px; overflow-wrap: anywhere">understanding</p>'
     loud = '<script>console.error("x"); alert("y")</script><p style="width: 900px; max-width: none">z</p>'
     messages, _, missing, seen = looked_at(
-        browser, html.replace("</body>", f"{loud}{cut}{bare}</body>"), tmp_path, PHONE
+        browser, html.replace("</body>", f"{loud}{cut}{bare}{thin}</body>"), tmp_path, PHONE
     )
     assert messages[:2] == ["x", "y"]
     assert missing == 1
     assert seen["wide"]
+    assert "understanding" in seen["broken"]
     assert {"cut off in the middle of it", "no edge shows that there is more"} <= set(seen["clipped"])
