@@ -40,6 +40,18 @@ def test_stages_that_hold_weights_whole_are_taken(zero):
     check_strategy(DeepSpeedStrategy(**zero), methods, 4, llama().model.layers)
 
 
+@pytest.mark.parametrize("zero", [{"stage": 1, "overlap_comm": True}, {"stage": 2}], ids=str)
+def test_a_deepspeed_whose_hooks_cannot_be_seen_is_refused(zero, monkeypatch):
+    monkeypatch.setattr("tokendrop.callbacks.strategies.find_spec", lambda _: True)
+    for found in ("0.16.6", "0.19.8+cpu"):
+        monkeypatch.setattr("tokendrop.callbacks.strategies.version", lambda _, found=found: found)
+        check_strategy(DeepSpeedStrategy(**zero), [td.HiMix("1:")], 4)
+    monkeypatch.setattr("tokendrop.callbacks.strategies.version", lambda _: "0.16.5")
+    with pytest.raises(td.UnsupportedError, match=r"DeepSpeed 0\.16\.5: .*install DeepSpeed 0\.16\.6 or later"):
+        check_strategy(DeepSpeedStrategy(**zero), [td.HiMix("1:")], 4)
+    check_strategy(DeepSpeedStrategy(stage=1), [td.HiMix("1:")], 4)
+
+
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [

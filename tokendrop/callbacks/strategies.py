@@ -4,13 +4,18 @@ Shape letters: L layers.
 """
 
 from collections.abc import Iterable
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from packaging.version import Version
 from torch import nn
 
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Method
+
+HOOKS = "0.16.6"  # the first DeepSpeed whose hooks stand on the parameters
 
 
 def check_strategy(
@@ -40,8 +45,22 @@ def check_strategy(
             )
     config = getattr(strategy, "config", None)
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    if isinstance(zero, dict) and zero.get("stage") == 3:
+    if not isinstance(zero, dict):
+        return
+    if zero.get("stage") == 3:
         _check_gathering(name, methods, layers, num_layers)
+    elif zero.get("stage") == 2 or zero.get("overlap_comm"):
+        _check_hooks(name)
+
+
+def _check_hooks(name: str) -> None:
+    # From this version on its hooks can be seen, so that the engine lets gradients arrive in one order.
+    found = version("deepspeed") if find_spec("deepspeed") else HOOKS
+    if Version(found) < Version(HOOKS):
+        raise UnsupportedError(
+            f"{name} with ZeRO stage 2 or overlap_comm of DeepSpeed {found}: it sums gradients in the order in which "
+            f"they arrive, which depends on a rank's batch; install DeepSpeed {HOOKS} or later, or use ZeRO stage 1"
+        )
 
 
 def _check_gathering(name: str, methods: Iterable[Method | None], layers: Iterable[nn.Module], num_layers: int) -> None:

@@ -1,15 +1,20 @@
-"""Gradients arrive in one order where somebody listens, as ZeRO stage 2 does, and are what they are without.
+"""Gradients arrive in one order where ZeRO stage 2 listens, and are what they are without.
+
+DeepSpeed itself: tests/distributed/test_zero.py. Here its hooks have a double, under the name of its module.
 
 Shape letters: B batch, T tokens.
 """
 
 import copy
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from families import FAMILIES, HYBRID, batch, model
 from helpers import batch as text_batch
 from helpers import checkpointed, dropped, llama, loss_of
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import tokendrop as td
 
@@ -32,11 +37,22 @@ METHODS = [
 SAMPLES = [["tiiittt"], ["ttttttt"], ["tiiittt", "ttttttt"], ["tiitttt", "tiiiitt"]]
 
 
-def listen(module):
-    """A list to which each gradient's name is added when it arrives."""
+@pytest.fixture(autouse=True)
+def deepspeed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+
+
+def listen(module, name="deepspeed.runtime.zero.stage_1_and_2"):
+    """A list to which each gradient's name is added when it arrives, by hooks of the module of that name."""
     order = []
-    for name, parameter in module.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    for key, parameter in module.named_parameters():
+
+        def hook(one, key=key):
+            assert one.grad is not None
+            order.append(key)
+
+        hook.__module__ = name
+        parameter.register_post_accumulate_grad_hook(hook)
     return order
 
 
@@ -105,7 +121,7 @@ def test_every_family_has_the_same_gradients_in_one_order(name):
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_frozen_layer_and_a_frozen_model_run():
+def test_frozen_parameters_and_models_run():
     made, drop = dropped(llama(), {"u": td.HiMix("1:")}, multiple=2)
     made.requires_grad_(False)
     made.model.layers[2].self_attn.q_proj.weight.requires_grad_(True)
@@ -115,3 +131,57 @@ def test_a_frozen_layer_and_a_frozen_model_run():
         assert order == ["weight"]
         made.requires_grad_(False)
         assert not made(data.ids, use_cache=False).logits.requires_grad
+
+
+def test_what_nothing_uses_has_a_gradient_of_zeros_as_under_zero():
+    made, drop = dropped(llama(), {"u": td.HMGen("1:3")}, multiple=2)
+    made.model.layers[1].expert = torch.nn.Linear(3, 2)
+    made.model.embed_tokens.requires_grad_(False)  # the first of all, which is not listened to
+    listen(made.model.layers)
+    data = text_batch(["tiiittt"], ["u"])
+    with drop.layout(data.layout()):
+        loss_of(made(data.ids, use_cache=False).logits, data.labels).backward()
+    assert not made.model.layers[1].expert.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["torchtune.optimizer_in_backward", "deepspeed.runtime.zero.stage3"])
+def test_other_hooks_are_left_alone(name):
+    made, drop = dropped(llama(), {"u": td.HiMix("1:"), "dense": None}, multiple=2)
+    for parameter in made.parameters() if "zero" in name else ():
+        parameter.ds_id = 0
+    order, data = listen(made, name), text_batch(["tiiittt"], ["u"])
+    made.model.layers[1].expert = torch.nn.Linear(3, 2)
+    with drop.layout(data.layout()):
+        assert not drop.listened
+        loss_of(made(data.ids, use_cache=False).logits, data.labels).backward()
+    assert len(order) == len(set(order))
+    assert made.model.layers[1].expert.weight.grad is None
+
+
+def test_a_layer_may_write_into_its_input(monkeypatch):
+    forward, found = LlamaDecoderLayer.forward, []
+
+    def writes(self, hidden_states, *args, **more):
+        hidden_states *= 2
+        return forward(self, hidden_states, *args, **more)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", writes)
+    for listens in (False, True):
+        made, data = llama(), text_batch(["tiiittt"], ["u"])
+        made.model.embed_tokens.register_forward_hook(lambda _, args, out: out.clone())
+        drop = td.apply(made, td.HMGen("2:3"), multiple=2)
+        if listens:
+            listen(made)
+        with drop.layout(data.layout()):
+            loss_of(made(data.ids, use_cache=False).logits, data.labels).backward()
+        found.append([p.grad for p in made.parameters()])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_in_a_re_entrant_backward_gradients_arrive_once():
+    made, drop = dropped(llama(), {"u": td.HMGen("1:3")}, multiple=2)
+    checkpointed(made, reentrant=True)
+    order, data = listen(made), text_batch(["tiiittt"], ["u"])
+    with drop.layout(data.layout()):
+        loss_of(made(data.ids, use_cache=False).logits, data.labels).backward()
+    assert len(order) == len(set(order)) == len(list(made.parameters()))
