@@ -75,7 +75,6 @@ def _without_ffn(at: Callable[..., str]) -> dict[str, Plan]:
         # Image tokens attend in every layer in both tasks.
         "U : and G :5 no FFN": _joint(SkipVision(at(0), 0), SkipVision(at(0, 5), 0)),
         "U : and G 2:5 no FFN": _joint(SkipVision(at(0), 0), SkipVision(at(2, 5), 0)),
-        "U 1: and G 2:5 no FFN": _joint(SkipVision(at(1), 0), SkipVision(at(2, 5), 0)),
         "U fifth visible, G 1:5:2 skipped": _joint(fifth, HMGen(at(1, 5, 2))),
         "U tenth visible, G 1:5:2 skipped": _joint(tenth, HMGen(at(1, 5, 2))),
         "U fifth visible, G 2:5 no FFN": _joint(fifth, SkipVision(at(2, 5), 0)),
