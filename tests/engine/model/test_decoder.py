@@ -1,6 +1,7 @@
 """Finding a decoder, and learning how its layers are called and made."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def test_the_spec_of_a_llama_layer():
     layer = BASE.model.layers[0]
     spec = layer_spec(layer, type(layer))
     assert (spec.parameters[0], spec.mask) == ("hidden_states", "attention_mask")
-    assert (spec.cache, spec.attention) == ("past_key_values", "self_attn")
+    assert spec.attention == "self_attn"
+    assert spec.cache in ("past_key_values", "cache")  # as transformers calls it before 5.24, and from then on
     assert spec.linears == (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"))
     assert spec.context_refusal(layer) is None
     assert spec.backend(layer) == "sdpa"
@@ -68,6 +70,21 @@ def test_the_spec_of_a_llama_layer():
     hidden, named = spec.bind((), {"hidden_states": x})
     assert hidden is x
     assert named == {}
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "past_key_value", "layer_past"])
+def test_the_cache_is_found_by_each_of_its_names(name):
+    class Layer(LlamaDecoderLayer):
+        def forward(self, hidden_states, *args, **kwargs):
+            return hidden_states
+
+    names = ("self", "hidden_states", "attention_mask", name)
+    given = [inspect.Parameter(one, inspect.Parameter.POSITIONAL_OR_KEYWORD) for one in names]
+    Layer.forward.__signature__ = inspect.Signature(given)
+    layer = Layer(BASE.config, 0)
+    spec = layer_spec(layer, Layer)
+    assert spec.cache == name
+    assert spec.context_refusal(layer) is None
 
 
 def test_a_layer_without_hidden_states_is_refused():
@@ -84,13 +101,13 @@ def test_keys_and_values_are_the_layers_own():
     spec = layer_spec(layer, type(layer))
 
     class Cache:
-        def update(self, keys, values, *_):
+        def update(self, keys, values, *_, **__):
             seen.update(keys=keys, values=values)
             return keys, values
 
     x = torch.randn(2, 6, 32)
     rotary = BASE.model.rotary_emb(x, torch.arange(6)[None])
-    layer(x, position_embeddings=rotary, past_key_values=Cache())
+    layer(x, position_embeddings=rotary, **{spec.cache: Cache()})
     keys, values = keys_values(layer, type(layer).forward, x, {"position_embeddings": rotary}, spec.cache)
     assert torch.equal(keys, seen["keys"])
     assert torch.equal(values, seen["values"])

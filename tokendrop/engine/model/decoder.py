@@ -18,7 +18,7 @@ from tokendrop.errors import DecoderError, UnsupportedError
 # Names that the field's decoders share; whatever else differs is found by inspection.
 _ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
 _MASKS = ("attention_mask", "attn_mask", "mask", "src_mask")
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # "cache" from transformers 5.24 on
 _FUSED = ("qkv_proj", "c_attn", "query_key_value")
 _OUTPUTS = ("o_proj", "dense", "c_proj", "out_proj")
 
