@@ -200,7 +200,7 @@ class Handle(Described, nn.Module):
 
     @contextmanager
     def _entered(self, frame: Frame | None) -> Generator[None]:
-        entered, self.listened = frames(self.key), listened(self.decoder_layers, self.layers)
+        entered, self.listened = frames(self.key), listened(self.owner)
         entered.append(frame)
         try:
             yield

@@ -16,9 +16,9 @@ from tokendrop.engine.forward.binding import Binding
 from tokendrop.engine.model.decoder import reentrant
 
 
-def listened(*modules: nn.Module) -> bool:
-    """Whether ZeRO stage 1 or 2 is told of gradients as they arrive."""
-    return "deepspeed" in sys.modules and any(_told(p) for module in modules for p in module.parameters())
+def listened(model: nn.Module) -> bool:
+    """Whether ZeRO stage 1 or 2 is told of a model's gradients as they arrive."""
+    return "deepspeed" in sys.modules and any(map(_told, model.parameters()))
 
 
 def _told(parameter: Any) -> bool:
