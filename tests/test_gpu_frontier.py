@@ -46,7 +46,7 @@ def test_its_runs_are_of_a_decoder_of_10_to_50_million_parameters():
 
 def test_its_rows_are_those_of_the_study(monkeypatch):
     monkeypatch.setattr(frontier, "TINY", frontier.TINY | {"source": "digits", "grid": (1, 2), "few": 300, "steps": 2})
-    made = frontier.single(asked(one=("U 2:, G 2:5 skipped", "0")))
+    made = frontier.single(asked(), "U 2:, G 2:5 skipped", 0)
     assert list(made) == list(MERGED)
     assert MERGED["versions"].keys() <= made["versions"].keys() | {"mlxtend"}
     assert (made["scale"], made["split"], made["config"]["precision"]) == ("rehearsal", "val", "bf16-mixed")
@@ -70,21 +70,14 @@ def test_what_has_no_time_is_missing(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 of 2 runs")
 
 
-def test_a_run_that_fails_is_said_and_ends_no_other(tmp_path, capsys, monkeypatch):
-    row = {"scale": "rehearsal", "split": "val", "plan": "U 2:, G 2:5 skipped", "updates": 1.0, "seed": 0}
-    ends = {"G alone": (1, "", "a fault"), row["plan"]: (0, f"a hint\n{json.dumps(row)}\n", "")}
-
-    def ran(called, **_):
-        return argparse.Namespace(**dict(zip(("returncode", "stdout", "stderr"), ends[called[-2]], strict=True)))
-
-    monkeypatch.setattr(frontier.subprocess, "run", ran)
-    monkeypatch.setattr(frontier, "TOOK", [])
-    frontier.run(asked(seconds=1e6, out=tmp_path / "rows.jsonl"))
-    assert json.loads((tmp_path / "rows.jsonl").read_text()) == row
+def test_a_run_that_fails_is_said_and_ends_no_other(tmp_path, capsys):
+    given = {"rehearse": False, "scale": "digits", "seconds": 1e6, "out": tmp_path / "rows.jsonl"}
+    frontier.run(asked(runs=("no plan", "another"), **given))
     said = capsys.readouterr().out
-    assert "G alone, seed 0: exit 1" in said
-    assert "a fault" in said
-    assert "1 of 2 runs" in said
+    assert "no plan, seed 0: failed after" in said
+    assert "another, seed 0: failed after" in said
+    assert "FrontierError: found the plan 'no plan'; use one of" in said
+    assert "0 of 2 runs" in said
 
 
 def test_it_reads_the_images_that_were_packed(tmp_path, monkeypatch):

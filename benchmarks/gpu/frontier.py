@@ -4,20 +4,21 @@
     python -m benchmarks.gpu.frontier --mnist mnist.npz --seconds 180 --out rows.jsonl
     python -m benchmarks.gpu.frontier --scale mnist --accelerator cpu --split test --seeds 100:110 --out rows.jsonl
 
-A process for each run, so that one that fails ends no other; all runs of a seed before the next seed. A row is appended
-as its run ends, in the schema of benchmarks/results/frontier/rows.jsonl. What is under way at the end is killed, and
-missing; the same command goes on from there. --rehearse: two tiny runs on the CPU.
+Each process takes one run after another, all of a seed before the next seed; a run that fails is said and ends no
+other. A row is appended as its run ends, in the schema of benchmarks/results/frontier/rows.jsonl. What is under way at
+the end is killed, and missing; the same command goes on from there. --rehearse: two tiny runs on the CPU.
 Shape letters: none.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import traceback
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -33,7 +34,6 @@ from tokendrop.synergy.history import append_history  # noqa: E402
 from tokendrop.unified.images import extra  # noqa: E402
 
 SCALE = "mnist 2x2, 19M"
-TOOK: list[float] = []  # seconds of each run: none is begun that has less left than the quickest
 # In the order of importance.
 RUNS = (
     "dense", "U alone", "G alone", "U 2:, G 2:5 skipped", "Share All", "dense x0.6", "U 2:, G 1:5:2 skipped",
@@ -67,30 +67,24 @@ def plan(given: argparse.Namespace) -> tuple[str, FrontierStudy]:
     return given.scale, study if given.accelerator is None else replace(study, accelerator=given.accelerator)
 
 
-def single(given: argparse.Namespace) -> dict[str, Any]:
+def single(given: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     """The row of a run, made in this process."""
     scale, study = plan(given)
     found = environment("cpu" if study.accelerator == "cpu" else None)
     where = {"device": found["device"], "commit": found["commit"], **made_where()}
     where["versions"] = found["versions"] | where["versions"] | carried(given.mnist)
-    return {"scale": scale, **one_run(study, given.one[0], int(given.one[1])), **where}
+    return {"scale": scale, **one_run(study, name, seed), **where}
 
 
-def child(name: str, seed: int, stop: float) -> str:
-    """The row of a run, made in a process of its own, as JSON; no row where the time is over or the run fails."""
-    begun = time.monotonic()
-    if stop - begun < min(TOOK, default=0):
-        return ""
-    called = [sys.executable, "-m", "benchmarks.gpu.frontier", *sys.argv[1:], "--one", name, str(seed)]
+def attempt(given: argparse.Namespace, job: tuple[str, int]) -> tuple[str, dict[str, Any] | None]:
+    """What is to be said of a run, and its row; None where it failed."""
+    begun, row, said = time.monotonic(), None, ""
     try:
-        ran = subprocess.run(called, capture_output=True, text=True, timeout=max(0.1, stop - begun), check=False)  # noqa: S603
-    except subprocess.TimeoutExpired:
-        return ""
-    took = time.monotonic() - begun
-    TOOK.append(took)
-    print(f"{name}, seed {seed}: exit {ran.returncode} after {took:.0f} s", flush=True)
-    print(ran.stderr[-2000:] if ran.returncode else "", end="", flush=True)
-    return "" if ran.returncode else ran.stdout.splitlines()[-1]
+        row = single(given, *job)
+    except Exception:  # whatever it was ends no other run
+        said = f"\n{traceback.format_exc()[-2000:]}"
+    end = "done" if row else "failed"
+    return f"{job[0]}, seed {job[1]}: {end} after {time.monotonic() - begun:.0f} s{said}", row
 
 
 def run(given: argparse.Namespace) -> None:
@@ -99,10 +93,14 @@ def run(given: argparse.Namespace) -> None:
     seeds = range(1) if given.rehearse else range(*map(int, given.seeds.split(":")))
     wanted = plan(given)[0], given.split, RUNS[2:4] if given.rehearse else given.runs, seeds, given.out
     todo = missing(*wanted)
-    with ThreadPoolExecutor(given.jobs) as pool:
-        for row in as_completed([pool.submit(child, name, seed, START + given.seconds) for name, seed in todo]):
-            if row.result():
-                append_history(given.out, json.loads(row.result()))
+    # A forked torch deadlocks in its thread pools. The end of the pool kills what is under way.
+    with get_context("spawn").Pool(given.jobs) as pool, suppress(StopIteration, TimeoutError):
+        rows = pool.imap_unordered(partial(attempt, given), todo)
+        while True:
+            said, row = rows.next(max(0.0, START + given.seconds - time.monotonic()))
+            print(said, flush=True)
+            if row:
+                append_history(given.out, row)
     print(f"{len(todo) - len(missing(*wanted))} of {len(todo)} runs in {time.monotonic() - START:.0f} s")
 
 
@@ -120,12 +118,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu" / "frontier.jsonl")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--pack", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("RUN", "SEED"), help="print the row of a single run")
     given = parser.parse_args()
     if given.pack:
         pack(given.pack)
-    elif given.one:
-        print(json.dumps(single(given)))
     else:
         run(given)
 

@@ -178,6 +178,17 @@ def test_few_images_are_for_understanding_and_the_others_for_generation():
     assert (scenes.draw("train", 9, (3,)) == whole.draw("train", 9, (3,), TASKS[1])).all()
 
 
+@pytest.mark.parametrize("others", [7, 1253])
+def test_generation_may_train_on_some_of_the_others(others):
+    scenes = Scenes("digits", (1, 2), CODES, few=5, others=others)
+    drawn = [scenes.draw("train", 9000, (3,), task) for task in TASKS]
+    assert [(one.min(), one.max()) for one in drawn] == [(0, 4), (5, 4 + others)]
+    whole = Scenes("digits", (1, 2), CODES, few=5)
+    assert (scenes.draw("test", 9, (3,), TASKS[1]) == whole.draw("test", 9, (3,), TASKS[1])).all()
+    if others == 1253:
+        assert (drawn[1] == whole.draw("train", 9000, (3,), TASKS[1])).all()
+
+
 def test_understanding_may_be_asked_one_digit():
     scenes = Scenes("digits", (2, 2), CODES, question="digit")
     rows = scenes.draw("val", 5, seed=(1,))
@@ -218,6 +229,10 @@ def test_what_is_chosen_is_tested_on_validation():
 def test_bad_regimes():
     with pytest.raises(DataError, match="few: found 1258; give a number of training images from 0 to 1257"):
         Scenes("digits", (1, 2), CODES, few=1258)
+    with pytest.raises(DataError, match="others: found 1254; beside few=5, give a number from 0 to 1253"):
+        Scenes("digits", (1, 2), CODES, few=5, others=1254)
+    with pytest.raises(DataError, match="others: found 1; beside few=0, give a number from 0 to 0"):
+        Scenes("digits", (1, 2), CODES, others=1)
     with pytest.raises(DataError, match="question: found 'colour'"):
         Scenes("digits", (1, 2), CODES, question="colour")
     with pytest.raises(DataError, match="tested: found 'train'"):

@@ -50,18 +50,26 @@ def leverage(states: Tensor, image: Tensor, rank: int | None = None, energy: flo
     Source: statistical leverage scores; as a choice of image tokens after arXiv 2604.11530, whose code is not released.
     """
     # Rows of zeros for other tokens change no other row of U.
-    matrix = _finite(states) * image[:, :, None]
-    left, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
-    squares = singular.square()
+    matrix = (_finite(states) * image[:, :, None]).double()
+    left, squares = _left(matrix)
     total = squares.sum(1, keepdim=True)
     if rank is None:
         before = squares.cumsum(1) - squares
         used = before < energy * total * (1 - 1e-6)
     else:
-        used = torch.arange(singular.shape[1], device=singular.device) < rank
-    largest = singular[:, :1] * max(matrix.shape[1:]) * torch.finfo(singular.dtype).eps
-    used = used & (singular > largest)
-    return (left.square() * used[:, None]).sum(-1).clamp(max=1) * image
+        used = torch.arange(squares.shape[1], device=squares.device) < rank
+    nothing = max(matrix.shape[1:]) * torch.finfo(torch.float32).eps  # of the largest S, in what came as float32
+    used = used & (squares > squares[:, :1] * nothing**2)
+    return left.square().where(used[:, None], 0.0).sum(-1).clamp(max=1).float() * image
+
+
+def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    # U and S^2 of the thin SVD, by the eigenvectors of the smaller of X X^T and X^T X: on a GPU an SVD takes several
+    # times as long. Products square the condition, which double precision has room for.
+    tall = matrix.shape[1] > matrix.shape[2]
+    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
+    squares, vectors = squares.flip(-1).clamp(min=0), vectors.flip(-1)
+    return (matrix @ vectors / squares.sqrt()[:, None] if tall else vectors), squares
 
 
 def _finite(states: Tensor) -> Tensor:

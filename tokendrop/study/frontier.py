@@ -38,6 +38,7 @@ class FrontierStudy(Study):
     Args:
         question: what understanding is asked.
         placebo: captions of generation are shuffled.
+        others: training images of generation, after those of understanding; 0 for all that are left.
         tested: the split of every figure: "val" to choose, "test" to report.
         drawn: images that are drawn on test for the agreement of generation, rounded up to a batch; 0 for none.
         events: of the monitor, in the first fifth of a run of both tasks; 0 leaves it out.
@@ -49,6 +50,7 @@ class FrontierStudy(Study):
 
     question: Question = "caption"
     placebo: bool = False
+    others: int = 0
     tested: Tested = "val"
     drawn: int = 128
     test_scenes: int = 4096
@@ -68,7 +70,7 @@ class FrontierStudy(Study):
     @property
     @override
     def scenes(self) -> Scenes:
-        return Scenes(self.source, self.grid, self.codes, self.few, self.question, self.placebo)
+        return Scenes(self.source, self.grid, self.codes, self.few, self.question, self.placebo, self.others)
 
     @override
     def data(self, run: Run, seed: int) -> UnifiedData:
@@ -106,6 +108,7 @@ class FrontierStudy(Study):
 
 
 MNIST = FrontierStudy("mnist", few=500, steps=250)
+ONE_DIGIT: dict[str, Any] = {"question": "digit", "events": 0}
 SCALES = {
     "digits": FrontierStudy(),
     "digits, 12 layers": FrontierStudy(layers=12),
@@ -113,6 +116,11 @@ SCALES = {
     "mnist, long": replace(MNIST, steps=500),
     "mnist, 12 layers": replace(MNIST, layers=12),
     "mnist 2x2": replace(MNIST, grid=(2, 2)),
+    # Understanding is asked for one digit, generation is told all; neither has many images. No gradient is watched.
+    "digits, one digit": replace(FrontierStudy(), **ONE_DIGIT),
+    "digits, one digit, 12 layers": replace(FrontierStudy(layers=12), **ONE_DIGIT),
+    "mnist, one digit": replace(MNIST, few=200, others=500, steps=500, **ONE_DIGIT),
+    "mnist 2x2, one digit": replace(MNIST, grid=(2, 2), others=1000, steps=500, **ONE_DIGIT),
     # The learning rate is that of width 64 times the root of 64 / 512, between one for all widths and one that falls as
     # they grow; it is not tuned. Images are not drawn: each of their 196 codes is a forward of its own.
     "mnist 2x2, 19M": replace(

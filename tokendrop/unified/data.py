@@ -58,9 +58,11 @@ class Scenes:
         question: understanding answers with the whole "caption", or with the "digit" in one place, which its
             instruction names: that of cell (sum of the scene's indices) mod C.
         placebo: in training, generation is given the captions of other scenes of its batch.
+        others: with `few`, generation trains on the next so many training images; 0 for all that are left.
 
     Raises:
-        DataError: an unknown source or question, a grid without names for its cells, or no image left for one task.
+        DataError: an unknown source or question, a grid without names for its cells, no image left for one task, or
+            more asked for than there are.
 
     Example:
         >>> scenes = Scenes("digits", (1, 2), codes=16)
@@ -75,6 +77,7 @@ class Scenes:
     few: int = 0
     question: Question = "caption"
     placebo: bool = False
+    others: int = 0
 
     def __post_init__(self) -> None:
         _ = self.vocabulary
@@ -83,6 +86,9 @@ class Scenes:
         most = len(self.bank.splits["train"]) - 1
         if not isinstance(self.few, int) or not 0 <= self.few <= most:
             raise DataError(f"few: found {self.few!r}; give a number of training images from 0 to {most}")
+        most = most + 1 - self.few if self.few else 0
+        if not isinstance(self.others, int) or not 0 <= self.others <= most:
+            raise DataError(f"others: found {self.others!r}; beside few={self.few}, give a number from 0 to {most}")
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -115,7 +121,8 @@ class Scenes:
         """
         start, stop = 0, len(self.bank.splits[split])
         if self.few and split == "train" and task is not None:
-            start, stop = (0, self.few) if task == TASKS[0] else (self.few, stop)
+            last = self.few + self.others if self.others else stop
+            start, stop = (0, self.few) if task == TASKS[0] else (self.few, last)
         return np.random.default_rng(list(seed)).integers(start, stop, (count, self.cells))
 
     def batch(self, task: str, scenes: NDArray[np.int64], split: Split = "train") -> Batch:
