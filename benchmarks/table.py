@@ -8,6 +8,7 @@ Shape letters: B batch, T tokens, L layers.
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,9 @@ from tokendrop.study import summary as demo_summary
 from tokendrop.study.frontier import SCALES
 from tokendrop.study.frontier_early import early_table
 from tokendrop.study.intervals import interval
+from tokendrop.study.plans import ALONE, JOINT
 from tokendrop.study.synergy import SynergyStudy
+from tokendrop.unified.data import TASKS
 
 MEMORY = 80e9  # of a GPU, as in benchmarks/scale.py
 RESULTS = Path(__file__).parent / "results"
@@ -203,6 +206,31 @@ def frontier_early(scale: str) -> str:
     return markdown(early_table(frontier_rows(scale, "val")))
 
 
+def frontier_sizes() -> str:
+    """Joint training beside each task alone, of as many batches, for the sizes among which some were chosen."""
+    scales = ("digits, one digit", "mnist, one digit", "mnist 2x2, one digit")
+    rows = [*rows_of("frontier/sizes"), *(row for scale in scales for row in frontier_rows(scale, "val"))]
+    groups: dict[tuple[str, int, int, int], list[Row]] = {}
+    for row in rows:
+        made = row["config"]
+        at = row["scale"].removesuffix(", one digit"), made["few"], made.get("others", 0)
+        groups.setdefault((*at, round(made["steps"] / row["updates"])), []).append(row)
+    lines = [["images", "for U", "for G", "batches", *frontier_summary.METRICS]]
+    lines.append(["---"] * len(lines[0]))
+    for (images, few, others, batches), found in sorted(groups.items(), key=lambda one: one[0]):
+        cells = [_joint_and_alone(found, metric) for metric in frontier_summary.METRICS]
+        lines.append([images, str(few), str(others) if others else "all others", str(batches), *cells])
+    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+
+
+def _joint_and_alone(rows: list[Row], metric: str) -> str:
+    task, _, sign = frontier_summary.METRICS[metric]
+    joint, alone = (frontier_summary.quality(rows, name, metric) for name in (JOINT, ALONE[TASKS.index(task)]))
+    seeds = joint.keys() & alone.keys()
+    means = [f"{sign * statistics.fmean(one[seed] for seed in seeds):.2f}" for one in (joint, alone) if seeds]
+    return f"{means[0]} / {means[1]} ({len(seeds)})" if seeds else "-"
+
+
 FLOPS = {  # of tokendrop/configs: image tokens of an image
     "vila-u-like": 256,
     "llava-1.5-7b": 576,
@@ -374,6 +402,7 @@ TABLES |= {frontier_name(*at): partial(frontier, *at) for at in product(SCALES, 
 TABLES |= {
     f"{frontier_name(*at)}-differences": partial(frontier_differences, *at) for at in product(SCALES, ("val", "test"))
 }
+TABLES["frontier-sizes"] = frontier_sizes
 TABLES |= {f"{frontier_name(scale, 'val')}-early": partial(frontier_early, scale) for scale in SCALES}
 
 

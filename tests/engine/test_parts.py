@@ -270,6 +270,30 @@ def test_attention_with_projections_of_their_own_scores_nothing():
         td.apply(llama(), Custom())
 
 
+@pytest.mark.parametrize(
+    ("own", "separate", "message"),
+    [
+        ({"ffn", "q"}, "none", r"image tokens \['ffn', 'q'\] of their own in layer 1, and its separate is 'none'; let"),
+        (
+            {"mlp", "q"},
+            "shared",
+            r"\['mlp'\] of their own in layer 1; the parts of a layer are 'q', 'k', 'v', 'o', 'norm'",
+        ),
+    ],
+)
+def test_parts_of_which_a_method_does_not_say_whose_they_are(own, separate, message):
+    class Silent(Custom):
+        def route(self, num_layers, strength=1.0):
+            return (LayerRoute(), LayerRoute(separate=frozenset(own)), LayerRoute(), LayerRoute())
+
+    Silent.separate = separate
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(MethodError, match=message):
+        td.apply(model, Silent())
+    assert snapshot(model) == before
+
+
 def test_weights_that_do_not_show_are_refused():
     model = copy.deepcopy(BASES[torch.float32])
     norm = model.model.layers[0].input_layernorm

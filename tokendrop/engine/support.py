@@ -13,7 +13,7 @@ from tokendrop.engine.model.decoder import LayerSpec, attention_of, is_sharded
 from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
 from tokendrop.errors import MethodError, UnsupportedError
-from tokendrop.roles import Method, Role, Route, selections
+from tokendrop.roles import PARTS, Method, Role, Route, selections
 
 Methods = Method | Mapping[str, Method | None]
 
@@ -72,6 +72,7 @@ def check_support(
 
     Raises:
         UnsupportedError: with the reason, and what to use instead.
+        MethodError: parts of a layer that there are not, or that the method does not say whose they are.
     """
     added = deepstack_layers(model, layers)
     for method in methods.values():
@@ -120,6 +121,16 @@ def _check_skipping(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: M
 
 def _check_owned(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method, route: Route) -> None:
     for index, layer in enumerate(route):
+        if unknown := layer.separate - {*"qkv", *PARTS}:
+            raise MethodError(
+                f"{method} gives image tokens {sorted(unknown)} of their own in layer {index}; the parts of a layer "
+                "are 'q', 'k', 'v', 'o', 'norm' and 'ffn'"
+            )
+        if layer.separate and method.separate == "none":
+            raise MethodError(
+                f"{method} gives image tokens {sorted(layer.separate)} of their own in layer {index}, and its separate "
+                "is 'none'; let it be 'shared' or 'per-task'"
+            )
         if refusal := own.refusal(layers[index], specs[index], layer.separate):
             what = "parts" if layer.separate - set("qkv") else "projections"
             raise UnsupportedError(f"{method} needs image-only {what}, but {refusal}; use separate='none'")

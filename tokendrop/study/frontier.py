@@ -18,6 +18,7 @@ from typing_extensions import override
 from tokendrop.callbacks import SynergyMonitor
 from tokendrop.schedule import Schedule
 from tokendrop.study.costs import Steps
+from tokendrop.study.learnt import LearntVLM
 from tokendrop.study.plans import FrontierError, Plan, plans
 from tokendrop.study.runner import in_workers
 from tokendrop.study.study import Run, Study
@@ -39,6 +40,7 @@ class FrontierStudy(Study):
         question: what understanding is asked.
         placebo: captions of generation are shuffled.
         others: training images of generation, after those of understanding; 0 for all that are left.
+        labelled, distil: as in `Plan`.
         tested: the split of every figure: "val" to choose, "test" to report.
         drawn: images that are drawn on test for the agreement of generation, rounded up to a batch; 0 for none.
         events: of the monitor, in the first fifth of a run of both tasks; 0 leaves it out.
@@ -51,6 +53,8 @@ class FrontierStudy(Study):
     question: Question = "caption"
     placebo: bool = False
     others: int = 0
+    labelled: float = 1.0
+    distil: int = 0
     tested: Tested = "val"
     drawn: int = 128
     test_scenes: int = 4096
@@ -81,13 +85,15 @@ class FrontierStudy(Study):
     @override
     def model(self, seed: int) -> UnifiedVLM:
         sizes = self.hidden, self.layers, self.heads, self.learning_rate
-        return UnifiedVLM(self.scenes, *sizes, seed, self.drawn if self.tested == "test" else 0)
+        made = self.scenes, *sizes, seed, self.drawn if self.tested == "test" else 0
+        plain = (self.labelled, self.distil) == (1.0, 0)
+        return UnifiedVLM(*made) if plain else LearntVLM(*made, labelled=self.labelled, distil=self.distil)
 
     def of(self, name: str) -> "FrontierStudy":
         """The study that a run is trained under: `plan`, or `plan x0.6` for 0.6 of the updates."""
         plan, updates = parsed(name)
-        placebo = self.plan(plan).placebo
-        return replace(self, steps=round(updates * self.steps), placebo=placebo)
+        asked = {part: getattr(self.plan(plan), part) for part in ("placebo", "labelled", "distil")}
+        return replace(self, steps=round(updates * self.steps), **asked)
 
     def plan(self, name: str) -> Plan:
         """A plan by its name.
@@ -142,21 +148,25 @@ def parsed(name: str) -> tuple[str, float]:
 
 
 class Spent(L.Callback):
-    """Sums the FLOPs of training: those that `TokenDrop` found for each batch, or, in a dense run, the counted ones.
+    """Sums the FLOPs of training: those that `TokenDrop` found for each batch, and the counted ones of dense forwards.
 
     Args:
-        dense: of a batch, where nothing drops.
+        dense: of a dense batch.
+        drops: whether every batch runs dropped; the dense ones are then lessons beside it.
     """
 
-    def __init__(self, dense: float | None) -> None:
+    def __init__(self, dense: float, drops: bool) -> None:
         super().__init__()
-        self.dense, self.flops, self.updates = dense, 0.0, 0
+        self.dense, self.drops, self.flops, self.updates = dense, drops, 0.0, 0
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.flops += self.dense if self.dense is not None else cast(Any, pl_module).flops_per_batch
+        if not self.drops or (isinstance(pl_module, LearntVLM) and pl_module.lesson(batch_idx)):
+            self.flops += self.dense
+        if self.drops:
+            self.flops += cast(Any, pl_module).flops_per_batch
         self.updates = trainer.global_step
 
 
@@ -202,7 +212,8 @@ def one_run(study: FrontierStudy, name: str, seed: int) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     (plan, updates), sized = parsed(name), study.of(name)
-    spent = Spent(None if study.plan(plan).methods else dense_flops(sized, plan))
+    drops = bool(study.plan(plan).methods)
+    spent = Spent(dense_flops(sized, plan) if sized.distil or not drops else 0.0, drops)
     start = time.process_time()
     with TemporaryDirectory() as folder:
         history = Path(folder) / "synergy.jsonl"

@@ -4,12 +4,12 @@ Shape letters: L layers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from tokendrop.errors import TokenDropError
 from tokendrop.methods import Drop, HiMix, HMGen, RandomLTD, SkipVision
-from tokendrop.roles import Method
+from tokendrop.roles import Method, Role, Route, Separate
 from tokendrop.schedule import Schedule
 from tokendrop.study.study import Run
 from tokendrop.unified.data import TASKS
@@ -30,10 +30,39 @@ class Plan(Run):
         methods: task -> method; a task without one is dense.
         schedule: from the number of optimiser updates of the run; None drops throughout.
         placebo: captions of generation are shuffled among images.
+        labelled: share of the image tokens of generation, drawn anew for each batch, that are learnt from.
+        distil: in every so many-th batch of a task the dense forward learns the labels, and the dropped one from it.
     """
 
     schedule: Callable[[int], Schedule] | None = None
     placebo: bool = False
+    labelled: float = 1.0
+    distil: int = 0
+
+
+@dataclass(frozen=True)
+class Owned(Method):
+    """A method under which image tokens have norms of their own, and an FFN of their own wherever they run one.
+
+    Args:
+        base: the method.
+        separate: whose they are, as everywhere.
+
+    Example:
+        >>> [sorted(layer.separate) for layer in Owned(HiMix("1:")).route(2)]
+        [['ffn', 'norm'], ['norm']]
+
+    Source: ours, after arXiv 2411.04996 and 2509.24365.
+    """
+
+    base: Method
+    separate: Separate = "shared"
+
+    def route(self, num_layers: int, strength: float = 1.0) -> Route:
+        """The roles of the method, and the parts of image tokens."""
+        whole, part = frozenset({"norm", "ffn"}), frozenset({"norm"})
+        layers = self.base.route(num_layers, strength)
+        return tuple(replace(one, separate=whole if one.image is Role.ACTIVE else part) for one in layers)
 
 
 def _joint(u: Method | None, g: Method | None, schedule: Callable[[int], Schedule] | None = None) -> Plan:
@@ -98,6 +127,21 @@ def _dense_ends(at: Callable[..., str]) -> dict[str, Plan]:
     }
 
 
+def _learnt(at: Callable[..., str]) -> dict[str, Plan]:
+    # What else may keep a task: weights of images' own, fewer labels, lessons of the dense forward, changing strength.
+    late, early, without = HiMix(at(2)), HiMix(at(1)), SkipVision(at(2, 5), 0)
+    drawn: Callable[[int], Schedule] = lambda updates: Schedule(drawn=True)  # noqa: E731
+    best = _joint(late, without)
+    return {
+        "U 2:, G 2:5 no FFN, own FFN and norms": _joint(Owned(late), Owned(without)),
+        "U 2:, G 2:5 no FFN, half of the labels": replace(best, labelled=0.5),
+        "U 2:, G 2:5 no FFN, each 5th dense": replace(best, schedule=lambda updates: Schedule(dense_every=5)),
+        "U 2:, G 2:5 no FFN, distilled each 10th": replace(best, distil=10),
+        "U 1:, G 1: no FFN, drawn": _joint(early, SkipVision(at(1), 0), drawn),
+        "Share All, drawn": _joint(HiMix(), HMGen(at(1, 5, 2)), drawn),
+    }
+
+
 def plans(layers: int) -> dict[str, Plan]:
     """Every plan by name, for a decoder of L layers, a multiple of 6; names give layers as those of 6.
 
@@ -128,6 +172,7 @@ def plans(layers: int) -> dict[str, Plan]:
         "both 2:5 visible": _twice(HiMix(at(2, 5))),
         **_without_ffn(at),
         **_dense_ends(at),
+        **_learnt(at),
         # Severe at first, dense at the end; or dense now and then, an odd number so that both tasks have their turn.
         "Share All, growing": _joint(
             HiMix(), alternate, lambda updates: Schedule(steps=round(0.9 * updates), direction="out")
