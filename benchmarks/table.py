@@ -219,7 +219,8 @@ def frontier_sizes() -> str:
     lines.append(["---"] * len(lines[0]))
     for (images, few, others, batches), found in sorted(groups.items(), key=lambda one: one[0]):
         cells = [_joint_and_alone(found, metric) for metric in frontier_summary.METRICS]
-        lines.append([images, str(few), str(others) if others else "all others", str(batches), *cells])
+        if set(cells) != {"-"}:
+            lines.append([images, str(few), str(others) if others else "all others", str(batches), *cells])
     return "".join(f"| {' | '.join(one)} |\n" for one in lines)
 
 
