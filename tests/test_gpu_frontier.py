@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import ModuleType
 
@@ -70,14 +71,18 @@ def test_what_has_no_time_is_missing(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 of 2 runs")
 
 
-def test_a_run_that_fails_is_said_and_ends_no_other(tmp_path, capsys):
-    given = {"rehearse": False, "scale": "digits", "seconds": 1e6, "out": tmp_path / "rows.jsonl"}
-    frontier.run(asked(runs=("no plan", "another"), **given))
+def test_a_run_that_fails_is_said_and_ends_no_other(tmp_path, capsys, monkeypatch):
+    row = {"scale": "digits", "split": "val", "plan": "dense", "updates": 1.0, "seed": 0}
+    monkeypatch.setattr(frontier, "get_context", lambda _: argparse.Namespace(Pool=ThreadPool))
+    monkeypatch.setattr(frontier, "one_run", lambda study, name, seed: {"at": study.plan(name) and None, **row})
+    given = {"rehearse": False, "scale": "digits", "accelerator": "cpu", "jobs": 1, "seconds": 1e6}
+    frontier.run(asked(runs=("no plan", "dense"), out=tmp_path / "rows.jsonl", **given))
+    assert json.loads((tmp_path / "rows.jsonl").read_text()).items() >= row.items()
     said = capsys.readouterr().out
     assert "no plan, seed 0: failed after" in said
-    assert "another, seed 0: failed after" in said
     assert "FrontierError: found the plan 'no plan'; use one of" in said
-    assert "0 of 2 runs" in said
+    assert "dense, seed 0: done after" in said
+    assert "1 of 2 runs" in said
 
 
 def test_it_reads_the_images_that_were_packed(tmp_path, monkeypatch):

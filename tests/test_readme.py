@@ -59,7 +59,8 @@ def test_rows_of_the_frontier_say_where_they_were_made():
     assert len({key(row) for row in rows}) == len(rows) > 0
     for row in rows:
         assert {"seed", "versions", "commit", "date", "device", "flops", "config"} <= row.keys()
-        assert re.fullmatch(r"[0-9a-f]{7,}", row["commit"])  # of clean code
+        assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", row["commit"])
+        assert row["split"] == "val" or not row["commit"].endswith("-dirty")  # what is reported is of clean code
         assert row["config"]["tested"] == row["split"]
         assert (row["split"] == "test") == (row["seed"] >= 100)  # what is reported has seeds of its own
 

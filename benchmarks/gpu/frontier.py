@@ -30,6 +30,7 @@ import numpy as np  # noqa: E402
 from benchmarks.results import ROOT, environment  # noqa: E402
 from tokendrop.analysis.where import made_where  # noqa: E402
 from tokendrop.study.frontier import SCALES, FrontierStudy, missing, one_run  # noqa: E402
+from tokendrop.study.runner import end_with_parent  # noqa: E402
 from tokendrop.synergy.history import append_history  # noqa: E402
 from tokendrop.unified.images import extra  # noqa: E402
 
@@ -94,7 +95,7 @@ def run(given: argparse.Namespace) -> None:
     wanted = plan(given)[0], given.split, RUNS[2:4] if given.rehearse else given.runs, seeds, given.out
     todo = missing(*wanted)
     # A forked torch deadlocks in its thread pools. The end of the pool kills what is under way.
-    with get_context("spawn").Pool(given.jobs) as pool, suppress(StopIteration, TimeoutError):
+    with get_context("spawn").Pool(given.jobs, end_with_parent) as pool, suppress(StopIteration, TimeoutError):
         rows = pool.imap_unordered(partial(attempt, given), todo)
         while True:
             said, row = rows.next(max(0.0, START + given.seconds - time.monotonic()))

@@ -50,7 +50,8 @@ def leverage(states: Tensor, image: Tensor, rank: int | None = None, energy: flo
     Source: statistical leverage scores; as a choice of image tokens after arXiv 2604.11530, whose code is not released.
     """
     # Rows of zeros for other tokens change no other row of U.
-    matrix = (_finite(states) * image[:, :, None]).double()
+    matrix = _finite(states) * image[:, :, None]
+    matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()  # Apple's GPUs have no double precision
     left, squares = _left(matrix)
     total = squares.sum(1, keepdim=True)
     if rank is None:
@@ -60,11 +61,11 @@ def leverage(states: Tensor, image: Tensor, rank: int | None = None, energy: flo
         used = torch.arange(squares.shape[1], device=squares.device) < rank
     nothing = max(matrix.shape[1:]) * torch.finfo(torch.float32).eps  # of the largest S, in what came as float32
     used = used & (squares > squares[:, :1] * nothing**2)
-    return left.square().where(used[:, None], 0.0).sum(-1).clamp(max=1).float() * image
+    return left.square().where(used[:, None], 0.0).sum(-1).clamp(max=1).float().to(image.device) * image
 
 
 def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    # U and S^2 of the thin SVD, by the eigenvectors of the smaller of X X^T and X^T X: on a GPU an SVD takes several
+    # U and S^2 of the thin SVD, by the eigenvectors of the smaller of X X^T and X^T X: on an H100 an SVD takes twenty
     # times as long. Products square the condition, which double precision has room for.
     tall = matrix.shape[1] > matrix.shape[2]
     squares, vectors = torch.linalg.eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)

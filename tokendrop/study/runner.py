@@ -115,14 +115,18 @@ def _prepare(events: "Queue[Event]") -> None:
     _events = events
     events.cancel_join_thread()  # after an error nobody reads, and a full pipe would keep the worker alive
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     # The demo's own progress and table are all its output: Lightning's hints on loggers and workers do not apply.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
 
 
-def _end_with_parent() -> None:
-    # The pool ends its workers, but not where its process was killed: they would train on, unseen.
+def end_with_parent() -> None:
+    """Let this worker end when its parent does: a pool ends its workers, but not where its process was killed."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = parent_process()
     if parent is not None:
         parent.join()
