@@ -215,13 +215,12 @@ def frontier_sizes() -> str:
         made = row["config"]
         at = row["scale"].removesuffix(", one digit"), made["few"], made.get("others", 0)
         groups.setdefault((*at, round(made["steps"] / row["updates"])), []).append(row)
-    lines = [["images", "for U", "for G", "batches", *frontier_summary.METRICS]]
-    lines.append(["---"] * len(lines[0]))
+    lines: list[tuple[str, ...]] = []
     for (images, few, others, batches), found in sorted(groups.items(), key=lambda one: one[0]):
         cells = [_joint_and_alone(found, metric) for metric in frontier_summary.METRICS]
         if set(cells) != {"-"}:
-            lines.append([images, str(few), str(others) if others else "all others", str(batches), *cells])
-    return "".join(f"| {' | '.join(one)} |\n" for one in lines)
+            lines.append((images, str(few), str(others) if others else "all others", str(batches), *cells))
+    return markdown(Table(("images", "for U", "for G", "batches", *frontier_summary.METRICS), lines))
 
 
 def _joint_and_alone(rows: list[Row], metric: str) -> str:
