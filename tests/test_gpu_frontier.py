@@ -5,9 +5,10 @@ Shape letters: none.
 
 import argparse
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import ModuleType
 
@@ -68,12 +69,39 @@ def test_any_scale_split_and_accelerator_can_be_asked_for():
 def test_what_has_no_time_is_missing(tmp_path, capsys):
     frontier.run(asked(out=tmp_path / "rows.jsonl"))
     assert not (tmp_path / "rows.jsonl").exists()
-    assert capsys.readouterr().out.startswith("0 of 2 runs")
+    assert capsys.readouterr().out.startswith("the time is over\n0 of 2 runs")
+
+
+def dies(given, job):
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_said_and_not_waited_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(frontier, "attempt", dies)
+    frontier.run(asked(out=tmp_path / "rows.jsonl", seconds=1e6))
+    assert capsys.readouterr().out.startswith("a process died, and the others are ended; the same command")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_context_that_is_gone_ends_its_process(monkeypatch, capsys, broken):
+    def synchronize():
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(frontier.torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(frontier.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(frontier.os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+    if not broken:
+        assert frontier.attempt(asked(rehearse=False), ("no plan", 0))[1] is None
+        return
+    with pytest.raises(pytest.fail.Exception, match="ended with 1"):
+        frontier.attempt(asked(rehearse=False), ("no plan", 0))
+    assert "no plan, seed 0: the GPU's context is gone" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_is_said_and_ends_no_other(tmp_path, capsys, monkeypatch):
     row = {"scale": "digits", "split": "val", "plan": "dense", "updates": 1.0, "seed": 0}
-    monkeypatch.setattr(frontier, "get_context", lambda _: argparse.Namespace(Pool=ThreadPool))
+    monkeypatch.setattr(frontier, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(frontier, "one_run", lambda study, name, seed: {"at": study.plan(name) and None, **row})
     given = {"rehearse": False, "scale": "digits", "accelerator": "cpu", "jobs": 1, "seconds": 1e6}
     frontier.run(asked(runs=("no plan", "dense"), out=tmp_path / "rows.jsonl", **given))

@@ -113,6 +113,27 @@ def test_unknown_separate(separate):
     assert repr(separate) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("role", "own", "message"),
+    [
+        (Role.ACTIVE, {"mlp", "q"}, r"separate=\['mlp'\] .* ACTIVE; they use 'ffn', 'k', 'norm', 'o', 'q', 'v'$"),
+        (Role.ACTIVE, "qkv", r"separate=\['qkv'\] in a layer's route for image tokens that are ACTIVE; they use"),
+        (Role.ATTEND, {"ffn", "q"}, r"separate=\['ffn'\] .* ATTEND; they use 'k', 'norm', 'o', 'q', 'v'$"),
+        (Role.CONTEXT, {"q", "k", "o"}, r"separate=\['o', 'q'\] .* CONTEXT; they use 'k', 'norm', 'v'$"),
+        (Role.BYPASS, {"norm"}, r"separate=\['norm'\] .* BYPASS; they use no parts$"),
+        (Role.GONE, {"v"}, r"separate=\['v'\] .* GONE; they use no parts$"),
+    ],
+)
+def test_parts_that_image_tokens_of_a_role_do_not_use(role, own, message):
+    with pytest.raises(MethodError, match=message):
+        LayerRoute(role, own)
+
+
+@pytest.mark.parametrize("made", [set, list, tuple, frozenset, "".join])
+def test_parts_in_whatever_collection(made):
+    assert LayerRoute(separate=made(["q"])).separate == frozenset("q")
+
+
 def test_protocol():
     assert isinstance(HiMix(), Method)
     assert isinstance(HMGen("1:3"), Method)

@@ -121,21 +121,47 @@ class Select:
         return images - int(self.strength * (images - least) + 1e-9)
 
 
+PARTS = ("o", "norm", "ffn")
+USED: dict[Role, frozenset[str]] = dict.fromkeys(Role, frozenset()) | {
+    Role.ACTIVE: frozenset({*"qkv", *PARTS}),
+    Role.CONTEXT: frozenset({"k", "v", "norm"}),
+    Role.ATTEND: frozenset({*"qkv", *PARTS}) - {"ffn"},
+}
+
+
 @dataclass(frozen=True)
 class LayerRoute:
     """What image tokens do in one layer.
 
     Args:
         image: their role; with `select`, that of the tokens it does not keep.
-        separate: what is their own: the projections "q", "k", "v", that of the output "o", "norm" and "ffn".
+        separate: what is their own, of what their role uses: the projections "q", "k", "v", that of the output "o",
+            "norm" and "ffn".
         select: which of them stay ACTIVE; None for none.
         renumber: whether the rows that compute take the first positions of their sample.
+
+    Raises:
+        MethodError: unknown parts, or those that image tokens of this role do not use.
+
+    Example:
+        >>> LayerRoute(Role.CONTEXT, {"k", "v"}).separate == frozenset("kv")
+        True
     """
 
     image: Role = Role.ACTIVE
     separate: frozenset[str] = frozenset()
     select: Select | None = None
     renumber: bool = False
+
+    def __post_init__(self) -> None:
+        found = frozenset([self.separate] if isinstance(self.separate, str) else self.separate)
+        used = USED[self.image] if self.select is None else USED[Role.ACTIVE]
+        if lost := sorted(found - used):
+            has = ", ".join(map(repr, sorted(used))) or "no parts"
+            raise MethodError(
+                f"found separate={lost} in a layer's route for image tokens that are {self.image.name}; they use {has}"
+            )
+        object.__setattr__(self, "separate", found)
 
 
 Route = tuple[LayerRoute, ...]
@@ -173,10 +199,15 @@ def present(method: Method | None, num_layers: int, strength: float, trained: Ca
         num_layers: L.
         strength: of the schedule.
         trained: whether methods for training only hold.
+
+    Raises:
+        MethodError: image tokens have parts of their own that they do not have at strength 1.
     """
     if method is None:
         return (LayerRoute(),) * num_layers
     route = method.route(num_layers, strength)
+    if strength != 1:
+        _check_parts(method, route, method.route(num_layers))
     if not getattr(method, "training_only", False) or trained():
         return route
     return tuple(
@@ -187,16 +218,23 @@ def present(method: Method | None, num_layers: int, strength: float, trained: Ca
     )
 
 
-PARTS = ("o", "norm", "ffn")
+def _check_parts(method: Method, route: Route, whole: Route) -> None:
+    # Parts are made for what the whole method has; others would have no weights.
+    for index, (one, full) in enumerate(zip(route, whole, strict=True)):
+        if lost := one.separate - full.separate:
+            raise MethodError(
+                f"{method} gives image tokens {sorted(lost)} of their own in layer {index} below strength 1 of a "
+                "schedule, and not at strength 1, at which they are made; give them there, too"
+            )
 
 
-def owned(parts: str, separate: str, usable: str = "q+k+v+o+norm+ffn", default: str = "qkv") -> frozenset[str]:
+def owned(parts: str, separate: str, role: Role = Role.ACTIVE, default: str = "qkv") -> frozenset[str]:
     """What `parts` names of a layer, joined by "+": projections as letters of "qkv", "o", "norm", "ffn".
 
     Args:
         parts: as a method is given it.
         separate: likewise; with "none" nothing is image tokens' own.
-        usable: what image tokens of the method can use; of the letters, others are left out.
+        role: of image tokens that use them; letters that it does not use are left out.
         default: the method's own `parts`.
 
     Raises:
@@ -215,15 +253,15 @@ def owned(parts: str, separate: str, usable: str = "q+k+v+o+norm+ffn", default: 
                 "'qkv+o+norm+ffn'"
             )
         found |= {part} if part in PARTS else letters
-    able = set(usable.split("+"))
+    able = USED[role]
     if lost := sorted(found - able - set("qkv")):
         raise MethodError(
-            f"parts={parts!r}: image tokens use no {' and no '.join(map(repr, lost))} under this method; it has "
-            f"{', '.join(map(repr, usable.split('+')))}"
+            f"parts={parts!r}: image tokens use no {' and no '.join(map(repr, lost))} under this method; they use "
+            f"{', '.join(map(repr, sorted(able)))}"
         )
     if separate == "none" and parts != default:
         raise MethodError(f"parts={parts!r} has no effect with separate='none'; use separate='shared' or 'per-task'")
-    return frozenset(found & able)
+    return frozenset(found & able if separate != "none" else ())
 
 
 def shown(method: object) -> str:

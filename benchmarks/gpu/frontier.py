@@ -5,8 +5,9 @@
     python -m benchmarks.gpu.frontier --scale mnist --accelerator cpu --split test --seeds 100:110 --out rows.jsonl
 
 Each process takes one run after another, all of a seed before the next seed; a run that fails is said and ends no
-other. A row is appended as its run ends, in the schema of benchmarks/results/frontier/rows.jsonl. What is under way at
-the end is killed, and missing; the same command goes on from there. --rehearse: two tiny runs on the CPU.
+other, unless it takes its process along, or the GPU's context in it. A row is appended as its run ends, in the schema
+of benchmarks/results/frontier/rows.jsonl. What is under way at the end is killed, and missing; the same command goes on
+from there. --rehearse: two tiny runs on the CPU.
 Shape letters: none.
 """
 
@@ -15,10 +16,11 @@ import os
 import sys
 import time
 import traceback
-from contextlib import suppress
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
-from multiprocessing import TimeoutError, get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -26,6 +28,7 @@ from typing import Any, cast
 START = time.monotonic()
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 from benchmarks.results import ROOT, environment  # noqa: E402
 from tokendrop.analysis.where import made_where  # noqa: E402
@@ -84,8 +87,20 @@ def attempt(given: argparse.Namespace, job: tuple[str, int]) -> tuple[str, dict[
         row = single(given, *job)
     except Exception:  # whatever it was ends no other run
         said = f"\n{traceback.format_exc()[-2000:]}"
+        if not usable():
+            print(f"{job[0]}, seed {job[1]}: the GPU's context is gone{said}", flush=True)
+            os._exit(1)
     end = "done" if row else "failed"
     return f"{job[0]}, seed {job[1]}: {end} after {time.monotonic() - begun:.0f} s{said}", row
+
+
+def usable() -> bool:
+    """Whether this process can still use its GPU; a context that is gone would fail every following run."""
+    try:
+        torch.cuda.synchronize() if torch.cuda.is_initialized() else None
+    except RuntimeError:
+        return False
+    return True
 
 
 def run(given: argparse.Namespace) -> None:
@@ -94,15 +109,28 @@ def run(given: argparse.Namespace) -> None:
     seeds = range(1) if given.rehearse else range(*map(int, given.seeds.split(":")))
     wanted = plan(given)[0], given.split, RUNS[2:4] if given.rehearse else given.runs, seeds, given.out
     todo = missing(*wanted)
-    # A forked torch deadlocks in its thread pools. The end of the pool kills what is under way.
-    with get_context("spawn").Pool(given.jobs, end_with_parent) as pool, suppress(StopIteration, TimeoutError):
-        rows = pool.imap_unordered(partial(attempt, given), todo)
-        while True:
-            said, row = rows.next(max(0.0, START + given.seconds - time.monotonic()))
-            print(said, flush=True)
-            if row:
-                append_history(given.out, row)
+    # A forked torch deadlocks in its thread pools.
+    pool = ProcessPoolExecutor(given.jobs, get_context("spawn"), end_with_parent)
+    jobs = [pool.submit(partial(attempt, given), job) for job in todo]
+    try:
+        for job in as_completed(jobs, max(0.0, START + given.seconds - time.monotonic())):
+            keep(job, given.out)
+    except TimeoutError:
+        print("the time is over")
+    except BrokenProcessPool:
+        print("a process died, and the others are ended; the same command goes on")
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in active_children():
+        process.kill()
     print(f"{len(todo) - len(missing(*wanted))} of {len(todo)} runs in {time.monotonic() - START:.0f} s")
+
+
+def keep(job: "Future[tuple[str, dict[str, Any] | None]]", out: Path) -> None:
+    """Say how a run ended, and append its row."""
+    said, row = job.result()
+    print(said, flush=True)
+    if row:
+        append_history(out, row)
 
 
 def main() -> None:

@@ -193,7 +193,7 @@ PART = "join letters of 'qkv', 'o', 'norm' and 'ffn'"
         (lambda: td.HMGen("1:3", "shared", None), f"parts=None is unknown; {PART}"),
         (
             lambda: td.HiMix(":", "shared", "kv+ffn"),
-            "tokens use no 'ffn' under this method; it has 'k', 'v', 'norm'",
+            "tokens use no 'ffn' under this method; they use 'k', 'norm', 'v'",
         ),
         (lambda: td.HMGen("1:3", parts="qkv+o"), r"parts='qkv\+o' has no effect with separate='none'"),
         (lambda: td.MixtureOfTransformers(separate="none"), "separate='none' is the dense model"),
@@ -270,28 +270,43 @@ def test_attention_with_projections_of_their_own_scores_nothing():
         td.apply(llama(), Custom())
 
 
+class Says(Custom):
+    """Gives the second of four layers `own` at strength 1, and `early` below."""
+
+    def __init__(self, own, separate, early=None):
+        self.own, self.separate, self.early = own, separate, own if early is None else early
+
+    def route(self, num_layers, strength=1.0):
+        own = self.own if strength == 1 else self.early
+        return (LayerRoute(), LayerRoute(separate=frozenset(own)), LayerRoute(), LayerRoute())
+
+
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize(
     ("own", "separate", "message"),
     [
-        ({"ffn", "q"}, "none", r"image tokens \['ffn', 'q'\] of their own in layer 1, and its separate is 'none'; let"),
-        (
-            {"mlp", "q"},
-            "shared",
-            r"\['mlp'\] of their own in layer 1; the parts of a layer are 'q', 'k', 'v', 'o', 'norm'",
-        ),
+        ({"ffn", "q"}, "none", r"separate='none', and gives image tokens \['ffn', 'q'\] of their own in 4 layers; use"),
+        ((), "shared", r"separate='shared', and gives image tokens no parts of their own in 4 layers; use"),
+        ({"q"}, "per_task", r"separate='per_task' is unknown; use 'none', 'shared' or 'per-task'"),
     ],
 )
-def test_parts_of_which_a_method_does_not_say_whose_they_are(own, separate, message):
-    class Silent(Custom):
-        def route(self, num_layers, strength=1.0):
-            return (LayerRoute(), LayerRoute(separate=frozenset(own)), LayerRoute(), LayerRoute())
-
-    Silent.separate = separate
+def test_parts_of_which_a_method_does_not_say_whose_they_are(own, separate, message, mapped):
     model = llama()
     before = snapshot(model)
     with pytest.raises(MethodError, match=message):
-        td.apply(model, Silent())
+        td.apply(model, {"a": Says(own, separate)} if mapped else Says(own, separate))
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(("own", "separate"), [((), "none"), ({"q"}, "shared")])
+def test_parts_that_a_method_has_below_strength_1_only(own, separate):
+    drop = td.apply(llama(), Says(own, separate, early={"ffn", *own}))
+    layout = td.TokenLayout(torch.arange(12).view(1, 12) < 5)
+    drop.strength = 0.5
+    with pytest.raises(MethodError, match=r"\['ffn'\] of their own in layer 1 below strength 1 .* and not at strength"):
+        drop.plan(layout)
+    drop.strength = 1.0
+    drop.plan(layout)
 
 
 def test_weights_that_do_not_show_are_refused():

@@ -124,7 +124,7 @@ def test_a_broken_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert missing(*asked) == [("dense x0.5", 0), ("dense", 1), ("dense x0.5", 1)]
     assert len(missing("digits", "test", *asked[2:])) == len(missing("mnist", "val", *asked[2:])) == 4
     monkeypatch.setitem(SCALES, "digits", TINY)
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
     wanted = "digits", "val", ["dense", "U alone x0.2"], [0], path, lambda: {"commit": "abc"}
     assert [(done, due) for done, due, _ in run_missing(*wanted)] == [(1, 1)]
     assert [json.loads(line)["plan"] for line in path.read_text().splitlines()[::2]] == ["dense", "U alone"]

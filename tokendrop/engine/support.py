@@ -13,7 +13,7 @@ from tokendrop.engine.model.decoder import LayerSpec, attention_of, is_sharded
 from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
 from tokendrop.errors import MethodError, UnsupportedError
-from tokendrop.roles import PARTS, Method, Role, Route, selections
+from tokendrop.roles import Method, Role, Route, check_separate, selections
 
 Methods = Method | Mapping[str, Method | None]
 
@@ -72,7 +72,7 @@ def check_support(
 
     Raises:
         UnsupportedError: with the reason, and what to use instead.
-        MethodError: parts of a layer that there are not, or that the method does not say whose they are.
+        MethodError: an unknown `separate`, or parts of a layer beside "none", or none beside another.
     """
     added = deepstack_layers(model, layers)
     for method in methods.values():
@@ -90,8 +90,7 @@ def check_support(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
         _check_owned(layers, specs, method, route)
-        chosen = any(select.adds for select in selections([route]))
-        adds = chosen or method.separate != "none"
+        adds = method.separate != "none" or any(select.adds for select in selections([route]))
         if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise UnsupportedError(
                 f"{method} adds parameters, whose gradients DistributedDataParallel would not average, since it is "
@@ -120,17 +119,14 @@ def _check_skipping(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: M
 
 
 def _check_owned(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method, route: Route) -> None:
+    check_separate(method.separate)
+    parts = sorted({part for layer in route for part in layer.separate})
+    if bool(parts) != (method.separate != "none"):
+        raise MethodError(
+            f"{method} has separate={method.separate!r}, and gives image tokens {parts or 'no parts'} of their own in "
+            f"{len(layers)} layers; use 'shared' or 'per-task' where it gives them parts, and 'none' where it does not"
+        )
     for index, layer in enumerate(route):
-        if unknown := layer.separate - {*"qkv", *PARTS}:
-            raise MethodError(
-                f"{method} gives image tokens {sorted(unknown)} of their own in layer {index}; the parts of a layer "
-                "are 'q', 'k', 'v', 'o', 'norm' and 'ffn'"
-            )
-        if layer.separate and method.separate == "none":
-            raise MethodError(
-                f"{method} gives image tokens {sorted(layer.separate)} of their own in layer {index}, and its separate "
-                "is 'none'; let it be 'shared' or 'per-task'"
-            )
         if refusal := own.refusal(layers[index], specs[index], layer.separate):
             what = "parts" if layer.separate - set("qkv") else "projections"
             raise UnsupportedError(f"{method} needs image-only {what}, but {refusal}; use separate='none'")

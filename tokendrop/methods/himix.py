@@ -50,10 +50,7 @@ class HiMix(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_separate(self.separate)
-        self._own()
-
-    def _own(self) -> frozenset[str]:
-        return owned(self.parts, self.separate, "k+v+norm")
+        owned(self.parts, self.separate, Role.CONTEXT)
 
     def __repr__(self) -> str:
         return shown(self)
@@ -62,7 +59,7 @@ class HiMix(Method):
         """Roles of image tokens in `num_layers` layers; a schedule switches layers on from the deep end."""
         chosen = layer_indices(self.layers, num_layers)
         on = deepest(chosen, strength)
-        own = self._own() if self.separate != "none" else frozenset()
+        own = owned(self.parts, self.separate, Role.CONTEXT)
         return tuple(
             LayerRoute(Role.CONTEXT if i in on else Role.ACTIVE, own if i in chosen else frozenset())
             for i in range(num_layers)

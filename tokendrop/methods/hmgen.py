@@ -57,7 +57,7 @@ class HMGen(Method):
         """Roles of image tokens in `num_layers` layers; a schedule switches shallow layers on from the deep end."""
         shallow = layer_indices(self.shallow, num_layers)
         on = deepest(shallow, strength)
-        own = owned(self.parts, self.separate) if self.separate != "none" else frozenset()
+        own = owned(self.parts, self.separate)
         return tuple(
             LayerRoute(Role.BYPASS if i in on else Role.ACTIVE, frozenset() if i in shallow else own)
             for i in range(num_layers)

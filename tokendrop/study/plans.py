@@ -9,7 +9,7 @@ from functools import partial
 
 from tokendrop.errors import TokenDropError
 from tokendrop.methods import Drop, HiMix, HMGen, RandomLTD, SkipVision
-from tokendrop.roles import Method, Role, Route, Separate
+from tokendrop.roles import USED, Method, Route, Separate
 from tokendrop.schedule import Schedule
 from tokendrop.study.study import Run
 from tokendrop.unified.data import TASKS
@@ -42,7 +42,7 @@ class Plan(Run):
 
 @dataclass(frozen=True)
 class Owned(Method):
-    """A method under which image tokens have norms of their own, and an FFN of their own wherever they run one.
+    """A method under which image tokens have norms of their own wherever they compute, and an FFN where they run one.
 
     Args:
         base: the method.
@@ -58,11 +58,17 @@ class Owned(Method):
     base: Method
     separate: Separate = "shared"
 
+    @property
+    def training_only(self) -> bool:
+        """Whether the method is for training only."""
+        return getattr(self.base, "training_only", False)
+
     def route(self, num_layers: int, strength: float = 1.0) -> Route:
-        """The roles of the method, and the parts of image tokens."""
-        whole, part = frozenset({"norm", "ffn"}), frozenset({"norm"})
-        layers = self.base.route(num_layers, strength)
-        return tuple(replace(one, separate=whole if one.image is Role.ACTIVE else part) for one in layers)
+        """The roles of the method, and the parts that image tokens use both now and under the whole method."""
+        own, routes = frozenset({"norm", "ffn"}), (self.base.route(num_layers, at) for at in (strength, 1.0))
+        return tuple(
+            replace(one, separate=own & USED[one.image] & USED[whole.image]) for one, whole in zip(*routes, strict=True)
+        )
 
 
 def _joint(u: Method | None, g: Method | None, schedule: Callable[[int], Schedule] | None = None) -> Plan:

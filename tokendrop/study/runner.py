@@ -83,7 +83,7 @@ def run_study(study: Study, seeds: int = 1, workers: int = 2, watch: Watch = lam
 @contextmanager
 def in_workers(call: Callable[..., Any], todo: Iterable[tuple[Any, ...]], workers: int) -> Generator[Iterator[Any]]:
     """What a function makes of its arguments, in processes, as it comes; an error ends the calls that wait."""
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
         jobs = [pool.submit(call, *arguments) for arguments in todo]
         try:
             yield (job.result() for job in as_completed(jobs))
