@@ -388,7 +388,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "synergy-correlations": lambda: _synergy(lambda rows, _: synergy_summary.correlations(rows, SynergyStudy())),
     "flops": flops,
     "demo": demo,
-    "demo-short": lambda: demo("unified", "unified x0.6", "late"),
+    "demo-short": lambda: demo("unified", "unified x0.6", "ours"),
     "papers": papers,
     "scale": scale,
     "scale-states": scale_states,

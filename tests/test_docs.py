@@ -43,6 +43,12 @@ def test_files_that_a_page_names_exist(page):
     assert not [name for name in named if not any((place / name).exists() for place in places)]
 
 
+def test_every_picture_is_shown_on_a_page():
+    root = Path(__file__).parents[1]
+    text = "".join(page.read_text() for page in (root / "README.md", *root.glob("docs/**/*.md")))
+    assert [one.name for one in sorted(root.glob("docs/images/*")) if f"images/{one.name})" not in text] == []
+
+
 def test_the_architecture_names_every_file_of_the_engine():
     root = Path(__file__).parents[1]
     engine = root / "tokendrop/engine"

@@ -98,20 +98,20 @@ def test_table_rounds_to_the_spread_between_seeds():
 def test_the_dropped_run_of_both_tasks_that_reads_best_is_marked():
     rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "demo.json").read_text())
     table = summary.table(rows)
-    reads = {cells[0]: float(cells[2].split()[0]) for cells in table.rows if cells[0].startswith(("share", "late"))}
+    reads = {cells[0]: float(cells[2].split()[0]) for cells in table.rows if cells[0].startswith(("share", "ours"))}
     (at,) = table.marked
-    assert table.rows[at][0] == max(reads, key=reads.get) == "late"
+    assert table.rows[at][0] == max(reads, key=reads.get) == "ours"
 
 
 def test_what_was_asked_for_and_made_is_one_grid():
     pictures = [train.Picture(caption, np.eye(4, dtype=np.float32)) for caption in ("one two", "three")]
     runs = [
-        train.Outcome(name, 0, {}, [], pictures if name != "U-only" else []) for name in ("U-only", "G-only", "late")
+        train.Outcome(name, 0, {}, [], pictures if name != "U-only" else []) for name in ("U-only", "G-only", "ours")
     ]
     (section,) = summary._gallery(runner.Finished(None, runs, {}))
-    assert list(section.grid.header) == ["asked for", "G-only", "late"]
+    assert list(section.grid.header) == ["asked for", "G-only", "ours"]
     rows = [(name, [one.caption for one in images]) for name, images in section.grid.rows]
-    assert rows == [(name, [f"G-only: {name}", f"late: {name}"]) for name in ("one two", "three")]
+    assert rows == [(name, [f"G-only: {name}", f"ours: {name}"]) for name in ("one two", "three")]
     assert summary._gallery(runner.Finished(None, runs[:1], {})) == []
 
 

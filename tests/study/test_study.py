@@ -24,11 +24,11 @@ def test_the_nine_runs():
     assert tuple(runs) == NAMES
     assert [len(run.tasks) for run in runs.values()] == [1, 1, 2, 2, 1, 1, 2, 2, 2]
     assert not any(runs[name].methods for name in NAMES[:4])
-    assert runs["late"].methods == {
-        "understanding": td.HiMix("2:"),
-        "generation": td.SkipVision("2:-1", keep=0),
+    assert runs["ours"].methods == {
+        "understanding": td.HiMix("1:"),
+        "generation": td.SkipVision("1:", keep=0),
     }
-    assert [Study().batches(run) for run in runs.values()] == [800, 400, 400, 240, 800, 400, 400, 400, 352]
+    assert [Study().batches(run) for run in runs.values()] == [800, 400, 400, 240, 800, 400, 400, 400, 452]
     assert {m.separate for m in runs["share-all"].methods.values()} == {"none"}
     assert {m.separate for m in runs["share-partial"].methods.values()} == {"per-task"}
     assert runs["HMGen-G"].methods["generation"].separate == "shared"
@@ -98,7 +98,7 @@ def test_images_drawn_at_full_length_are_those_drawn_token_by_token(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["HiMix-U", "late"])
+@pytest.mark.parametrize("name", ["HiMix-U", "ours"])
 def test_greedy_decoding_under_a_method_agrees_with_one_forward(name):
     model = lively(TINY)
     drop = td.apply(model, dict(TINY.runs()[name].methods))
@@ -127,7 +127,7 @@ def test_dropped_steps_cost_less():
     ratios = {name: cost.flops_ratio for name, cost in found.items()}
     assert (ratios["unified"], ratios["unified x0.6"]) == (1, 0.6)
     assert ratios["U-only"] == pytest.approx(2 * ratios["G-only"], rel=0.01) == pytest.approx(1, rel=0.01)
-    assert ratios["HiMix-U"] < ratios["late"] < 0.88
+    assert ratios["HiMix-U"] < ratios["ours"] < 0.88
     assert ratios["share-all"] == pytest.approx(ratios["HiMix-U"] / 2 + ratios["HMGen-G"], rel=0.01)
     assert found["HiMix-U"].peak_bytes < 0.7 * found["U-only"].peak_bytes
     assert all(cost.timed_steps == 2 and cost.step_seconds > 0 < cost.step_seconds_spread for cost in found.values())

@@ -64,4 +64,4 @@ def _demo_model(quick: bool) -> tuple[Any, ...]:
     torch.set_num_threads(1)  # so small a model is slower on more
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
-    return trained_dense(study.QUICK if quick else study.Study())
+    return trained_dense(study.QUICK if quick else study.DEMO)

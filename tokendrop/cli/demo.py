@@ -21,13 +21,13 @@ def demo(
     from tokendrop.analysis.report import render
     from tokendrop.study import summary
     from tokendrop.study.runner import run_study
-    from tokendrop.study.study import QUICK, Study
+    from tokendrop.study.study import DEMO, QUICK
 
     notices = console(stderr=True)
     with one_line_errors():
         out.mkdir(parents=True, exist_ok=True)
         with JobProgress(notices) as progress:
-            finished = run_study(QUICK if quick else Study(), seeds, watch=progress.show)
+            finished = run_study(QUICK if quick else DEMO, seeds, watch=progress.show)
     rows = finished.rows()
     text = json.dumps(rows, indent=1)
     (out / "results.json").write_text(text + "\n")

@@ -25,7 +25,7 @@ from tokendrop.study.study import Run, Study
 from tokendrop.study.synergy import short, task_loss
 from tokendrop.study.train import train
 from tokendrop.synergy.history import append_history, read_history
-from tokendrop.unified.data import TASKS, Question, Scenes
+from tokendrop.unified.data import TASKS, Scenes
 from tokendrop.unified.datamodule import Tested, UnifiedData
 from tokendrop.unified.model import UnifiedVLM
 
@@ -37,7 +37,6 @@ class FrontierStudy(Study):
     """The size of everything at one scale: understanding has few images, generation all others.
 
     Args:
-        question: what understanding is asked.
         placebo: captions of generation are shuffled.
         others: training images of generation, after those of understanding; 0 for all that are left.
         labelled, distil: as in `Plan`.
@@ -50,7 +49,6 @@ class FrontierStudy(Study):
         60
     """
 
-    question: Question = "caption"
     placebo: bool = False
     others: int = 0
     labelled: float = 1.0

@@ -11,7 +11,7 @@ from tokendrop.study.runner import Finished
 from tokendrop.unified.data import TASKS
 
 Row = Mapping[str, Any]
-BEST = "the dropped run of both tasks with the best captions"
+BEST = "the dropped run of both tasks with the best answers"
 BASELINE = {"understanding": "U-only", "generation": "G-only"}
 # The metric that synergy is taken on, and the sign that makes more of it better.
 QUALITY = {"understanding": ("accuracy", 1), "generation": ("nll", -1)}
@@ -22,11 +22,11 @@ HEADER = (
 )  # fmt: skip
 
 QUALITY_NOTE = (
-    "U: exact caption accuracy by greedy decoding, and NLL per caption word. G: NLL per image code, and how often an "
+    "U: how often its answer is exact by greedy decoding, and NLL per word. G: NLL per image code, and how often an "
     "independent classifier sees the digits asked for (it reads {judge:.1%} of real test digits right). Synergy: "
     "quality minus that of the same task trained alone and dense, positive is better; accuracy for U, nats for G. "
     "Runs have equal samples for each task, but for those of U alone, which have twice as many, where U-only is best "
-    "on validation, and unified x0.6 and late, which have so many that they spend 0.6 of the FLOPs of unified. "
+    "on validation, and unified x0.6 and ours, which have so many that they spend 0.6 of the FLOPs of unified. "
     "All on test digits that no run was trained on; ± is {noise}."
 )
 COST_NOTE = (
