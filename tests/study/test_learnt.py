@@ -12,6 +12,7 @@ import tokendrop as td
 from tokendrop.study.costs import Steps
 from tokendrop.study.frontier import SCALES, one_run
 from tokendrop.study.learnt import LearntVLM
+from tokendrop.study.plans import FrontierError
 from tokendrop.unified.data import TASKS, layout_of
 from tokendrop.unified.model import UnifiedVLM
 
@@ -75,6 +76,19 @@ def test_the_dense_forward_teaches_the_dropped_one(task):
         plain = model.training_step(batch, 0)
     with drops[1].layout(layout_of(batch)), torch.no_grad():
         assert plain == pupil.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("given", [{"labelled": 0.0}, {"labelled": 1.5}, {"distil": -1}])
+def test_shares_and_counts_that_are_none(given):
+    with pytest.raises(FrontierError, match=r"found labelled=.*, distil=.*; give a share above 0, at most 1, and a"):
+        LearntVLM(*MADE, **given)
+
+
+@pytest.mark.parametrize("given", [{"labelled": 0.5}, {"distil": 2}])
+def test_a_batch_of_several_tasks_has_no_lesson(given):
+    mixed = {**BATCHES[TASKS[0]], "task": [TASKS[0]] * 6}
+    with pytest.raises(FrontierError, match=r"found a batch of several tasks; lessons and .* update='alternating'"):
+        LearntVLM(*MADE, **given).training_step(mixed, 0)
 
 
 def test_a_lesson_costs_a_dense_batch_more():

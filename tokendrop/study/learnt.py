@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from tokendrop.engine.inject import handle
 from tokendrop.layout import IGNORED
+from tokendrop.study.plans import FrontierError
 from tokendrop.unified.data import TASKS, Batch
 from tokendrop.unified.model import UnifiedVLM
 
@@ -27,10 +28,17 @@ class LearntVLM(UnifiedVLM):
         labelled: share of the labels of generation.
         distil: 0 for none; batches of tasks take turns.
 
+    Raises:
+        FrontierError: no share of labels, no count of batches, or in training a batch of several tasks.
+
     Source: ours; the second after arXiv 2602.03815, whose slow step is distilled to the fast one.
     """
 
     def __init__(self, *sizes: Any, labelled: float = 1.0, distil: int = 0) -> None:
+        if not 0 < labelled <= 1 or distil < 0:
+            raise FrontierError(
+                f"found labelled={labelled}, distil={distil}; give a share above 0, at most 1, and a count"
+            )
         super().__init__(*sizes)
         self.labelled, self.distil = labelled, distil
 
@@ -40,6 +48,8 @@ class LearntVLM(UnifiedVLM):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        if not isinstance(batch["task"], str):
+            raise FrontierError("found a batch of several tasks; lessons and fewer labels take update='alternating'")
         if not self.lesson(batch_idx):
             return super().training_step(self._some(batch, batch_idx), batch_idx)
         with handle(self).disabled():
