@@ -20,12 +20,13 @@ BELOW = {
     "ranges": {"errors"},
     "scoring": {"errors"},
     "roles": {"ranges", "scoring", "errors"},
+    "routes": {"roles", "errors"},
     "schedule": {"errors"},
     "config": {"engine", "methods", "roles", "schedule", "errors"},
     "places": set(),
     "layout": {"places", "errors"},
     "methods": {"methods", "roles", "scoring", "scores", "layout", "errors"},
-    "engine": {"engine", "roles", "layout", "kernels", "errors"},
+    "engine": {"engine", "roles", "routes", "layout", "kernels", "errors"},
     "synergy": {"synergy", "errors"},
 }
 # From the bottom up: a room imports itself and those before it; what is in no room stands on top.
@@ -139,6 +140,6 @@ def code_lines(file):
 
 def test_the_package_is_small():
     # What the demo and the study train is no part of what a user's training runs.
-    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 11750
+    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 11850
     engine = [file for file in FILES if part_of(where(file)) == "engine"]
     assert sum(map(code_lines, engine)) < 5400

@@ -117,7 +117,11 @@ def test_unknown_separate(separate):
     ("role", "own", "message"),
     [
         (Role.ACTIVE, {"mlp", "q"}, r"separate=\['mlp'\] .* ACTIVE; they use 'ffn', 'k', 'norm', 'o', 'q', 'v'$"),
-        (Role.ACTIVE, "qkv", r"separate=\['qkv'\] in a layer's route for image tokens that are ACTIVE; they use"),
+        (Role.ACTIVE, {3, "q"}, r"separate=\[3\] in a layer's route for image tokens that are ACTIVE; they use"),
+        (Role.ACTIVE, "qkv", r"separate='qkv' in a layer's route; expected a set as \{'k', 'v'\}"),
+        (Role.ACTIVE, None, "separate=None in a layer's route; expected a set"),
+        (1, (), "found image=1 in a layer's route; expected a Role, such as Role.CONTEXT"),
+        ("context", (), "found image='context' in a layer's route; expected a Role"),
         (Role.ATTEND, {"ffn", "q"}, r"separate=\['ffn'\] .* ATTEND; they use 'k', 'norm', 'o', 'q', 'v'$"),
         (Role.CONTEXT, {"q", "k", "o"}, r"separate=\['o', 'q'\] .* CONTEXT; they use 'k', 'norm', 'v'$"),
         (Role.BYPASS, {"norm"}, r"separate=\['norm'\] .* BYPASS; they use no parts$"),
@@ -129,7 +133,7 @@ def test_parts_that_image_tokens_of_a_role_do_not_use(role, own, message):
         LayerRoute(role, own)
 
 
-@pytest.mark.parametrize("made", [set, list, tuple, frozenset, "".join])
+@pytest.mark.parametrize("made", [set, list, tuple, frozenset])
 def test_parts_in_whatever_collection(made):
     assert LayerRoute(separate=made(["q"])).separate == frozenset("q")
 

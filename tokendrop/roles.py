@@ -3,8 +3,8 @@
 Shape letters: B batch, T tokens, L layers.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, Protocol, runtime_checkable
 
@@ -31,6 +31,38 @@ class Role(IntEnum):
     BYPASS = 2  # is carried past the layer, neither computing nor seen
     GONE = 3  # has left for good
     ATTEND = 4  # attends, and is seen as key and value, but has no FFN: x + attention(norm x)
+
+
+def check_keep(keep: int | float) -> None:
+    """Refuse what is neither a share nor a count of tokens.
+
+    Raises:
+        MethodError: with the value.
+    """
+    share = isinstance(keep, float) and 0 < keep <= 1
+    count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 0
+    if not share and not count:
+        raise MethodError(f"keep={keep!r}: expected a share in (0, 1] as a float, or a count of 0 or more")
+
+
+def check_per(per: object) -> None:
+    """Refuse what image tokens have no budget of.
+
+    Raises:
+        MethodError: with the value.
+    """
+    if not isinstance(per, str) or per not in ("sample", "image", "frame"):
+        raise MethodError(f"per={per!r} is unknown; use 'sample', 'image' or 'frame'")
+
+
+def check_strength(strength: object) -> None:
+    """Refuse what is no strength of a schedule.
+
+    Raises:
+        MethodError: with the value.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        raise MethodError(f"strength={strength!r}: expected a number from 0, dense, to 1, the whole method")
 
 
 @dataclass(frozen=True)
@@ -72,7 +104,8 @@ class Select:
             mask token for one that is not kept, and of what they were at its entry; others than these are BYPASS.
 
     Raises:
-        MethodError: queries of a layer that is neither entered nor the one before; a fusion beside a merge or a router.
+        MethodError: queries of a layer that is neither entered nor the one before; a fusion beside a merge or a router;
+            a gate without a router, or what to restore without a merge; a `keep`, `per` or strength that is none.
     """
 
     keep: int | float
@@ -93,6 +126,14 @@ class Select:
     fuse: bool = False
 
     def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_per(self.per)
+        check_strength(self.strength)
+        if self.gate < 0 or (self.gate > 0 and not self.learned) or (self.restore and self.merge is None):
+            raise MethodError(
+                f"a selection at layer {self.layer} has gate={self.gate}, learned={self.learned}, "
+                f"restore={self.restore}, merge={self.merge}; a gate above 0 takes learned=True, restore=True a merge"
+            )
         if self.fuse and (self.merge is not None or self.learned):
             raise MethodError(
                 f"a selection at layer {self.layer} fuses where its range ends, and merges or has a router too; do one"
@@ -141,7 +182,7 @@ class LayerRoute:
         renumber: whether the rows that compute take the first positions of their sample.
 
     Raises:
-        MethodError: unknown parts, or those that image tokens of this role do not use.
+        MethodError: no role, or parts that are no set, unknown, or not used by image tokens of this role.
 
     Example:
         >>> LayerRoute(Role.CONTEXT, {"k", "v"}).separate == frozenset("kv")
@@ -154,9 +195,13 @@ class LayerRoute:
     renumber: bool = False
 
     def __post_init__(self) -> None:
-        found = frozenset([self.separate] if isinstance(self.separate, str) else self.separate)
+        if not isinstance(self.image, Role):
+            raise MethodError(f"found image={self.image!r} in a layer's route; expected a Role, such as Role.CONTEXT")
+        if isinstance(self.separate, str) or not isinstance(self.separate, Collection):
+            raise MethodError(f"found separate={self.separate!r} in a layer's route; expected a set as {{'k', 'v'}}")
+        found = frozenset(self.separate)
         used = USED[self.image] if self.select is None else USED[Role.ACTIVE]
-        if lost := sorted(found - used):
+        if lost := sorted(found - used, key=str):
             has = ", ".join(map(repr, sorted(used))) or "no parts"
             raise MethodError(
                 f"found separate={lost} in a layer's route for image tokens that are {self.image.name}; they use {has}"
@@ -191,43 +236,6 @@ class Method(Protocol):
         ...
 
 
-def present(method: Method | None, num_layers: int, strength: float, trained: Callable[[], bool]) -> Route:
-    """The route of a method now; every image token is ACTIVE where there is none, or it is for training only.
-
-    Args:
-        method: None for the dense model.
-        num_layers: L.
-        strength: of the schedule.
-        trained: whether methods for training only hold.
-
-    Raises:
-        MethodError: image tokens have parts of their own that they do not have at strength 1.
-    """
-    if method is None:
-        return (LayerRoute(),) * num_layers
-    route = method.route(num_layers, strength)
-    if strength != 1:
-        _check_parts(method, route, method.route(num_layers))
-    if not getattr(method, "training_only", False) or trained():
-        return route
-    return tuple(
-        LayerRoute(one.image, select=replace(one.select, strength=0.0))
-        if one.select is not None and one.select.fuse
-        else LayerRoute()
-        for one in route
-    )
-
-
-def _check_parts(method: Method, route: Route, whole: Route) -> None:
-    # Parts are made for what the whole method has; others would have no weights.
-    for index, (one, full) in enumerate(zip(route, whole, strict=True)):
-        if lost := one.separate - full.separate:
-            raise MethodError(
-                f"{method} gives image tokens {sorted(lost)} of their own in layer {index} below strength 1 of a "
-                "schedule, and not at strength 1, at which they are made; give them there, too"
-            )
-
-
 def owned(parts: str, separate: str, role: Role = Role.ACTIVE, default: str = "qkv") -> frozenset[str]:
     """What `parts` names of a layer, joined by "+": projections as letters of "qkv", "o", "norm", "ffn".
 
@@ -254,7 +262,7 @@ def owned(parts: str, separate: str, role: Role = Role.ACTIVE, default: str = "q
             )
         found |= {part} if part in PARTS else letters
     able = USED[role]
-    if lost := sorted(found - able - set("qkv")):
+    if lost := sorted(found - able - set("qkv") if found & able else found):
         raise MethodError(
             f"parts={parts!r}: image tokens use no {' and no '.join(map(repr, lost))} under this method; they use "
             f"{', '.join(map(repr, sorted(able)))}"

@@ -119,9 +119,10 @@ def run(given: argparse.Namespace) -> None:
         print("the time is over")
     except BrokenProcessPool:
         print("a process died, and the others are ended; the same command goes on")
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in active_children():
-        process.kill()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.kill()
     print(f"{len(todo) - len(missing(*wanted))} of {len(todo)} runs in {time.monotonic() - START:.0f} s")
 
 

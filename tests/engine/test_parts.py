@@ -271,14 +271,13 @@ def test_attention_with_projections_of_their_own_scores_nothing():
 
 
 class Says(Custom):
-    """Gives the second of four layers `own` at strength 1, and `early` below."""
+    """Gives the second of four layers `own`."""
 
-    def __init__(self, own, separate, early=None):
-        self.own, self.separate, self.early = own, separate, own if early is None else early
+    def __init__(self, own, separate):
+        self.own, self.separate = own, separate
 
     def route(self, num_layers, strength=1.0):
-        own = self.own if strength == 1 else self.early
-        return (LayerRoute(), LayerRoute(separate=frozenset(own)), LayerRoute(), LayerRoute())
+        return (LayerRoute(), LayerRoute(separate=frozenset(self.own)), LayerRoute(), LayerRoute())
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -296,17 +295,6 @@ def test_parts_of_which_a_method_does_not_say_whose_they_are(own, separate, mess
     with pytest.raises(MethodError, match=message):
         td.apply(model, {"a": Says(own, separate)} if mapped else Says(own, separate))
     assert snapshot(model) == before
-
-
-@pytest.mark.parametrize(("own", "separate"), [((), "none"), ({"q"}, "shared")])
-def test_parts_that_a_method_has_below_strength_1_only(own, separate):
-    drop = td.apply(llama(), Says(own, separate, early={"ffn", *own}))
-    layout = td.TokenLayout(torch.arange(12).view(1, 12) < 5)
-    drop.strength = 0.5
-    with pytest.raises(MethodError, match=r"\['ffn'\] of their own in layer 1 below strength 1 .* and not at strength"):
-        drop.plan(layout)
-    drop.strength = 1.0
-    drop.plan(layout)
 
 
 def test_weights_that_do_not_show_are_refused():

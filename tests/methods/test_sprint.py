@@ -236,7 +236,7 @@ class Twice(Mine):
 
 @pytest.mark.parametrize(("method", "entered", "said"), [(Mine, 1, 0), (Mine, 1, 2), (Twice, 3, 1)])
 def test_a_selection_that_fuses_says_where_its_range_begins(method, entered, said):
-    message = f"fuses image tokens that enter layer {entered}, but its selection is of layer {said}; say {entered}"
+    message = f"selects image tokens that enter layer {entered}, but the selection is of layer {said}; say {entered}"
     with pytest.raises(td.UnsupportedError, match=message):
         td.apply(copy.deepcopy(BASE), method(Select(0.5, score, said, fuse=True)))
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Method
+from tokendrop.routes import route_of
 
 HOOKS = "0.16.6"  # the first DeepSpeed whose hooks stand on the parameters
 
@@ -75,7 +76,7 @@ def _check_gathering(name: str, methods: Iterable[Method | None], layers: Iterab
     for method in methods:
         if method is None:
             continue
-        selects = [layer.select for layer in method.route(num_layers) if layer.select is not None]
+        selects = [layer.select for layer in route_of(method, num_layers) if layer.select is not None]
         looks = any(one.queries is not None or one.adds or one.encoder for one in selects)
         if method.separate != "none" or looks:
             raise UnsupportedError(

@@ -23,6 +23,7 @@ from tokendrop.engine.support import Methods
 from tokendrop.errors import NoEffectWarning
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import Method
+from tokendrop.routes import route_of
 from tokendrop.schedule import Schedule
 
 TEXT = 64
@@ -52,7 +53,7 @@ def summary_rows(handle: Handle) -> list[tuple[str, ...]]:
         if method is None:
             rows.append((name, "dense", "", "100%", "100%"))
             continue
-        route = method.route(len(handle.layers))
+        route = route_of(method, len(handle.layers))
         ratio = flops_ratio(handle, task, method)
         shares = (f"{computed_share(route):.0%}", "unknown" if ratio is None else f"{ratio:.0%}")
         rows.append((name, str(method), in_words(route), *shares))
@@ -65,7 +66,7 @@ def flops_ratio(handle: Handle, task: str | None, method: Method) -> float | Non
         return None
     at = torch.arange(IMAGES + TEXT)[None]
     layout = TokenLayout(at < IMAGES, frames=torch.zeros_like(at))
-    plan = Planner(layout, [method.route(len(handle.layers))], [handle.names.get(task)], handle.multiple).plan()
+    plan = Planner(layout, [route_of(method, len(handle.layers))], [handle.names.get(task)], handle.multiple).plan()
     (cost,) = task_costs(handle, plan, (task,)).values()
     return cost.flops_ratio
 

@@ -35,7 +35,8 @@ from tokendrop.errors import (
     check_integer,
 )
 from tokendrop.layout import TokenLayout
-from tokendrop.roles import Method, Route, present
+from tokendrop.roles import Method, Route
+from tokendrop.routes import present
 
 
 class Handle(Described, nn.Module):

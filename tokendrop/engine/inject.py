@@ -32,6 +32,7 @@ from tokendrop.engine.model.weights import check_one_device
 from tokendrop.engine.support import Methods, attending, check_methods, check_shared, check_support, weighing
 from tokendrop.errors import AppliedError, UnsupportedError, check_flag, check_integer
 from tokendrop.roles import selections
+from tokendrop.routes import route_of
 
 
 class _RoutedLayer(Swapped):
@@ -128,7 +129,7 @@ def apply(
     for index in attends:
         ffn.check(found[index], f"decoder layer {index}")
     headed = head.find_head(model) if labelled_logits else None
-    selects = selections(method.route(len(found)) for method in given.values())
+    selects = selections(route_of(method, len(found)) for method in given.values())
     looked = {index for select in selects for index in select.encoder}
     encoder = Encoder(model, looked) if looked else None
     added = sets.make_sets(found, specs, given, sets.set_names(given))

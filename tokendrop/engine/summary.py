@@ -11,6 +11,7 @@ from torch import nn
 
 from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.roles import Method, Role, Route
+from tokendrop.routes import route_of
 
 _NAMES = {Role.ATTEND: "ATTEND (without FFN)"}
 IMAGES = 576  # of a sample that is spoken of; what a method counts in is said of as many as LLaVA-1.5 has
@@ -53,7 +54,7 @@ def task_lines(methods: Mapping[str | None, Method | None], num_layers: int | No
     for task, method in methods.items():
         line = f"{task or 'any task'}: {'dense' if method is None else method}"
         if method is not None and num_layers is not None:
-            route = method.route(num_layers)
+            route = route_of(method, num_layers)
             line += f", {in_words(route)}, {computed_share(route):.0%} of image token-layers computed"
             line += " (training only)" if getattr(method, "training_only", False) else ""
         lines.append(line)

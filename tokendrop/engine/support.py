@@ -14,6 +14,7 @@ from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
 from tokendrop.errors import MethodError, UnsupportedError
 from tokendrop.roles import Method, Role, Route, check_separate, selections
+from tokendrop.routes import route_of
 
 Methods = Method | Mapping[str, Method | None]
 
@@ -40,12 +41,12 @@ def check_methods(methods: Methods) -> dict[str | None, Method | None]:
 
 def attending(method: Method, num_layers: int) -> list[int]:
     """The layers in which image tokens are ATTEND."""
-    return [index for index, layer in enumerate(method.route(num_layers)) if layer.image is Role.ATTEND]
+    return [index for index, layer in enumerate(route_of(method, num_layers)) if layer.image is Role.ATTEND]
 
 
 def weighing(method: Method, num_layers: int) -> list[int]:
     """The layers in which a router weighs what the FFN gives."""
-    selects = [layer.select for layer in method.route(num_layers)]
+    selects = [layer.select for layer in route_of(method, num_layers)]
     return [index for index, select in enumerate(selects) if select is not None and select.gate]
 
 
@@ -76,11 +77,11 @@ def check_support(
     """
     added = deepstack_layers(model, layers)
     for method in methods.values():
-        route = method.route(len(layers))
+        route = route_of(method, len(layers))
         context = [index for index, layer in enumerate(route) if layer.image is Role.CONTEXT]
         _check_skipping(layers, specs, method)
         _check_weighing(layers, specs, method)
-        if refusal := _chosen_refusal(route) or _numbered_refusal(route, layers):
+        if refusal := _numbered_refusal(route, layers):
             raise UnsupportedError(f"{method} {refusal}")
         if refusal := _refusal(layers, specs, context):
             raise UnsupportedError(f"{method} makes image tokens CONTEXT, but {refusal}; or use HMGen")
@@ -136,30 +137,6 @@ def _check_weighing(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: M
     for index in weighing(method, len(layers)):
         if refusal := skip_refusal(layers[index], specs[index], adds=0.5):
             raise UnsupportedError(f"{method} weighs what an FFN gives, but {refusal}; use MixtureOfDepths")
-
-
-def _chosen_refusal(route: Route) -> str | None:
-    # What a selection cannot be combined with.
-    gone = False
-    for index, layer in enumerate(route):
-        if layer.select is not None and layer.separate:
-            return f"selects image tokens in layer {index} and has projections of their own there; do one of them"
-        looks = None if layer.select is None or layer.select.queries is None else layer.select.queries.layer
-        if looks is not None and route[looks].separate:
-            return f"scores by attention of layer {looks}, where image tokens have own projections; do one"
-        if layer.select is not None and layer.select.gate and layer.image is not Role.BYPASS:
-            return f"weighs what image tokens get in layer {index}, where the others are {layer.image.name}; use BYPASS"
-        if layer.select is not None and layer.select.fuse and layer.image is not Role.BYPASS:
-            return f"fuses image tokens behind layer {index}, where the others are {layer.image.name}; use BYPASS"
-        begins = index == 0 or route[index - 1].select != layer.select
-        if layer.select is not None and layer.select.fuse and begins and layer.select.layer != index:
-            found = f"but its selection is of layer {layer.select.layer}; say {index}"
-            return f"fuses image tokens that enter layer {index}, {found}"
-        if layer.select is not None and layer.image in (Role.CONTEXT, Role.ATTEND) and gone:
-            role = layer.image.name
-            return f"selects image tokens in layer {index}, the others {role}, behind others that are GONE; use BYPASS"
-        gone = gone or layer.image is Role.GONE
-    return None
 
 
 def _numbered_refusal(route: Route, layers: nn.ModuleList) -> str | None:

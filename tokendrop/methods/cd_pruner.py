@@ -6,9 +6,8 @@ from typing import cast
 from torch import Tensor
 
 from tokendrop import scores
-from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import staged
-from tokendrop.roles import Method, Route, Scoring, Select
+from tokendrop.roles import Method, Route, Scoring, Select, check_keep
 
 
 def _conditional(scoring: Scoring) -> Tensor:

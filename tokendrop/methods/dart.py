@@ -8,9 +8,8 @@ from torch import Tensor
 
 from tokendrop import scores
 from tokendrop.errors import LayerRangeError, MethodError
-from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import check_count, check_stage_layers
-from tokendrop.roles import Attention, LayerRoute, Method, Queries, Role, Route, Scoring, Select
+from tokendrop.roles import Attention, LayerRoute, Method, Queries, Role, Route, Scoring, Select, check_keep
 
 
 @dataclass(frozen=True)

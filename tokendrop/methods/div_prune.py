@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokendrop import scores
-from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import staged
-from tokendrop.roles import Method, Route, Scoring, Select
+from tokendrop.roles import Method, Route, Scoring, Select, check_keep
 
 
 def _diverse(scoring: Scoring) -> Tensor:

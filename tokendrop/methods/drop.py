@@ -21,7 +21,9 @@ from tokendrop.roles import (
     Route,
     Scoring,
     Select,
+    check_keep,
     check_layers,
+    check_per,
     layer_indices,
 )
 from tokendrop.scoring import seen_by, sees
@@ -46,28 +48,6 @@ def _attention(scoring: Scoring) -> Attention:
 def _average(scoring: Scoring, kept: Tensor) -> Merge:
     into, sizes = scores.nearest(scoring.states, scoring.image & ~kept, kept)
     return Merge(into, 1 / sizes)
-
-
-def check_keep(keep: int | float) -> None:
-    """Refuse what is neither a share nor a count of tokens.
-
-    Raises:
-        MethodError: with the value.
-    """
-    share = isinstance(keep, float) and 0 < keep <= 1
-    count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 0
-    if not share and not count:
-        raise MethodError(f"keep={keep!r}: expected a share in (0, 1] as a float, or a count of 0 or more")
-
-
-def check_per(per: object) -> None:
-    """Refuse what image tokens have no budget of.
-
-    Raises:
-        MethodError: with the value.
-    """
-    if not isinstance(per, str) or per not in ("sample", "image", "frame"):
-        raise MethodError(f"per={per!r} is unknown; use 'sample', 'image' or 'frame'")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from tokendrop import scores
 from tokendrop.errors import MethodError, check_integer
-from tokendrop.methods.drop import check_keep
 from tokendrop.methods.stages import Stage, check_count, check_positions, check_stages, staged
-from tokendrop.roles import Encoded, Merge, Method, Route, Scoring, Select
+from tokendrop.roles import Encoded, Merge, Method, Route, Scoring, Select, check_keep
 
 
 @dataclass(frozen=True)

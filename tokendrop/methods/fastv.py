@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from tokendrop.errors import MethodError
-from tokendrop.methods.drop import check_keep, check_per
 from tokendrop.methods.stages import Stage, check_stage_layers, staged
-from tokendrop.roles import Method, Per, Route
+from tokendrop.roles import Method, Per, Route, check_keep, check_per
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokendrop.errors import LayerRangeError
-from tokendrop.methods.drop import check_per
 from tokendrop.methods.stages import Stage, check_stages, staged
-from tokendrop.roles import LayerRoute, Method, Per, Role, Route
+from tokendrop.roles import LayerRoute, Method, Per, Role, Route, check_per
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,18 @@ from typing import cast
 
 from torch import Tensor
 
-from tokendrop.methods.drop import check_keep
-from tokendrop.roles import LayerRoute, Layers, Method, Role, Route, Scoring, Select, check_layers, layer_indices
+from tokendrop.roles import (
+    LayerRoute,
+    Layers,
+    Method,
+    Role,
+    Route,
+    Scoring,
+    Select,
+    check_keep,
+    check_layers,
+    layer_indices,
+)
 
 
 def routed(scoring: Scoring) -> Tensor:

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tokendrop.methods.drop import check_per
 from tokendrop.methods.stages import Stage, check_positions, check_stages, staged
-from tokendrop.roles import Method, Per, Route
+from tokendrop.roles import Method, Per, Route, check_per
 
 
 @dataclass(frozen=True)

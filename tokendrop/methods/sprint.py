@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokendrop.errors import check_integer
-from tokendrop.methods.drop import SCORES, check_keep
-from tokendrop.roles import LayerRoute, Layers, Method, Role, Route, Select, check_layers, layer_indices
+from tokendrop.methods.drop import SCORES
+from tokendrop.roles import LayerRoute, Layers, Method, Role, Route, Select, check_keep, check_layers, layer_indices
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from tokendrop.errors import LayerRangeError, MethodError
-from tokendrop.methods.drop import SCORES, check_keep
-from tokendrop.roles import LayerRoute, Per, Queries, Role, Route, Select
+from tokendrop.methods.drop import SCORES
+from tokendrop.roles import LayerRoute, Per, Queries, Role, Route, Select, check_keep
 
 
 class Stage(NamedTuple):

@@ -6,9 +6,8 @@ from typing import Any
 
 from tokendrop import scores
 from tokendrop.errors import MethodError
-from tokendrop.methods.drop import check_keep, check_per
 from tokendrop.methods.stages import check_count, staged
-from tokendrop.roles import Method, Per, Route, Select
+from tokendrop.roles import Method, Per, Route, Select, check_keep, check_per
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from tokendrop.engine.model.swap import HUNG
 from tokendrop.engine.model.weights import onloaded, weights_of
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Method, Role
+from tokendrop.routes import route_of
 
 
 def refusal(layer: nn.Module, spec: LayerSpec, parts: Iterable[str]) -> str | None:
@@ -128,7 +129,7 @@ def taken(layer: nn.Module, spec: LayerSpec, key: str, value: Tensor) -> Tensor:
 
 def splits(methods: Collection[Method], count: int) -> bool:
     """Whether rows of a layer's parts go ways of their own under some method, in a decoder of `count` layers."""
-    context = (one.image is Role.CONTEXT for method in methods for one in method.route(count))
+    context = (one.image is Role.CONTEXT for method in methods for one in route_of(method, count))
     return any(method.separate != "none" for method in methods) or any(context)
 
 

@@ -14,6 +14,7 @@ from tokendrop.engine.model.own import copies, source, taken
 from tokendrop.engine.model.weights import home
 from tokendrop.errors import UnsupportedError
 from tokendrop.roles import Method, selections
+from tokendrop.routes import route_of
 
 ROUTER, FUSION = "router", "fusion"
 
@@ -39,12 +40,13 @@ def make_sets(
         names: the set of each task, from `set_names`.
     """
     sets = nn.ModuleList()
+    routes = {task: route_of(method, len(layers)) for task, method in methods.items()}
     for index, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
         wanted: dict[str, set[str]] = {}
         for task, name in names.items():
-            wanted.setdefault(name, set()).update(methods[task].route(len(layers))[index].separate)
+            wanted.setdefault(name, set()).update(routes[task][index].separate)
         made = {name: nn.ModuleDict(copies(layer, spec, parts)) for name, parts in sorted(wanted.items()) if parts}
-        selects = selections((method.route(len(layers))[index],) for method in methods.values())
+        selects = selections((route[index],) for route in routes.values())
         beside: dict[str, nn.Module] = {}
         if learned := [select for select in selects if select.learned]:
             beside[ROUTER] = Router.of(layer, any(select.gate for select in learned))
