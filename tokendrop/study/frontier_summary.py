@@ -99,12 +99,13 @@ def _alone(rows: Sequence[Row], chosen: Sequence[Row], metric: str) -> str | Non
 def dense_at(rows: Sequence[Row], share: float, metric: str) -> dict[int, float]:
     """Seed -> the quality of dense joint training for a share of its FLOPs, linear between the two runs around it.
 
-    Only seeds that have both count; nothing outside the range of what was run, but that the run with the fewest FLOPs
-    stands for up to .01 less, to the plan's disadvantage.
+    A run stands for up to .01 less, to the plan's disadvantage, with all of its seeds; else only seeds that both have
+    count, and nothing outside the range of what was run.
     """
     at = sorted((flops(rows, name), name) for name in names(rows) if name.split(" x")[0] == JOINT)
-    if at and 0 < at[0][0] - share <= 0.01:
-        return quality(rows, at[0][1], metric)
+    for above, name in at:
+        if 0 <= above - share <= 0.01:
+            return quality(rows, name, metric)
     for (low, first), (high, second) in pairwise(at):
         if low <= share <= high:
             a, b = quality(rows, first, metric), quality(rows, second, metric)
