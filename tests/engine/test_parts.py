@@ -284,8 +284,11 @@ class Says(Custom):
 @pytest.mark.parametrize(
     ("own", "separate", "message"),
     [
-        ({"ffn", "q"}, "none", r"separate='none', and gives image tokens \['ffn', 'q'\] of their own in 4 layers; use"),
-        ((), "shared", r"separate='shared', and gives image tokens no parts of their own in 4 layers; use"),
+        (
+            {"ffn", "q"},
+            "none",
+            r"separate='none', and gives image tokens \['ffn', 'q'\] of their own; use 'shared'",
+        ),
         ({"q"}, "per_task", r"separate='per_task' is unknown; use 'none', 'shared' or 'per-task'"),
     ],
 )

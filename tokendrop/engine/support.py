@@ -73,7 +73,7 @@ def check_support(
 
     Raises:
         UnsupportedError: with the reason, and what to use instead.
-        MethodError: an unknown `separate`, or parts of a layer beside "none", or none beside another.
+        MethodError: an unknown `separate`, or parts of a layer beside "none".
     """
     added = deepstack_layers(model, layers)
     for method in methods.values():
@@ -91,7 +91,7 @@ def check_support(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
         _check_owned(layers, specs, method, route)
-        adds = method.separate != "none" or any(select.adds for select in selections([route]))
+        adds = any(layer.separate for layer in route) or any(select.adds for select in selections([route]))
         if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise UnsupportedError(
                 f"{method} adds parameters, whose gradients DistributedDataParallel would not average, since it is "
@@ -122,10 +122,9 @@ def _check_skipping(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: M
 def _check_owned(layers: nn.ModuleList, specs: Sequence[LayerSpec], method: Method, route: Route) -> None:
     check_separate(method.separate)
     parts = sorted({part for layer in route for part in layer.separate})
-    if bool(parts) != (method.separate != "none"):
+    if parts and method.separate == "none":
         raise MethodError(
-            f"{method} has separate={method.separate!r}, and gives image tokens {parts or 'no parts'} of their own in "
-            f"{len(layers)} layers; use 'shared' or 'per-task' where it gives them parts, and 'none' where it does not"
+            f"{method} has separate='none', and gives image tokens {parts} of their own; use 'shared' or 'per-task'"
         )
     for index, layer in enumerate(route):
         if refusal := own.refusal(layers[index], specs[index], layer.separate):
