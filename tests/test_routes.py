@@ -33,8 +33,6 @@ CHOSEN = LayerRoute(Role.BYPASS, select=SELECT)
 class Mine:
     """Gives `route` at strength 1, and `weak` below."""
 
-    separate = "none"
-
     def __init__(self, route, weak=None, separate="none"):
         self.given, self.weak, self.separate = route, route if weak is None else weak, separate
 
@@ -149,9 +147,7 @@ def test_selections_that_are_none(given, message):
 
 def test_a_method_for_training_only_keeps_its_parts_where_it_does_not_hold():
     own = LayerRoute(separate=frozenset("kv"))
-    method = Mine((A, own, LayerRoute(Role.CONTEXT, frozenset("kv")), CHOSEN), separate="shared")
+    method = Mine((A, own, LayerRoute(Role.CONTEXT, frozenset("kv")), chosen(layer=3)), separate="shared")
     method.training_only = True
-    given = replace(method.given[3], select=replace(SELECT, layer=3))
-    method.given = (*method.given[:3], given)
     assert present(method, 4, 1.0, lambda: True) == method.given
     assert present(method, 4, 1.0, lambda: False) == (A, own, own, A)

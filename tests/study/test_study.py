@@ -9,7 +9,7 @@ from tiny_study import NAMES, TINY
 
 import tokendrop as td
 from tokendrop.study.costs import Steps, costs
-from tokendrop.study.study import Study
+from tokendrop.study.study import Run, Study
 from tokendrop.study.train import train
 from tokendrop.unified.data import TASKS, layout_of
 from tokendrop.unified.metrics import greedy_exact, item_nll
@@ -120,6 +120,14 @@ def test_a_run_depends_on_its_seed_alone():
     assert first.scores == again.scores
     assert first.curve == again.curve
     assert first.scores != other.scores
+
+
+def test_routers_depend_on_the_seed_alone(monkeypatch):
+    run = Run(TASKS, dict.fromkeys(TASKS, td.MixtureOfDepths("1::2", 0.5)))
+    monkeypatch.setattr(Study, "runs", lambda self: {"it": run})
+    first = train(TINY, "it", 0)
+    torch.rand(7)
+    assert train(TINY, "it", 0).scores == first.scores
 
 
 def test_dropped_steps_cost_less():

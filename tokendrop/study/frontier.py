@@ -206,7 +206,6 @@ def one_run(study: FrontierStudy, name: str, seed: int) -> dict[str, Any]:
         seed: of weights and batches.
     """
     torch.set_num_threads(1)
-    torch.manual_seed(seed)  # a worker has made other runs before
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     (plan, updates), sized = parsed(name), study.of(name)

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -105,6 +106,7 @@ def train(
         progress: called with optimiser steps done and due.
         callbacks: more of them.
     """
+    torch.manual_seed(seed)  # routers begin at random, and a worker has made other runs before
     run = study.runs()[name]
     data, model = study.data(run, seed), study.model(seed)
     witness = Witness(study.batches(run), progress)
