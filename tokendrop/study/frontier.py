@@ -122,6 +122,7 @@ SCALES = {
     "mnist 2x2": replace(MNIST, grid=(2, 2)),
     # Understanding is asked for one digit, generation is told all; neither has many images. No gradient is watched.
     "digits, one digit": replace(FrontierStudy(), **ONE_DIGIT),
+    "digits, one digit, 12 layers": replace(FrontierStudy(layers=12), **ONE_DIGIT),
     "mnist, one digit": replace(MNIST, few=200, others=500, steps=500, **ONE_DIGIT),
     "mnist 2x2, one digit": replace(MNIST, grid=(2, 2), others=1000, steps=500, **ONE_DIGIT),
     # The learning rate is that of width 64 times the root of 64 / 512, between one for all widths and one that falls as
