@@ -4,7 +4,7 @@ Shape letters: L layers.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from helpers import llama
 
 import tokendrop as td
 from tokendrop.errors import MethodError, UnsupportedError
-from tokendrop.roles import LayerRoute, Merge, Role, Select
-from tokendrop.routes import present, route_of
+from tokendrop.roles import LayerRoute, Merge, Queries, Role, Select
+from tokendrop.routes import needs, present, route_of
 
 A, C, B, G, T = (LayerRoute(role) for role in (Role.ACTIVE, Role.CONTEXT, Role.BYPASS, Role.GONE, Role.ATTEND))
 
@@ -24,6 +24,12 @@ def first(scoring):
 
 def merged(scoring, kept):
     return Merge(scoring.image.float(), scoring.image.float())
+
+
+@dataclass
+class Unfrozen:
+    def __call__(self, *given):
+        return None
 
 
 SELECT = Select(2, first, 1)
@@ -105,31 +111,57 @@ def test_roles_and_selections_that_contradict_one_another(route, message, weak):
         assert not hasattr(model, "tokendrop")
 
 
-@pytest.mark.parametrize(
-    ("weak", "what"),
-    [
-        (LayerRoute(separate=frozenset({"k", "ffn"})), "'ffn' of image tokens' own, 'k' of image tokens' own"),
-        (T, "ATTEND"),
-        (LayerRoute(Role.BYPASS, renumber=True), "new positions"),
-        (chosen(learned=True), "a router"),
-        (chosen(fuse=True), "a fusion"),
-    ],
-)
+NEEDS = [
+    (LayerRoute(separate=frozenset({"k", "ffn"})), "'ffn' of image tokens' own, 'k' of image tokens' own"),
+    (T, "ATTEND"),
+    (LayerRoute(Role.CONTEXT), "CONTEXT"),
+    (LayerRoute(Role.BYPASS, renumber=True), "new positions"),
+    (chosen(learned=True), "a router"),
+    (chosen(fuse=True), "a fusion"),
+    (chosen(queries=Queries("prompt", 1)), "the attention of layer 1"),
+    (chosen(encoder=(2,)), "layer 2 of the vision encoder"),
+]
+
+
+@pytest.mark.parametrize(("weak", "what"), NEEDS)
 def test_what_a_model_was_not_made_ready_for(weak, what):
     method, layout = Mine((A,) * 4, (A, weak, A, A)), td.TokenLayout(torch.arange(6).view(1, 6) < 3)
     drop = td.apply(llama(), method)
     drop.strength = 0.5
     with pytest.raises(
-        MethodError, match=rf"Mine\(\) needs {what} in layer 1 below strength 1 .* and not at 1, for which"
+        MethodError,
+        match=rf"Mine\(\) needs {what} in layer 1 at strength 0.5, and did not at strength 1 when it was ap",
     ):
         drop.plan(layout)
     drop.strength = 1.0
     drop.plan(layout)
 
 
+@pytest.mark.parametrize(("changed", "what"), NEEDS)
+def test_a_method_that_is_changed_after_apply(changed, what):
+    method, layout = Mine((A,) * 4), td.TokenLayout(torch.arange(6).view(1, 6) < 3)
+    drop = td.apply(llama(), method)
+    method.given = A, changed, A, A
+    with pytest.raises(MethodError, match=rf"needs {what} in layer 1 at strength 1, .* do not change a method that is"):
+        drop.plan(layout)
+    method.given = A, LayerRoute(Role.BYPASS), A, A  # needs nothing
+    drop.plan(layout)
+    drop.methods["added"] = Mine((A, T, A, A))
+    with pytest.raises(MethodError, match="needs ATTEND in layer 1 at strength 1"):
+        drop.route_of("added")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"score": 3}, "score: expected a function; found 3"),
+        ({"score": lambda: None}, r"score: expected a function of \(scoring\)"),
+        ({"merge": lambda scoring: None}, r"merge: expected a function of \(scoring, kept\)"),
+        (
+            {"score": Unfrozen()},
+            r"score=Unfrozen\(\): expected a function that can be hashed, such as a frozen dataclass",
+        ),
+        ({"merge": Unfrozen()}, r"merge=Unfrozen\(\): expected a function that can be hashed"),
         ({"keep": -3}, r"keep=-3: expected a share in \(0, 1\] as a float, or a count of 0 or more"),
         ({"per": "images"}, "per='images' is unknown; use 'sample', 'image' or 'frame'"),
         ({"strength": 2.0}, "strength=2.0: expected a number from 0"),
@@ -149,5 +181,6 @@ def test_a_method_for_training_only_keeps_its_parts_where_it_does_not_hold():
     own = LayerRoute(separate=frozenset("kv"))
     method = Mine((A, own, LayerRoute(Role.CONTEXT, frozenset("kv")), chosen(layer=3)), separate="shared")
     method.training_only = True
-    assert present(method, 4, 1.0, lambda: True) == method.given
-    assert present(method, 4, 1.0, lambda: False) == (A, own, own, A)
+    ready = needs({None: method}, 4)[None]
+    assert present(method, ready, 1.0, lambda: True) == method.given
+    assert present(method, ready, 1.0, lambda: False) == (A, own, own, A)

@@ -1,6 +1,7 @@
 """What can go wrong, one class per kind; each is also the builtin that a caller would catch."""
 
 import inspect
+from collections.abc import Hashable
 
 
 class TokenDropError(Exception):
@@ -80,6 +81,13 @@ def check_callable(name: str, value: object, *arguments: str) -> None:
         raise MethodError(
             f"{name}: expected a function of ({', '.join(arguments)}); found {named}{signature}, {error}"
         ) from error
+
+
+def check_hashable(name: str, value: object, *arguments: str) -> None:
+    """Refuse what is no function of so many `arguments`, or one that cannot be hashed."""
+    check_callable(name, value, *arguments)
+    if not isinstance(value, Hashable):
+        raise MethodError(f"{name}={value!r}: expected a function that can be hashed, such as a frozen dataclass")
 
 
 def check_flag(name: str, value: object) -> None:

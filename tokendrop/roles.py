@@ -10,7 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tokendrop.errors import MethodError
+from tokendrop.errors import MethodError, check_hashable
 from tokendrop.ranges import Layers as Layers
 from tokendrop.ranges import check_layers as check_layers
 from tokendrop.ranges import deepest as deepest
@@ -105,7 +105,8 @@ class Select:
 
     Raises:
         MethodError: queries of a layer that is neither entered nor the one before; a fusion beside a merge or a router;
-            a gate without a router, or what to restore without a merge; a `keep`, `per` or strength that is none.
+            a gate without a router, or what to restore without a merge; a `keep`, `per` or strength that is none; a
+            score or merge that is no function, or cannot be hashed.
     """
 
     keep: int | float
@@ -126,6 +127,9 @@ class Select:
     fuse: bool = False
 
     def __post_init__(self) -> None:
+        check_hashable("score", self.score, "scoring")
+        if self.merge is not None:
+            check_hashable("merge", self.merge, "scoring", "kept")
         check_keep(self.keep)
         check_per(self.per)
         check_strength(self.strength)
@@ -207,6 +211,11 @@ class LayerRoute:
                 f"found separate={lost} in a layer's route for image tokens that are {self.image.name}; they use {has}"
             )
         object.__setattr__(self, "separate", found)
+
+    @property
+    def adds(self) -> bool:
+        """Whether the layer is given parameters: parts of image tokens' own, a router or a fusion."""
+        return bool(self.separate) or (self.select is not None and self.select.adds)
 
 
 Route = tuple[LayerRoute, ...]

@@ -3,7 +3,7 @@
 Shape letters: L layers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,23 +35,39 @@ def route_of(method: Method, num_layers: int, strength: float = 1.0) -> Route:
     return route
 
 
-def present(method: Method | None, num_layers: int, strength: float, trained: Callable[[], bool]) -> Route:
+Needs = tuple[frozenset[str], ...]
+
+
+def needs(methods: Mapping[str | None, Method | None], num_layers: int) -> dict[str | None, Needs]:
+    """What each of L layers is made ready for, for the whole method of each task.
+
+    Args:
+        methods: by task; None for the dense model.
+        num_layers: L.
+    """
+    dense = (LayerRoute(),) * num_layers
+    routes = {task: dense if one is None else route_of(one, num_layers) for task, one in methods.items()}
+    return {task: tuple(map(_needs, route)) for task, route in routes.items()}
+
+
+def present(
+    method: Method | None, ready: Sequence[frozenset[str]], strength: float, trained: Callable[[], bool]
+) -> Route:
     """The route of a method now; every image token is ACTIVE where there is none, or it is for training only.
 
     Args:
         method: None for the dense model.
-        num_layers: L.
+        ready: from `needs` when it was applied.
         strength: of the schedule.
         trained: whether methods for training only hold.
 
     Raises:
-        MethodError: it needs in some layer what it does not need there at strength 1.
+        MethodError: it needs in some layer what that is not ready for.
     """
     if method is None:
-        return (LayerRoute(),) * num_layers
-    route = route_of(method, num_layers, strength)
-    if strength != 1:
-        _check_ready(method, route, route_of(method, num_layers))
+        return (LayerRoute(),) * len(ready)
+    route = route_of(method, len(ready), strength)
+    _check_ready(method, route, ready, strength)
     if not getattr(method, "training_only", False) or trained():
         return route
     return tuple(
@@ -62,23 +78,28 @@ def present(method: Method | None, num_layers: int, strength: float, trained: Ca
     )
 
 
-def _check_ready(method: Method, route: Route, whole: Route) -> None:
-    # A model is made ready, and looked at, for the whole method.
-    for index, (one, full) in enumerate(zip(route, whole, strict=True)):
-        if lost := sorted(_needs(one) - _needs(full)):
+def _check_ready(method: Method, route: Route, ready: Sequence[frozenset[str]], strength: float) -> None:
+    # A model is made ready, and looked at, once: for the whole method, as it was then.
+    for index, (one, able) in enumerate(zip(route, ready, strict=True)):
+        if lost := sorted(_needs(one) - able):
             raise MethodError(
-                f"{method} needs {', '.join(lost)} in layer {index} below strength 1 of a schedule and not at 1, "
-                "for which models are made ready; let its route have it there, too"
+                f"{method} needs {', '.join(lost)} in layer {index} at strength {strength:g}, and did not at strength "
+                "1 when it was applied, for which models are made ready; let its route have it there, too, and do not "
+                "change a method that is applied"
             )
 
 
-def _needs(layer: LayerRoute) -> set[str]:
+def _needs(layer: LayerRoute) -> frozenset[str]:
     select = layer.select
     found = {f"{part!r} of image tokens' own" for part in layer.separate}
-    found |= {"ATTEND"} if layer.image is Role.ATTEND else set()
+    found |= {layer.image.name} & {Role.CONTEXT.name, Role.ATTEND.name}
     found |= {"new positions"} if layer.renumber else set()
-    found |= {"a router"} if select is not None and select.learned else set()
-    return found | ({"a fusion"} if select is not None and select.fuse else set())
+    if select is not None:
+        found |= {"a router"} if select.learned else set()
+        found |= {"a fusion"} if select.fuse else set()
+        found |= {f"the attention of layer {select.queries.layer}"} if select.queries is not None else set()
+        found |= {f"layer {at} of the vision encoder" for at in select.encoder}
+    return frozenset(found)
 
 
 def _refusal(route: Route) -> str | None:

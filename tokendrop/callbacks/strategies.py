@@ -13,7 +13,7 @@ from packaging.version import Version
 from torch import nn
 
 from tokendrop.errors import UnsupportedError
-from tokendrop.roles import Method
+from tokendrop.roles import Method, selections
 from tokendrop.routes import route_of
 
 HOOKS = "0.16.6"  # the first DeepSpeed whose hooks stand on the parameters
@@ -76,9 +76,10 @@ def _check_gathering(name: str, methods: Iterable[Method | None], layers: Iterab
     for method in methods:
         if method is None:
             continue
-        selects = [layer.select for layer in route_of(method, num_layers) if layer.select is not None]
-        looks = any(one.queries is not None or one.adds or one.encoder for one in selects)
-        if method.separate != "none" or looks:
+        route = route_of(method, num_layers)
+        if any(layer.adds for layer in route) or any(
+            one.queries is not None or one.encoder for one in selections([route])
+        ):
             raise UnsupportedError(
                 f"{name} with ZeRO stage 3 gathers weights where they are used, and {method} uses some outside the "
                 "decoder layers, on a rank whose batch asks for it; use FSDP2 by ModelParallelStrategy, or ZeRO stage 1"

@@ -36,7 +36,7 @@ from tokendrop.errors import (
 )
 from tokendrop.layout import TokenLayout
 from tokendrop.roles import Method, Route
-from tokendrop.routes import present
+from tokendrop.routes import needs, present
 
 
 class Handle(Described, nn.Module):
@@ -66,7 +66,7 @@ class Handle(Described, nn.Module):
     ) -> None:
         super().__init__()
         self.key, self.path, self.specs, self.methods, self.multiple = uuid.uuid4().hex, path, specs, methods, multiple
-        self.names = sets.set_names({task: m for task, m in methods.items() if m is not None})
+        self.names, self._ready = sets.set_names(methods), needs(methods, len(added))
         self.strength, self.entered, self._sharded, self.hint, self.listened = 1.0, 0, False, "", False
         self.source: object = None  # of layouts where none is entered: "auto", or a function
         self.in_training = False  # whether layers in eval mode are trained all the same, as pretrained ones may be
@@ -244,8 +244,8 @@ class Handle(Described, nn.Module):
 
     def route_of(self, key: str | None) -> Route:
         """The route of image tokens through the L layers, at the schedule's present strength."""
-        trained = lambda: self.trained(self.decoder_layers[0])  # noqa: E731
-        return present(self.methods.get(key), len(self.layers), self.strength, trained)
+        ready = self._ready.get(key) or (frozenset[str](),) * len(self.layers)
+        return present(self.methods.get(key), ready, self.strength, lambda: self.trained(self.decoder_layers[0]))
 
     def plan(self, layout: TokenLayout, caching: bool = False) -> Plan:
         """What each layer computes on such tokens; `layout()` makes and enters it."""

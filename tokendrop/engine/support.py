@@ -13,7 +13,7 @@ from tokendrop.engine.model.decoder import LayerSpec, attention_of, is_sharded
 from tokendrop.engine.model.deepstack import deepstack_layers
 from tokendrop.engine.model.wiring import skip_refusal
 from tokendrop.errors import MethodError, UnsupportedError
-from tokendrop.roles import Method, Role, Route, check_separate, selections
+from tokendrop.roles import Method, Role, Route, check_separate
 from tokendrop.routes import route_of
 
 Methods = Method | Mapping[str, Method | None]
@@ -91,7 +91,7 @@ def check_support(
                 f"{method} scores by attention, but {refusal}; or use a score that needs none, such as Drop with 'norm'"
             )
         _check_owned(layers, specs, method, route)
-        adds = any(layer.separate for layer in route) or any(select.adds for select in selections([route]))
+        adds = any(layer.adds for layer in route)
         if adds and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise UnsupportedError(
                 f"{method} adds parameters, whose gradients DistributedDataParallel would not average, since it is "

@@ -129,8 +129,8 @@ def taken(layer: nn.Module, spec: LayerSpec, key: str, value: Tensor) -> Tensor:
 
 def splits(methods: Collection[Method], count: int) -> bool:
     """Whether rows of a layer's parts go ways of their own under some method, in a decoder of `count` layers."""
-    context = (one.image is Role.CONTEXT for method in methods for one in route_of(method, count))
-    return any(method.separate != "none" for method in methods) or any(context)
+    layers = (layer for method in methods for layer in route_of(method, count))
+    return any(layer.separate or layer.image is Role.CONTEXT for layer in layers)
 
 
 def parts_in(sets: nn.ModuleDict) -> set[str]:

@@ -19,10 +19,10 @@ from tokendrop.routes import route_of
 ROUTER, FUSION = "router", "fusion"
 
 
-def set_names(methods: Mapping[str | None, Method]) -> dict[str | None, str]:
+def set_names(methods: Mapping[str | None, Method | None]) -> dict[str | None, str]:
     """The projection set that each task uses: one for all where "shared", its own where "per-task"."""
     kinds = {"shared": lambda task: "image", "per-task": lambda task: f"image-{task}"}
-    return {task: kinds[m.separate](task) for task, m in methods.items() if m.separate != "none"}
+    return {task: kinds[m.separate](task) for task, m in methods.items() if m and m.separate != "none"}
 
 
 def make_sets(
