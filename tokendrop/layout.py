@@ -105,7 +105,10 @@ class TokenLayout:
             raise LayoutTypeError(f"{name}: expected a (B, T) {kind} tensor; found {_describe(value)}")
         if value.shape != self.image.shape:
             shape = tuple(self.image.shape)
-            raise LayoutError(f"{name}: expected the shape of image, {shape}; found {tuple(value.shape)}")
+            raise LayoutError(
+                f"{name}: expected the shape of image, {shape}; found {tuple(value.shape)}; all are of the tokens that "
+                "the decoder sees, image features included"
+            )
         if value.device != self.image.device:
             raise LayoutError(f"{name}: expected the device of image, {self.image.device}; found {value.device}")
 

@@ -178,6 +178,22 @@ def test_other_methods_on_a_dropped_module_are_refused():
     assert "HMGen(shallow='1:3'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"layers": "other"}, "dropped already in 'model.layers' of .*, and TokenDrop was given 'other'"),
+        ({"labelled_logits": True}, "dropped already with labelled_logits=False, and TokenDrop was given True"),
+        ({"multiple": 1}, "dropped already with multiple=64, and TokenDrop was given 1"),
+    ],
+)
+def test_other_arguments_on_a_dropped_module_are_refused(asked, message):
+    module = Lit()
+    module.other = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    td.apply(module.model, METHODS)
+    with pytest.raises(td.AppliedError, match=message):
+        trainer(td.TokenDrop(METHODS, **asked)).fit(module, loader())
+
+
 def test_a_model_dropped_by_hand_is_taken_as_it_is():
     module = Lit()
     handle = td.apply(module.model, METHODS)

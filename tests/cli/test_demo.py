@@ -117,12 +117,12 @@ def test_what_was_asked_for_and_made_is_one_grid():
 
 def test_a_missing_package_is_one_sentence_with_its_cure(tmp_path, monkeypatch):
     def missing(*_, **__):
-        raise DemoDependencyError("run `pip install tokendrop[demo]`")
+        raise DemoDependencyError("run `pip install '.[demo]'`")
 
     monkeypatch.setattr(runner, "run_study", missing)
     result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.stderr.strip() == "DemoDependencyError: run `pip install tokendrop[demo]`"
+    assert result.stderr.strip() == "DemoDependencyError: run `pip install '.[demo]'`"
 
 
 def test_an_error_in_a_worker_ends_the_study():

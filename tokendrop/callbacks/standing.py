@@ -9,9 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning as L
+from torch import nn
 
 from tokendrop.callbacks.progress import Progress
 from tokendrop.engine.handle import Handle
+from tokendrop.engine.model.decoder import find_layers
+from tokendrop.engine.support import check_methods
 from tokendrop.schedule import Schedule
 
 
@@ -90,3 +93,23 @@ def progress_state(handle: Handle, trainer: L.Trainer) -> dict[str, Any]:
 def saved_progress(state: Mapping[str, Any] | None) -> Progress | None:
     """How far the training of a checkpoint was; None where it does not say."""
     return None if state is None or "progress" not in state else Progress(**state["progress"])
+
+
+def differs(handle: Handle, module: nn.Module, asked: Any) -> str | None:
+    """What a callback asks for that a module, which is dropped already, does not have; or None.
+
+    Args:
+        handle: of the module.
+        module: given to the callback.
+        asked: the callback, with the arguments of `apply`.
+    """
+    head = f"{type(module).__name__} is dropped already"
+    if handle.methods != check_methods(asked.methods):
+        return f"{head} with {handle.methods}, and TokenDrop was given {asked.methods}"
+    if asked.layers is not None and find_layers(module, asked.layers)[1] is not handle.decoder_layers:
+        return f"{head} in {handle.path!r} of {type(handle.owner).__name__}, and TokenDrop was given {asked.layers!r}"
+    if asked.labelled_logits and not handle.labelled_logits:
+        return f"{head} with labelled_logits=False, and TokenDrop was given True"
+    if asked.multiple not in (64, handle.multiple):
+        return f"{head} with multiple={handle.multiple}, and TokenDrop was given {asked.multiple}"
+    return None

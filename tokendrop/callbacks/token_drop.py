@@ -17,7 +17,7 @@ from tokendrop.callbacks.late import followed
 from tokendrop.callbacks.launched import BeforeLaunch, check_home
 from tokendrop.callbacks.optimizers import check_optimizers
 from tokendrop.callbacks.saved import check_added, tell_of_added, warn_of_difference
-from tokendrop.callbacks.standing import begin, count, end, evaluated_strength, progress_state, saved_progress
+from tokendrop.callbacks.standing import begin, count, differs, end, evaluated_strength, progress_state, saved_progress
 from tokendrop.callbacks.strategies import check_strategy
 from tokendrop.callbacks.summary import log_methods, show_summary
 from tokendrop.callbacks.tuners import kept_in_tuners
@@ -150,11 +150,8 @@ class TokenDrop(BeforeLaunch):
 
     def _existing(self, pl_module: L.LightningModule) -> Handle | None:
         found = next((module for module in pl_module.modules() if isinstance(module, Handle)), None)
-        if found is not None and found.methods != check_methods(self.methods):
-            raise AppliedError(
-                f"{type(pl_module).__name__} is dropped already with {found.methods}, and TokenDrop was given "
-                f"{self.methods}; remove the first with its handle's remove()"
-            )
+        if found is not None and (refusal := differs(found, pl_module, self)):
+            raise AppliedError(f"{refusal}; remove the first with its handle's remove()")
         return found
 
     @override

@@ -138,7 +138,8 @@ def _entered(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[st
     generates, named = name == "generate", _named(getattr(type(model), name), args, kwargs)
     if generates and "inputs" in named:
         named["input_ids"] = named.pop("inputs")
-    if generates:  # a function is given what the forward of the prompt will be given
+    if generates:  # a function is given what the forward of the prompt will be given, in which nothing is learnt
+        named.pop("labels", None)
         args, kwargs = (), named
     layout = _derived(model, named) if handle.source == "auto" else _of_function(handle.source, args, kwargs)
     stack = ExitStack()

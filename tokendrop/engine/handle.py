@@ -73,9 +73,8 @@ class Handle(Described, nn.Module):
         self.progress: object | None = None  # of the training that set the strength, for the callback
         self._training_only = any(getattr(one, "training_only", False) for one in methods.values())
         self.layers, self.labelled_logits, self.encoder = added, labelled_logits, encoder
-        self._owner = [model]  # in a list: a module attribute would be a child
+        self._owner, self._said = [model], set[str]()  # in a list: a module attribute would be a child
         self.splits = own.splits([one for one in methods.values() if one is not None], len(added))
-        self._said: set[str] = set()
         self._hook = model.register_load_state_dict_pre_hook(_fill) if any(True for _ in added.parameters()) else None
 
     @property
@@ -228,7 +227,7 @@ class Handle(Described, nn.Module):
             if len(self.methods) == 1:
                 return next(iter(self.methods))
             raise LayoutError(
-                f"task: found none, and the methods are for {_named(self.methods)}; name the task, in layout or batch"
+                f"task: found none, methods are for {_named(self.methods)}; name it in the batch (collators drop text)"
             )
         if task not in self.methods:
             message = (
@@ -279,7 +278,8 @@ class Handle(Described, nn.Module):
             raise AppliedError(f"this handle is not on {type(model).__name__} any more; it was removed before")
         check_swapped(model, layers, self.encoder)
         self.undo()
-        this_thread.by_key.pop(self.key, None)
+        if not frames(self.key):  # those of a copy have the same key
+            this_thread.by_key.pop(self.key, None)
 
     def undo(self) -> None:
         """Take back what `apply` did, or began to do."""

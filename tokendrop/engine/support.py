@@ -30,7 +30,9 @@ def check_methods(methods: Methods) -> dict[str | None, Method | None]:
             raise MethodError(f"{methods} has separate='per-task' and no task; give a mapping of task name to method")
         return {None: methods}
     if not isinstance(methods, Mapping) or not methods:
-        raise MethodError(f"methods: expected a method, or a mapping of task name to method; found {methods!r}")
+        raise MethodError(
+            f"methods: expected a method such as HiMix(), or a mapping of task name to method; found {methods!r}"
+        )
     for task, method in methods.items():
         if not isinstance(task, str) or not task or "." in task:
             raise MethodError(f"methods: expected task names without dots; found {task!r}")

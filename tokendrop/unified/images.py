@@ -119,7 +119,7 @@ def extra(module: str) -> Any:
     except ImportError as error:
         raise DemoDependencyError(
             f"{module} is needed for the demo's images and is not installed ({error}); "
-            "run `pip install tokendrop[demo]`"
+            "run `pip install '.[demo]'` in the checkout"
         ) from error
 
 

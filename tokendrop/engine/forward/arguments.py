@@ -116,7 +116,7 @@ def columns_of(value: Tensor, columns: Tensor) -> Tensor:
 def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], name: str) -> Any:
     """The rows of a group in a tensor of (B or 1, T, ...) or (3, B or 1, T, ...), as M-RoPE has them, or in a tuple.
 
-    Anything else as it is.
+    The samples of a group in another tensor of (B, ...); anything else as it is.
 
     Raises:
         UnsupportedError: a tensor of (T, ...), which could be one row for each token.
@@ -126,8 +126,10 @@ def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], 
         return gather_rotary(cos, sin, rows.index)
     if isinstance(value, tuple | list):
         return type(value)(select(item, group, rows, shape, name) for item in value)
-    if not isinstance(value, Tensor) or value.dim() < 2:
+    if not isinstance(value, Tensor) or value.dim() == 0:
         return value
+    if value.dim() == 1:
+        return value[group.samples] if len(value) == shape[0] != shape[1] and not group.whole else value
     if value.dim() > 2 and value.shape[1] in (1, shape[0]) and value.shape[2] == shape[1] and len(value) == 3:
         return torch.stack([select(one, group, rows, shape, name) for one in value])
     if value.shape[1] != shape[1] or len(value) not in (1, shape[0]):
@@ -136,7 +138,7 @@ def select(value: Any, group: Group, rows: Rows | None, shape: tuple[int, int], 
                 f"the argument {name!r} of shape {tuple(value.shape)} has a row for each of {shape[1]} tokens but no "
                 f"batch dimension; pass it as {(1, *value.shape)}, so that each sample can choose its rows"
             )
-        return value
+        return value[group.samples] if len(value) == shape[0] and not group.whole else value
     if rows is None:
         return value if len(value) == 1 else value[group.samples]
     if len(value) == 1:

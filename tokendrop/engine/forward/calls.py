@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tokendrop.engine.forward.arguments import Form, both_sides, compact, select
 from tokendrop.engine.forward.groups import Call
 from tokendrop.engine.forward.packing import form_of
-from tokendrop.engine.model.cache import growing_layer, holed_layer
+from tokendrop.engine.model.block_masks import first_columns, has_columns
+from tokendrop.engine.model.cache import growing_layer, grows, holed_layer
 from tokendrop.engine.model.decoder import LayerSpec
 from tokendrop.engine.plan.plan import Group, Span
 from tokendrop.engine.plan.rows import Rows
@@ -167,3 +168,20 @@ def _order(active: Rows | None, context: Rows | None, tokens: int) -> Tensor | N
         return None
     positions = torch.cat([rows.index.where(rows.valid, tokens) for rows in (context, active)], 1)
     return positions.argsort(dim=1, stable=True)[:, :tokens]
+
+
+def grown_masks(site: Site, named: dict[str, Any], cut: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """The arguments with a mask without its columns behind T: the model made it before a cache of a fixed length grew.
+
+    Args:
+        site: the layer.
+        named: its arguments for all (B, T) tokens.
+        cut: masks that were cut, and what is left of them; added to.
+    """
+    name, tokens = site.spec.mask or "", site.shape[1]
+    mask: Any = named.get(name)
+    if not has_columns(mask) or mask.shape[-1] <= tokens or not grows(site.cache, site.index):
+        return named
+    if not any(given is mask for given, _ in cut):
+        cut.append((mask, first_columns(mask, tokens)))
+    return named | {name: next(left for given, left in cut if given is mask)}

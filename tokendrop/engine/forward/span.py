@@ -14,14 +14,14 @@ from torch._subclasses import FakeTensor
 from tokendrop.engine.forward import generate
 from tokendrop.engine.forward.attention_rows import attention_rows
 from tokendrop.engine.forward.binding import Binding
-from tokendrop.engine.forward.calls import Site, group_calls
+from tokendrop.engine.forward.calls import Site, group_calls, grown_masks
 from tokendrop.engine.forward.groups import Call, Work, joined_output, split_output
 from tokendrop.engine.forward.ids import check_rows, generating
 from tokendrop.engine.forward.packing import check_packing, form_of, keeps_apart, refuse_packs, told_packs, unkept
+from tokendrop.engine.forward.passed import check_passed, passed_on
 from tokendrop.engine.forward.state import Forward, Frame, frames, in_thread
 from tokendrop.engine.forward.step import Step, decode, told
-from tokendrop.engine.model.block_masks import first_columns, has_columns
-from tokendrop.engine.model.cache import HoledLayer, grows, holed_layer, let_grow
+from tokendrop.engine.model.cache import HoledLayer, holed_layer, let_grow
 from tokendrop.engine.model.decoder import reentrant
 from tokendrop.engine.model.sets import FUSION, ROUTER
 from tokendrop.engine.model.sight import Sight
@@ -170,19 +170,6 @@ def _cache(binding: Binding, named: dict[str, Any]) -> tuple[Any, int]:
     return cache, 0 if cache is None else int(cache.get_seq_length())
 
 
-def _cut(binding: Binding, forward: Forward, named: dict[str, Any]) -> dict[str, Any]:
-    # The model made its masks before a cache of a fixed length was made to grow: the columns behind T are of no token.
-    name, tokens = binding.spec.mask or "", forward.plan.shape[1]
-    mask: Any = named.get(name)
-    if not has_columns(mask) or mask.shape[-1] <= tokens:
-        return named
-    if not grows(forward.cache, binding.index):
-        return named
-    if not any(given is mask for given, _ in forward.cut):
-        forward.cut.append((mask, first_columns(mask, tokens)))
-    return named | {name: next(left for given, left in forward.cut if given is mask)}
-
-
 def _packed(layer: nn.Module, binding: Binding, frame: Frame, hidden: Tensor, named: dict[str, Any]) -> Plan:
     # The plan of the layout, and of the packed samples that a mask may keep apart and the layout does not know of.
     plan, layout, shape = frame.plan, frame.layout, (hidden.shape[0], hidden.shape[1])
@@ -211,15 +198,15 @@ def _run(
     named: dict[str, Any],
 ) -> Any:
     spec, index, cache = binding.spec, binding.index, forward.cache
-    named = named if cache is None else _cut(binding, forward, named)
+    site = Site(layer, spec, index, forward.plan.shape, cache, forward.made)
+    named = named if cache is None else grown_masks(site, named, forward.cut)
     span, positions = forward.span, forward.positions
 
     def look(*asked: Any) -> Attention:
         return attention_rows(layer, spec, positions.of(named), lambda: _full(forward, hidden), *asked)
 
     if span is None or index == span.stop:
-        added = dict(binding.handle.sets(index).items())
-        beside = added.get(ROUTER), added.get(FUSION)
+        beside = map(dict(binding.handle.sets(index).items()).get, (ROUTER, FUSION))
         span, hidden = forward.selections.enter(forward.plan.span_of[index], hidden, look, *beside)
         forward.span = span
         hidden = _enter(forward, span, hidden)
@@ -227,12 +214,13 @@ def _run(
     if index + 1 == span.stop < len(forward.plan.span_of):
         forward.selections.before(forward.plan.span_of[span.stop], look)
     frame.ran.append(span)
-    site = Site(layer, spec, index, forward.plan.shape, cache, forward.made)
+    check_passed(site, named, forward.passed, span)
     calls = group_calls(site, span, forward.context, positions.of(named), hidden)
     if cache is not None:
         positions.fill(cache, index, named)
     out = proceed(hidden, **{WORK: Work(spec, calls, binding.handle.sets(index))})
     states, rest = split_output(out)
+    forward.passed += passed_on(site, named, span, rest)
     frame.returns_tuple = rest is not None
     if index < span.stop - 1:
         return out

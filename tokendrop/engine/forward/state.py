@@ -39,6 +39,7 @@ class Forward:
         made: compact arguments made so far.
         positions: as the rows of the span are numbered.
         cut: masks made for a cache of a fixed length that grows now, and what is left of them.
+        passed: what layers returned beside their hidden states, and in which span.
     """
 
     plan: Plan
@@ -52,6 +53,7 @@ class Forward:
     context: tuple[Tensor | None, ...] = ()
     made: Made = field(default_factory=dict)
     cut: list[tuple[Any, Any]] = field(default_factory=list)
+    passed: list[tuple[Tensor, Span]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -143,7 +145,8 @@ class Frame:
         if not same:
             raise LayoutError(
                 f"the hidden states are {tuple(hidden.shape)}, but the layout is for (B, T) = {self.plan.shape}; enter "
-                f"the layout of this very batch{', and generate under torch.no_grad()' if gradients else self._hint()}"
+                "the layout of this very batch, as the decoder sees it, image features included (layout=fn makes one)"
+                f"{', and generate under torch.no_grad()' if gradients else self._hint()}"
             )
 
     def _hint(self) -> str:

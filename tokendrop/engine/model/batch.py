@@ -20,9 +20,9 @@ _IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_in
 def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ()) -> TokenLayout:
     """The layout of a batch: which tokens are images, and what else it says about them.
 
-    Images come from `image_mask`, else `mm_token_type_ids` (nonzero), else `input_ids` against `image_ids` or the
-    image token id of the model's config; the task from `task`, labels and padding from `labels` and `attention_mask`;
-    packed samples as `packed_samples` finds them, images and frames as `with_frames` does.
+    Images come from `image_mask`, else `mm_token_type_ids` (1 an image, 2 a video), else `input_ids` against
+    `image_ids` or the image token id of the model's config; the task from `task`, labels and padding from `labels` and
+    `attention_mask`; packed samples as `packed_samples` finds them, images and frames as `with_frames` does.
 
     Args:
         batch: a mapping of (B, T) tensors.
@@ -49,7 +49,8 @@ def batch_layout(batch: Any, module: nn.Module, image_ids: tuple[int, ...] = ())
     if "image_mask" in batch:
         layout = TokenLayout(batch["image_mask"], task, segments, padding, labels)
     elif "mm_token_type_ids" in batch:
-        layout = TokenLayout(batch["mm_token_type_ids"] != 0, task, segments, padding, labels)
+        kinds = batch["mm_token_type_ids"]  # 3 is audio
+        layout = TokenLayout((kinds == 1) | (kinds == 2), task, segments, padding, labels)
     elif "input_ids" in batch and (ids := image_ids or _config_ids(module)):
         found = TokenLayout.from_ids(batch["input_ids"], ids)
         layout = TokenLayout(found.image, task, segments, padding, labels, found.image_ids)

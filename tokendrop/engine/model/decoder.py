@@ -73,6 +73,10 @@ class LayerSpec:
             return (
                 "its eager attention applies a causal mask of its own by index; load it with attn_implementation='sdpa'"
             )
+        if isinstance(getattr(attention, "indexer", None), nn.Module):
+            return (
+                f"{type(attention).__name__} chooses keys by an indexer with a cache of its own, which it lacks there"
+            )
         if self.cache is None or self.mask is None:
             missing = "key and value cache" if self.cache is None else "attention mask"
             return f"{self.layer_class.__name__}.forward takes no {missing}, through which it would see them"

@@ -96,7 +96,7 @@ class _SplitLinear(Swapped):
         shapes = [(*x.shape[:-1], width) for width in parts.widths]
         return parts.join(
             [
-                made.new_zeros(1).expand(shape) if out is None else out
+                made.new_zeros(shape[-1]).expand(shape) if out is None else out
                 for out, shape in zip(outputs, shapes, strict=True)
             ]
         )

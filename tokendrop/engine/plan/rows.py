@@ -100,8 +100,9 @@ def check_needed(layout: TokenLayout, routes: Sequence[Route], counts: Sequence[
         if count and route[-1].image in (Role.CONTEXT, Role.GONE):
             raise NeededRowError(
                 f"sample {sample} (task {layout.tasks[sample]!r}) trains {count} image rows, but its method "
-                f"leaves them {route[-1].image.name} in the last layer, with a stale state; use HMGen for this "
-                "task, or set the labels behind image tokens to -100"
+                f"leaves them {route[-1].image.name} in the last layer, with a stale state; a row is trained where the "
+                "next token has a label. Where images are read, set those labels to -100, also that of the first token "
+                "behind an image: labels[:, 1:][image[:, :-1]] = -100; where images are made, use HMGen or SkipVision"
             )
 
 
