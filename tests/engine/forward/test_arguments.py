@@ -57,6 +57,15 @@ def test_tuples_keep_their_kind(group):
     assert torch.equal(found[1][0], rows_of(value[1][0], group))
 
 
-@pytest.mark.parametrize("value", [None, 3, "x", torch.randn(7), torch.randn(2, 9), torch.randn(4, 5, 6)])
+@pytest.mark.parametrize(
+    "value", [None, 3, "x", torch.randn(7), torch.randn(6), torch.randn(2, 9), torch.randn(3, 5, 6)]
+)
 def test_anything_else_stays(group, value):
     assert select(value, group, group.active, SHAPE, "x") is value
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 9), (4, 5, 6)])
+def test_the_samples_of_what_has_a_row_for_each(group, shape):
+    value = torch.randn(shape)
+    expected = torch.stack([value[sample] for sample in group.members])
+    assert torch.equal(select(value, group, group.active, SHAPE, "x"), expected)
