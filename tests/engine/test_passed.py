@@ -53,8 +53,8 @@ def llama4(scale):
 
 MODELS = [
     ("gemma4", lambda: gemma4(0), td.HMGen("1:3"), None),
-    ("gemma4, shared", lambda: gemma4(2), td.HMGen("1:3"), "takes 'shared_kv_states', a KVSharingDict in which layers"),
-    ("gemma4, written", lambda: gemma4(2), td.HMGen("0:1"), "takes 'shared_kv_states', a KVSharingDict in which"),
+    ("gemma4, shared", lambda: gemma4(2), td.HMGen("1:3"), "takes 'shared_kv_states', a KVSharingDict of tensors, in"),
+    ("gemma4, written", lambda: gemma4(2), td.HMGen("0:1"), "takes 'shared_kv_states', a KVSharingDict of tensors"),
     ("glm", lambda: glm(False), td.HMGen("1:3"), None),
     ("glm, in one range", lambda: glm(True), td.HMGen("2:4"), None),
     (
@@ -121,15 +121,16 @@ def test_cross_attention_is_refused(length, images):
 
 
 class Conditioned(nn.Module):
-    """Adds a projection of (B, D) and a number (B,) to a layer's input."""
+    """Adds a projection of (B, D) and a number (B,) to a layer's input, and reads plain settings."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.TransformerEncoderLayer(D, 2, 32, dropout=0.0, batch_first=True)
         self.linear = nn.Linear(8, D)
 
-    def forward(self, x, cond, time, src_mask=None):
-        return self.layer(x + (self.linear(cond) * time[:, None])[:, None], src_mask=src_mask)
+    def forward(self, x, cond, time, src_mask=None, settings=None):
+        settings = settings or {"scale": 2.0}
+        return self.layer(x + settings["scale"] * (self.linear(cond) * time[:, None])[:, None], src_mask=src_mask)
 
 
 @pytest.mark.parametrize("images", [[1, 1, 1], [1, 0, 1], [0, 0, 1]])
@@ -148,7 +149,7 @@ def test_arguments_with_a_row_for_each_sample(images):
     run = td.DropLayers(layers, td.Drop(":", keep=0, score="norm", then="gone"), multiple=1)
     layout = td.TokenLayout(image, labels=torch.full((B, T), -100))
     with torch.no_grad(), run.tokendrop.layout(layout):
-        found = run(x, cond, time, src_mask=causal(T))
+        found = run(x, cond, time, src_mask=causal(T), settings={"scale": 2.0})
     torch.testing.assert_close(torch.cat([found[one, ~image[one]] for one in range(B)]), torch.cat(expected))
 
 

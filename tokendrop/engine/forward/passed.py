@@ -3,7 +3,7 @@
 Shape letters: T tokens.
 """
 
-from collections.abc import MutableMapping, MutableSequence
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -64,14 +64,18 @@ def passed_on(site: Site, named: dict[str, Any], span: Span, rest: tuple[Any, ..
 
 
 def _check_containers(site: Site, named: dict[str, Any], span: Span) -> None:
-    # A dict or list through which layers hand keys and values on.
+    # A dict through which layers hand keys and values on.
     for name, value in named.items():
-        if isinstance(value, MutableMapping | MutableSequence) and len(value) and not _whole(span):
+        if isinstance(value, MutableMapping) and not _whole(span) and any(map(_has_tensor, value.values())):
             raise UnsupportedError(
-                f"{_said(site)} takes {name!r}, a {type(value).__name__} in which layers hand on what they computed, "
-                "and other layers have other rows; choose layers that neither write nor read it, or a decoder whose "
-                "layers share no keys and values"
+                f"{_said(site)} takes {name!r}, a {type(value).__name__} of tensors, in which layers hand on what they "
+                "computed, and other layers have other rows; choose layers that neither write nor read it, or a "
+                "decoder whose layers share no keys and values"
             )
+
+
+def _has_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_has_tensor, value)))
 
 
 def _check_temperature(site: Site, span: Span) -> None:
