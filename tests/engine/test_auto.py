@@ -358,7 +358,7 @@ def test_functions_that_are_wrong():
 
 def test_tasks_that_are_wrong():
     own, *_ = pair(METHODS["gone"])
-    with pytest.raises(td.LayoutError, match="'u', 'g'; name it in the batch"):
+    with pytest.raises(td.LayoutError, match="'u', 'g'; name the task \\(collators drop text\\)"):
         own(**arguments())
     with pytest.raises(
         td.LayoutTypeError, match=r"task: expected a string, or one string for each sample; found tensor"

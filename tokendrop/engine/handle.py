@@ -227,7 +227,7 @@ class Handle(Described, nn.Module):
             if len(self.methods) == 1:
                 return next(iter(self.methods))
             raise LayoutError(
-                f"task: found none, methods are for {_named(self.methods)}; name it in the batch (collators drop text)"
+                f"task: found none, the methods are for {_named(self.methods)}; name the task (collators drop text)"
             )
         if task not in self.methods:
             message = (
