@@ -39,15 +39,14 @@ Needs = tuple[frozenset[str], ...]
 
 
 def needs(methods: Mapping[str | None, Method | None], num_layers: int) -> dict[str | None, Needs]:
-    """What each of L layers is made ready for, for the whole method of each task.
+    """What each of L layers is made ready for, for the whole method of each task that has one.
 
     Args:
         methods: by task; None for the dense model.
         num_layers: L.
     """
-    dense = (LayerRoute(),) * num_layers
-    routes = {task: dense if one is None else route_of(one, num_layers) for task, one in methods.items()}
-    return {task: tuple(map(_needs, route)) for task, route in routes.items()}
+    given = {task: method for task, method in methods.items() if method is not None}
+    return {task: tuple(map(_needs, route_of(method, num_layers))) for task, method in given.items()}
 
 
 def present(

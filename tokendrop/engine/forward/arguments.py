@@ -57,9 +57,14 @@ def compact(named: dict[str, Any], group: Group, form: Form) -> dict[str, Any]:
     Raises:
         UnsupportedError: a mask that is no tensor, or a tensor whose rows cannot be told from its shape.
     """
-    if group.whole and group.active is None:
+    if runs_all(group):
         return named
     return {name: _compact(name, value, group, form) for name, value in named.items()}
+
+
+def runs_all(group: Group) -> bool:
+    """Whether every row of the whole batch computes."""
+    return group.whole and group.active is None
 
 
 def _compact(name: str, value: Any, group: Group, form: Form) -> Any:
@@ -94,7 +99,7 @@ def is_bias(value: Any, tokens: int) -> bool:
 
 def _bias(name: str, value: Tensor, group: Group, form: Form) -> Tensor:
     if len(value) not in (1, form.shape[0]) or not is_bias(value, form.shape[1]):
-        if group.active is None and group.whole:
+        if runs_all(group):
             return value
         raise UnsupportedError(
             f"the argument {name!r} of shape {tuple(value.shape)} biases attention by column, of which samples keep "

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokendrop.engine.forward.arguments import runs_all
 from tokendrop.engine.forward.calls import Site
 from tokendrop.engine.model.decoder import attention_of
 from tokendrop.engine.plan.plan import Span
@@ -29,11 +30,9 @@ def check_passed(site: Site, named: dict[str, Any], passed: list[tuple[Tensor, S
     Raises:
         UnsupportedError: cross-attention, what layers hand to one another, positions counted from the rows there are.
     """
-    one = len(span.groups) == 1  # whose rows are the same in each layer of the span
     for name, value in named.items():
-        read = getattr(attention_of(site.layer), _READS.get(name, ""), True)
-        given = [before for found, before in passed if found is value and read]
-        if any(not (one and before is span) and not (_whole(before) and _whole(span)) for before in given):
+        given = (before for found, before in passed if found is value)
+        if any(not _same_rows(before, span) for before in given) and _reads(site, name):
             raise UnsupportedError(
                 f"{_said(site)} takes {name!r}, which an earlier layer returned for the rows that computed there; let "
                 "both be in one range of layers, of one task, or choose layers of which neither drops"
@@ -91,7 +90,16 @@ def _check_temperature(site: Site, span: Span) -> None:
 
 
 def _whole(span: Span) -> bool:
-    return len(span.groups) == 1 and span.groups[0].whole and span.groups[0].active is None
+    return len(span.groups) == 1 and runs_all(span.groups[0])
+
+
+def _same_rows(before: Span, span: Span) -> bool:
+    # Those of one group are the same in each layer of its span.
+    return (before is span and len(span.groups) == 1) or (_whole(before) and _whole(span))
+
+
+def _reads(site: Site, name: str) -> bool:
+    return getattr(attention_of(site.layer), _READS.get(name, ""), True)
 
 
 def _said(site: Site) -> str:
