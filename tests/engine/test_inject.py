@@ -93,6 +93,18 @@ def test_deepcopy_of_a_part_of_a_wrapper():
     assert same(engine_step(outer["teacher"], drop, MADE), engine_step(outer["student"], drop, MADE))
 
 
+def test_copied_and_pickled_inside_a_layout_without_labels():
+    """Its hooks, which see the ids, go with the modules that they hang on, and see nothing there."""
+    model, drop = dropped(BASE, td.HMGen("1:3"))
+    layout = td.TokenLayout(MADE.image)
+    with drop.layout(layout), torch.no_grad():
+        others = copy.deepcopy(model), pickle.loads(pickle.dumps(model))  # noqa: S301
+        expected = model(MADE.ids, attention_mask=MADE.mask).logits
+    for other in others:
+        with td.handle(other).layout(layout), torch.no_grad():
+            assert torch.equal(other(MADE.ids, attention_mask=MADE.mask).logits, expected)
+
+
 @pytest.mark.parametrize("how", ["pickle", "torch"])
 def test_pickle_round_trip(how):
     model, drop = dropped(BASE, METHODS)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tokendrop.engine.doubts import doubts
 from tokendrop.engine.forward import head
 from tokendrop.engine.forward.ids import SeenIds
 from tokendrop.engine.forward.order import listened
@@ -20,7 +21,7 @@ from tokendrop.engine.forward.state import Frame, frames, pair_of, this_thread
 from tokendrop.engine.model import own, sets
 from tokendrop.engine.model.decoder import LayerSpec, find_layers
 from tokendrop.engine.model.vision import Encoder, Seen
-from tokendrop.engine.plan.labelled import LabelledRows, unknown_without_labels
+from tokendrop.engine.plan.labelled import LabelledRows
 from tokendrop.engine.plan.plan import Plan, Planner
 from tokendrop.engine.summary import Described
 from tokendrop.engine.support import sharded_together
@@ -29,7 +30,6 @@ from tokendrop.errors import (
     AppliedError,
     LayoutError,
     LayoutTypeError,
-    LayoutWarning,
     MissingLayoutError,
     NoEffectWarning,
     check_integer,
@@ -120,9 +120,9 @@ class Handle(Described, nn.Module):
         for part in (0, 0) if step is None else pair_of(step):
             check_integer("step", part, 0, LayoutTypeError)
         plan = self.plan(layout)
-        trains = torch.is_grad_enabled() and self.owner.training and not plan.dense
-        if trains and layout.labels is None and (unknown := unknown_without_labels(self.served(layout)[0])):
-            self.say_once("labels", unknown, LayoutWarning, 2)
+        if torch.is_grad_enabled() and self.owner.training and not plan.dense:
+            for doubt in doubts(layout, self.served(layout)[0], self.decoder_layers, self.layers):
+                self.say_once(*doubt, 2)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         seen = Seen()
         encode = None if self.encoder is None else partial(self.encoder.encoded, seen)

@@ -79,15 +79,33 @@ def test_an_adapter_on_a_dropped_model(name):
     check(model, drop, base, METHODS[name])
 
 
-def test_an_adapter_on_image_only_projections_too():
-    # PEFT freezes them with the rest of the base model; they are linears it may adapt by name, like any other.
+def test_image_only_projections_that_peft_froze_are_said_once():
     inner = llama()
     drop = td.apply(inner, METHODS["separate"], multiple=4)
-    model = adapted(inner)
-    assert not any(p.requires_grad for p in drop.layers.parameters())
-    with drop.layout(MADE.layout()):
+    model = adapted(inner).train()
+    said = pytest.warns(td.NoEffectWarning, match=r"all 10 parameters .*tokendrop.layers.0.*are frozen, as get_peft")
+    with said, drop.layout(MADE.layout()):
         _, grads = run(model)
     assert all(grad is not None for grad in grads.values())
+    with drop.layout(MADE.layout()):
+        run(model)
+
+
+@pytest.mark.parametrize("way", ["frozen by hand", "adapters of their own", "one is trained", "no training"])
+def test_nothing_is_said_where_that_is_meant(way):
+    inner = llama()
+    drop = td.apply(inner, METHODS["separate"], multiple=4)
+    model = inner
+    if way == "frozen by hand":
+        drop.requires_grad_(False)
+    elif way == "adapters of their own":
+        model = get_peft_model(inner, LoraConfig(r=2, target_modules=["q_proj", "image.q"]))
+    else:
+        model = adapted(inner)
+        next(drop.parameters()).requires_grad_(way == "one is trained")
+    model.train()
+    with torch.set_grad_enabled(way != "no training"), drop.layout(MADE.layout()):
+        model(input_ids=MADE.ids, attention_mask=MADE.mask, use_cache=False)
 
 
 def test_merging_an_adapter_gives_the_same_model():

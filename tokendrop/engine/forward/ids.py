@@ -48,10 +48,18 @@ class SeenIds:
         if seen and self._first is None and self._here():
             self._first = ids
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A module that is copied or saved inside a layout takes its hooks along; elsewhere, they see nothing.
+        return SeenIds, (_nowhere,)
+
     def taken(self) -> Tensor | None:
         """The ids of the forward that begins; those of the next are seen afresh."""
         ids, self._first = self._first, None
         return ids
+
+
+def _nowhere() -> bool:
+    return False
 
 
 def check_rows(layout: TokenLayout, order: Sequence[int], ids: Tensor | None, shape: tuple[int, int]) -> None:

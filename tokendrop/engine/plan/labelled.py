@@ -3,7 +3,6 @@
 Shape letters: B batch, T tokens, N rows with a label.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from tokendrop.engine.plan.plan import Plan
 from tokendrop.engine.plan.rows import choose_rows, round_up
 from tokendrop.layout import IGNORED, TokenLayout
-from tokendrop.roles import Role, Route, selections
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,18 +42,3 @@ def labelled_rows(plan: Plan, multiple: int) -> int:
     """N, the rows that the output head runs on, rounded up like those of a layer; B * T without labels."""
     rows = plan.shape[0] * plan.shape[1]
     return rows if plan.layout.labels is None else round_up(plan.needed, rows, multiple)
-
-
-def unknown_without_labels(routes: Sequence[Route]) -> str:
-    """What nobody can know of samples on these routes that are trained without labels; "" for nothing."""
-    unknown = []
-    if any(route[-1].image in (Role.CONTEXT, Role.GONE) for route in routes):
-        unknown.append("whether image rows are trained that end CONTEXT or GONE, with a stale state")
-    if any(select.queries is not None for select in selections(routes)):
-        unknown.append("where answers begin, so that the attention of the last row scores instead")
-    if not unknown:
-        return ""
-    return (
-        f"the layout has no labels, and the model is in training: nobody knows {'; nor '.join(unknown)}. Give "
-        "TokenLayout labels=, (B, T) and unshifted, -100 where nothing is trained"
-    )
