@@ -5,6 +5,7 @@ Shape letters: none.
 
 import logging
 import math
+import re
 
 import pytest
 from helpers import config, llama
@@ -101,6 +102,17 @@ def test_it_says_where_it_is_from_and_that_it_was_not_measured(caplog):
     assert "arXiv 2606.01503" in said
     assert said.endswith("it was not measured on this model")
     assert "nobody measured it on the model" in td.recipe.__doc__
+
+
+@pytest.mark.parametrize(
+    ("shallow", "words"),
+    [("2:3", "one shallow layer"), ("1:4:2", "alternating shallow layers"), ("1:5", "adjacent .* no figures")],
+)
+def test_it_says_which_of_hmgens_layers_are_the_papers(caplog, shallow, words):
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        assert td.recipe(config(layers=6), GENERATION, ratio(6, td.HMGen(shallow))) == td.HMGen(shallow)
+    (said,) = [one.message for one in caplog.records if "tokendrop.recipe" in one.message]
+    assert re.search(rf"those of arXiv 2606\.01503 \(HMGen\), .*{words}", said)
 
 
 def test_what_cannot_be_had_is_left_out():

@@ -140,7 +140,14 @@ def _mildest(methods: Sequence[Method], budget: float, costs: _Costs) -> tuple[M
 
 def _kinds(task: str, depth: int) -> list[Kind]:
     if task == "generation":
-        return [Kind(_shallow(depth), "arXiv 2606.01503 (HMGen: alternating shallow layers in the middle)")]
+        paper, methods = "arXiv 2606.01503 (HMGen)", _shallow(depth)
+        alternating = [one for one in methods if str(one.shallow).count(":") == 2]
+        adjacent = [one for one in methods if one not in alternating]
+        return [
+            Kind(adjacent[:1], f"{paper}, with one shallow layer"),
+            Kind(alternating, f"{paper}, alternating shallow layers in the middle"),
+            Kind(adjacent[1:], f"{paper}, with adjacent shallow layers, of which it has no figures"),
+        ]
     late: list[Method] = [HiMix(f"{start}:") for start in reversed(range(depth))]
     # As shares of the 576 image tokens that its counts are for, 80, 64 and 48 of them on average.
     stages = [_stages(depth, (10, 13, 16, 19), 453), _stages(depth, (10, 14, 16, 18), 215)]
@@ -153,9 +160,9 @@ def _kinds(task: str, depth: int) -> list[Kind]:
     ]
 
 
-def _shallow(depth: int) -> list[Method]:
+def _shallow(depth: int) -> list[HMGen]:
     inner = depth - 2 if depth > 2 else depth - 1  # the first layer and, where there are three, the last are full
-    found: list[Method] = []
+    found: list[HMGen] = []
     for count in range(1, inner + 1):
         step = 2 if 2 * count - 1 <= inner else 1
         width = step * (count - 1) + 1
