@@ -3,7 +3,8 @@
 Shape letters: B batch, T tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any, Literal, Self
@@ -20,6 +21,11 @@ IGNORED = -100
 OURS = ("image_mask", "segments", "task")
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def unnamed(function: Callable[..., Any]) -> frozenset[str]:
+    """The keys of a batch that are for us, and that a function such as a model's forward does not name itself."""
+    return frozenset(OURS) - inspect.signature(function).parameters.keys()
 
 
 class Segment(IntEnum):

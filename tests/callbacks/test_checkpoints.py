@@ -208,7 +208,7 @@ def test_loading_into_a_used_monitor_replaces_what_it_held(tmp_path):
     run.fit(Lit(), loader(6))
     state = watch.state_dict()
     watch.load_state_dict(state)
-    assert len(watch.products.grams) == len(state["grams"]) == watch.events
+    assert len(watch.figures.products.grams) == len(state["grams"]) == watch.events
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -346,8 +346,8 @@ def test_state_goes_on_where_it_stopped(tmp_path):
     torch.save(watch.state_dict(), tmp_path / "state.pt")
     again = monitor(tmp_path)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for kind, found in again.products.compute().items():
-        assert found["u/g"] == pytest.approx(watch.products.compute()[kind]["u/g"], nan_ok=True)
+    for kind, found in again.figures.products.compute().items():
+        assert found["u/g"] == pytest.approx(watch.figures.products.compute()[kind]["u/g"], nan_ok=True)
     assert (again.next_step, again.events) == (watch.next_step, watch.events)
     fresh = td.SynergyMonitor(TASKS)
     fresh.load_state_dict(td.SynergyMonitor(TASKS).state_dict())

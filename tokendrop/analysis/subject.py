@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tokendrop.engine.model.decoder import check_module
+from tokendrop.engine.model.decoder import check_module, uncompiled
 from tokendrop.errors import LayoutError, LayoutTypeError, TaskLossError, UnsupportedError, check_callable
-from tokendrop.layout import OURS, TokenLayout
+from tokendrop.layout import OURS, TokenLayout, unnamed
 
 
 class Subject:
@@ -90,17 +90,14 @@ class Subject:
         """
         if self.loss is not None:
             return self.loss(batch)
-        inputs = (
-            {key: value for key, value in batch.items() if key not in OURS} if isinstance(batch, Mapping) else batch
-        )
         if isinstance(self.model, L.LightningModule):
-            return _training_step(self.model, inputs)
+            return _training_step(self.model, _without(batch, frozenset(OURS)))
         if not isinstance(batch, Mapping):
             raise LayoutTypeError(
                 f"batches: found a batch of {type(batch).__name__}, and the model is called with a mapping's keywords; "
                 "give loss=fn(batch)"
             )
-        return self.model(**inputs)
+        return self.model(**_without(batch, unnamed(uncompiled(self.model).forward)))
 
     def loss_of(self, batch: Any) -> Tensor:
         """The loss of a batch.
@@ -118,6 +115,10 @@ class Subject:
             shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else _short(value)
             raise TaskLossError(f"the loss of a batch is {shown}; expected a tensor of one number")
         return value
+
+
+def _without(batch: Any, keys: frozenset[str]) -> Any:
+    return {key: value for key, value in batch.items() if key not in keys} if isinstance(batch, Mapping) else batch
 
 
 def _training_step(module: L.LightningModule, batch: Any) -> Any:

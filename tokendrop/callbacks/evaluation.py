@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tokendrop.callbacks.tasks import TaskBatch
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model.decoder import find_layers
+from tokendrop.engine.model.decoder import find_layers, uncompiled
 from tokendrop.errors import BatchError, DecoderError, TaskLossError
-from tokendrop.layout import OURS
+from tokendrop.layout import unnamed
 from tokendrop.synergy.evaluate import gradients, local, moved, summed
 from tokendrop.synergy.gradients import Compressed, compress, products
 
@@ -58,7 +58,7 @@ def runnable(pl_module: L.LightningModule, layers: str | None = None) -> Any:
 
 
 def run_model(pl_module: L.LightningModule, batch: Any, layers: str | None = None) -> Any:
-    """What the model of `runnable` returns of a batch, called with its keys but those that are ours.
+    """What the model of `runnable` returns of a batch, called with its keys but those of ours that it does not name.
 
     Raises:
         DecoderError: there is no such model.
@@ -94,7 +94,8 @@ def _keywords(model: Any, batch: Any) -> dict[str, Any]:
             f"batch: expected a mapping, whose keys {type(model).__name__} is called with; found "
             f"{type(batch).__name__}. Give the callback a loss=fn(pl_module, batch)"
         )
-    return {key: value for key, value in batch.items() if key not in OURS}
+    ours = unnamed(uncompiled(model).forward if isinstance(model, nn.Module) else model)
+    return {key: value for key, value in batch.items() if key not in ours}
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,12 @@ class Evaluation:
     step: int
 
     def loss_of(self, batch: TaskBatch, dense: bool = False) -> Tensor:
-        """The loss of a batch, dropped or dense, always with the same random numbers."""
-        torch.manual_seed(self.seed)
+        """The loss of a batch, dropped or dense; random numbers are the same in both, and others in other batches."""
+        # What samples have in common would count as signal.
+        torch.manual_seed(hash((self.seed, self.step, batch.draw)))
         with ExitStack() as stack:
             if self.handle is not None and batch.layout is not None:
-                layout = self.handle.layout(batch.layout, (self.step, 0))
+                layout = self.handle.layout(batch.layout, (self.step, batch.draw))
                 stack.enter_context(self.handle.disabled() if dense else layout)
             stack.enter_context(self.trainer.precision_plugin.forward_context())
             return self.loss(self.pl_module, batch.inputs)
@@ -140,7 +142,7 @@ class Evaluation:
         loss = self.loss_of(batch, dense)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        found = gradients(loss * scale, self.parameters, task)
+        found = gradients(loss * scale, self.parameters, task, self.pl_module)
         return loss.item(), found if scale == 1 else [one / scale for one in found]
 
     def compressed(self, found: Sequence[Tensor]) -> list[Compressed]:

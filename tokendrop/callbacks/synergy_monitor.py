@@ -21,15 +21,15 @@ from tokendrop.callbacks.evaluation import Evaluation, as_given, model_loss
 from tokendrop.callbacks.loggers import check_loggers, log_figure, warn_of_unknown
 from tokendrop.callbacks.progress import Progress
 from tokendrop.callbacks.standing import evaluating
-from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks, check_names
+from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks, check_names, without_ours
 from tokendrop.callbacks.token_drop import TokenDrop
 from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError, check_flag, check_integer
-from tokendrop.synergy.estimates import RANGES, UNKNOWN, Estimate, affinities, over_events
+from tokendrop.synergy.estimates import RANGES, UNKNOWN, affinities
 from tokendrop.synergy.evaluate import local, preserved, shared_parameters, summed
 from tokendrop.synergy.gradients import Compressed, products
 from tokendrop.synergy.groups import by_group, groups_of
 from tokendrop.synergy.history import append_history, heat_map, read_history
-from tokendrop.synergy.metrics import TaskProducts
+from tokendrop.synergy.window import Window
 
 OVERHEAD = 0.03
 
@@ -99,15 +99,18 @@ class SynergyMonitor(L.Callback):
         check_flag("fidelity", fidelity)
         self.tasks, self.every_n_steps, self.loss, self.params = names, every_n_steps, loss or model_loss, params
         self.fidelity, self.affinity, self.sketch, self.history, self.seed = fidelity, affinity, sketch, history, seed
-        self.products, self.recent = TaskProducts(names, window), Recent(names)
-        self.direct: dict[str, list[float]] = {}
-        self.window, self.next_step, self.events = window, every_n_steps or 1, 0
+        self.figures, self.recent, self.window = Window(names, window), Recent(names), window
         self._drop: TokenDrop | None = None
         self._seen: set[str | None] = set()
         self._warned, self._logged = set[str](), set[str]()
-        self._clock: tuple[float, int] | None = None
-        self.progress = Progress()
         self._given: Any = None  # this step's batch, before the step
+        self._begin()
+
+    def _begin(self) -> None:
+        self.figures.reset()
+        self.recent.clear()
+        self.progress, self.next_step, self.events = Progress(), self.every_n_steps or 1, 0
+        self._clock: tuple[float, int] | None = None
         self._undrawn = False  # whether events have come since the last picture
 
     @override
@@ -120,8 +123,14 @@ class SynergyMonitor(L.Callback):
             )
         self._drop = next((one for one in trainer.callbacks if isinstance(one, TokenDrop)), None)  # ty: ignore
         if stage == "fit":
-            check_loggers(trainer, f"synergy/alignment/{next(iter(self.products.pairs))}")
+            check_loggers(trainer, f"synergy/alignment/{next(iter(self.figures.products.pairs))}")
             warn_of_unknown(trainer, "synergy/")
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step < self.progress.seen:
+            self._begin()  # another training than the one before
+        self.next_step = min(self.next_step, self.progress.steps + (self.every_n_steps or self.next_step))
 
     @override
     def on_train_batch_start(
@@ -137,7 +146,8 @@ class SynergyMonitor(L.Callback):
         layout = None if self._drop is None else self._drop.current
         tasks = batch_tasks(batch) if layout is None else layout.tasks
         self._seen.update(tasks)
-        self.recent.add(batch, layout, tasks)
+        consumed = self._drop is not None and self._drop.consume
+        self.recent.add(without_ours(batch) if consumed else batch, layout, tasks)
         self.progress = self.progress.now(trainer)
         if self.progress.steps >= self.next_step:
             self._event(trainer, pl_module)
@@ -190,27 +200,24 @@ class SynergyMonitor(L.Callback):
         sizes = torch.tensor([local(x).numel() for x in tensors], dtype=torch.float64)[:, None, None]
         gram, opposed = summed(gram, tensors), summed(opposed * sizes, tensors)
         names = list(parameters)
-        self.products.update(*by_group(names, [x.numel() for x in tensors], gram, opposed, self.tasks))
-        entry: dict[str, Any] = {"losses": losses, **self.products.compute(), "noise_floor": self.products.floor()}
-        entry["products"] = self.products.parts()
-        entry["groups"] = {"names": list(groups_of(names)), "alignment": self.products.by_group()}
+        found, known = by_group(names, [x.numel() for x in tensors], gram, opposed, self.tasks), self.figures.products
+        self.figures.measuring(names)
+        known.update(*found)
+        entry: dict[str, Any] = {"losses": losses, **known.compute(), "noise_floor": known.floor()}
+        entry["products"] = known.parts()
+        entry["groups"] = {"names": list(groups_of(names)), "alignment": known.by_group()}
         if fidelity:
-            entry["fidelity"] = self._over_events("fidelity", {task: cosine for task, (cosine, _) in fidelity.items()})
+            entry["fidelity"] = self.figures.over_events(
+                "fidelity", {task: cosine for task, (cosine, _) in fidelity.items()}
+            )
             entry["norm_ratio"] = {task: ratio for task, (_, ratio) in fidelity.items()}
         if self.affinity is not None:
-            found, entry["affinity_first_order"] = affinities(self.tasks, self.affinity, ahead, losses, gram.sum(0))
-            entry["affinity"] = self._over_events("affinity", found)
+            direct, entry["affinity_first_order"] = affinities(self.tasks, self.affinity, ahead, losses, gram.sum(0))
+            entry["affinity"] = self.figures.over_events("affinity", direct)
         return entry
 
-    def _over_events(self, kind: str, values: dict[str, float]) -> dict[str, Estimate]:
-        for name, value in values.items():
-            held = self.direct.setdefault(f"{kind}/{name}", [])
-            held.append(value)
-            del held[: -self.window]
-        return {name: over_events(self.direct[f"{kind}/{name}"]) for name in values}
-
     def _log(self, pl_module: L.LightningModule, entry: dict[str, Any]) -> None:
-        names = {kind: list(self.products.pairs) for kind in ("alignment", "conflict", "magnitude")}
+        names = {kind: list(self.figures.products.pairs) for kind in ("alignment", "conflict", "magnitude")}
         if self.fidelity and self._drop is not None and self._drop.handle is not None:
             names["fidelity"] = list(self.tasks)
         if self.affinity is not None:
@@ -227,7 +234,7 @@ class SynergyMonitor(L.Callback):
                 self._warn(f"the gradients of {name} point away from each other: cosine {found}", name)
 
     def _draw(self, trainer: L.Trainer, path: Path) -> None:
-        pairs, self._undrawn = self.products.pairs if self._undrawn else (), False
+        pairs, self._undrawn = self.figures.products.pairs if self._undrawn else (), False
         for pair in pairs:
             log_figure(trainer, f"synergy/alignment/{pair}", lambda pair=pair: heat_map(read_history(path), pair))
 
@@ -271,9 +278,7 @@ class SynergyMonitor(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        more = {"direct": {name: list(one) for name, one in self.direct.items()}, "seen": sorted(self._seen, key=str)}
-        if self.events:
-            more |= {"grams": torch.stack(self.products.grams), "shares": torch.stack(self.products.shares)}
+        more = {**self.figures.state_dict(), "seen": sorted(self._seen, key=str)}
         return {"next_step": self.next_step, "events": self.events, **more}
 
     @override
@@ -285,14 +290,12 @@ class SynergyMonitor(L.Callback):
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["callbacks"].get(self.state_key, {})
+        self._begin()
         self.recent.load(trainer, state.get("recent", []))
         self.progress = Progress(**state.get("progress", {}))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.next_step, self.events = state_dict["next_step"], state_dict["events"]
-        self.direct = {name: list(values) for name, values in state_dict["direct"].items()}
         self._seen.update(state_dict.get("seen", ()))
-        self.products.reset()
-        for gram, share in zip(state_dict.get("grams", ()), state_dict.get("shares", ()), strict=True):
-            self.products.update(gram, share)
+        self.figures.load_state_dict(state_dict)

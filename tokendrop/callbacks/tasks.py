@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens.
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import lightning as L
@@ -22,17 +23,24 @@ class TaskBatch:
     """A batch in which one task has labels.
 
     Args:
-        inputs: the batch, without the keys that are ours.
+        inputs: the batch.
         layout: what its tokens are, if known.
+        draw: its number at an event, for random numbers of its own.
     """
 
     inputs: Any
     layout: TokenLayout | None
+    draw: int = 0
 
     def to(self, device: torch.device) -> "TaskBatch":
         """The same on another device."""
         layout = None if self.layout is None else self.layout.to(device)
-        return TaskBatch(move_data_to_device(self.inputs, device), layout)
+        return TaskBatch(move_data_to_device(self.inputs, device), layout, self.draw)
+
+
+def without_ours(batch: Any) -> Any:
+    """A batch as a step gets it whose keys for us are consumed."""
+    return {key: value for key, value in batch.items() if key not in OURS} if isinstance(batch, Mapping) else batch
 
 
 def isolated(batch: Any, layout: TokenLayout | None, tasks: tuple[str | None, ...], task: str) -> TaskBatch:
@@ -47,7 +55,7 @@ def isolated(batch: Any, layout: TokenLayout | None, tasks: tuple[str | None, ..
     Raises:
         BatchError: rows of several tasks, and no labels to take away.
     """
-    inputs = {key: value for key, value in batch.items() if key not in OURS} if isinstance(batch, Mapping) else batch
+    inputs = dict(batch.items()) if isinstance(batch, Mapping) else batch
     if set(tasks) == {task}:
         return TaskBatch(inputs, layout)
     labels = inputs.get("labels") if isinstance(inputs, dict) else None
@@ -75,6 +83,10 @@ class Recent:
     held: dict[str, deque[TaskBatch]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all batches."""
         self.held = {task: deque(maxlen=2) for task in self.tasks}
 
     def add(self, batch: Any, layout: TokenLayout | None, tasks: tuple[str | None, ...]) -> None:
@@ -84,17 +96,16 @@ class Recent:
                 self.held[task].append(isolated(batch, layout, tasks, task))
 
     def gathered(self, trainer: L.Trainer, device: torch.device) -> dict[str, list[TaskBatch]]:
-        """Two batches of each task, the same on every rank; fewer where there are none yet."""
-        if trainer.world_size == 1:
-            return {task: [one.to(device) for one in held] for task, held in self.held.items()}
-        every = _from_ranks({task: list(map(_on_cpu, held)) for task, held in self.held.items()})
-        # Newest first, rank by rank: at one step ranks hold different samples.
-        found: dict[str, list[TaskBatch]] = {}
-        for task in self.tasks:
-            age = [rank[task][::-1] for rank in every]
-            newest = [held[back] for back in range(2) for held in age if len(held) > back]
-            found[task] = [one.to(device) for one in newest[:2]]
-        return found
+        """Two batches of each task, numbered and the same on every rank; fewer where there are none yet."""
+        found = {task: list(held) for task, held in self.held.items()}
+        if trainer.world_size > 1:
+            every = _from_ranks({task: list(map(_on_cpu, held)) for task, held in self.held.items()})
+            # Newest first, rank by rank: at one step ranks hold different samples.
+            for task in self.tasks:
+                age = [rank[task][::-1] for rank in every]
+                found[task] = [held[back] for back in range(2) for held in age if len(held) > back][:2]
+        draws = count()
+        return {task: [replace(one.to(device), draw=next(draws)) for one in held] for task, held in found.items()}
 
     def saved(self, trainer: L.Trainer) -> list[dict[str, list[Any]]]:
         """The batches of each rank as plain data; none of a task whose batches are not made of it."""
@@ -105,8 +116,8 @@ class Recent:
     def load(self, trainer: L.Trainer, saved: list[dict[str, list[Any]]]) -> None:
         """Take back what `saved` gave to as many ranks; with other ranks, or other tasks, begin anew."""
         own = saved[trainer.global_rank] if len(saved) == trainer.world_size else {}
+        self.clear()
         for task, held in self.held.items():
-            held.clear()
             for inputs, layout in own.get(task, ()):
                 held.append(TaskBatch(inputs, None if layout is None else TokenLayout(**layout)))
 

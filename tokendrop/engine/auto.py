@@ -24,7 +24,7 @@ from tokendrop.errors import (
     UnsupportedError,
     check_callable,
 )
-from tokendrop.layout import OURS, TokenLayout
+from tokendrop.layout import OURS, TokenLayout, unnamed
 
 Layouts = Literal["auto"] | Callable[[tuple[Any, ...], dict[str, Any]], TokenLayout | None]
 _Function = Callable[..., Any]
@@ -49,7 +49,7 @@ class _OwnLayouts(Swapped):
             own
         ):  # swapped for several reasons, and only its author's class names arguments
             own = vars(own)["_tokendrop_base"]
-        cls._tokendrop_ours = frozenset(OURS) - inspect.signature(own.forward).parameters.keys()
+        cls._tokendrop_ours = unnamed(own.forward)
         # What a batch says costs a look at its values, so a compiler has nothing to trace before the model's own code.
         cls._tokendrop_within = staticmethod(torch.compiler.disable(_within, recursive=False))
         for name in ("forward", "generate"):

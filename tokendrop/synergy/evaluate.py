@@ -58,10 +58,16 @@ def shared_parameters(module: nn.Module, prefixes: Sequence[str] | None = None) 
     return chosen
 
 
-def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], task: str) -> list[Tensor]:
-    """The P gradients of a loss; zeros where it does not depend on a parameter. `.grad` stays as it is.
+def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], task: str, module: nn.Module) -> list[Tensor]:
+    """The P gradients of a loss; zeros where it does not depend on a parameter. `.grad` stays as it is, of all.
 
     With FSDP2 each rank gets its shards, averaged over ranks.
+
+    Args:
+        loss: () float.
+        parameters: P, by name.
+        task: whose loss it is.
+        module: that holds the parameters, and others that the loss may depend on.
 
     Raises:
         TaskLossError: a loss that is no finite scalar, or whose gradient there is none, or none outside a backward.
@@ -74,7 +80,7 @@ def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], task: str) -
         raise TaskLossError(f"the loss of task {task!r} has no gradient; expected one that depends on the parameters")
     tensors = list(parameters.values())
     if any(isinstance(one, DTensor) for one in tensors):
-        found = _by_backward(loss, tensors)
+        found = _by_backward(loss, tensors, list(module.parameters()))
     else:
         found = _by_grad(loss, tensors, task)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, found, strict=True)]
@@ -132,14 +138,16 @@ def _by_grad(loss: Tensor, parameters: Sequence[nn.Parameter], task: str) -> Seq
         ) from error
 
 
-def _by_backward(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    # FSDP2 hands gradients to its sharded parameters in a backward only.
-    before = [one.grad for one in parameters]
-    for one in parameters:
+def _by_backward(
+    loss: Tensor, parameters: Sequence[nn.Parameter], every: Sequence[nn.Parameter]
+) -> list[Tensor | None]:
+    # FSDP2 hands gradients to its sharded parameters in a backward only, which gives them to all.
+    before = [one.grad for one in every]
+    for one in every:
         one.grad = None
     try:
         loss.backward()
         return [one.grad for one in parameters]
     finally:
-        for one, old in zip(parameters, before, strict=True):
+        for one, old in zip(every, before, strict=True):
             one.grad = old
