@@ -6,10 +6,11 @@ Shape letters: none.
 import math
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lit_llama import LIGHTNING_WARNS, Batches, Lit, Validated, batch, llama, loader, trainer
+from lit_llama import LIGHTNING_WARNS, WIDTH, Batches, Lit, Validated, batch, llama, loader, trainer
 from torch import nn
 from transformers import BatchEncoding
 
@@ -107,6 +108,143 @@ def test_a_step_may_take_keys_out_of_its_batch(kind, mixed, tmp_path):
     assert "gap" not in found
     for kind in ("losses", "products", "noise_floor"):
         assert found[kind] == pytest.approx(expected[kind], rel=1e-4)
+
+
+class Marked(nn.Module):
+    """A model whose own forward takes the image mask, and whose loss tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = llama()
+        self.kind = nn.Embedding(2, WIDTH)
+        nn.init.constant_(self.kind.weight, 0.0)
+        nn.init.constant_(self.kind.weight[1], 1.0)
+
+    def forward(self, input_ids, attention_mask=None, labels=None, image_mask=None):
+        embedded = self.inner.get_input_embeddings()(input_ids)
+        if image_mask is not None:
+            embedded = embedded + self.kind(image_mask.long())
+        return self.inner(inputs_embeds=embedded, attention_mask=attention_mask, labels=labels)
+
+
+class Marking(Lit):
+    """It does not move."""
+
+    def __init__(self):
+        super().__init__("never")
+        self.model = Marked()
+
+    def loss(self, given):
+        return self.model(**{key: value for key, value in given.items() if key != "task"}).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["by default", "a loss of one's own"])
+def test_a_forward_that_names_our_keys_gets_them(own, tmp_path):
+    module, given = Marking(), pairs()
+    options = {"loss": lambda pl_module, one: pl_module.loss(one)} if own else {}
+    trainer(td.TokenDrop(td.HMGen("1:3")), monitor(tmp_path, **options)).fit(module, given)
+    with td.handle(module).layout(batch_layout(given.made[2], module)):
+        expected = module.loss(given.made[2]).item()
+    assert events(tmp_path)[-1]["losses"]["u"] == pytest.approx(expected, rel=1e-6)
+    td.handle(module).remove()
+    without = {key: value for key, value in given.made[2].items() if key not in ("task", "image_mask")}
+    assert abs(module.model(**without).loss.item() - expected) > 1e-3, "the mask tells"
+
+
+def test_a_loss_of_ones_own_gets_what_a_step_gets(tmp_path):
+    seen = []
+
+    def loss(module, given):
+        seen.append(set(given))
+        return module.loss({"image_mask": None} | given)
+
+    for consume in (False, True):
+        trainer(td.TokenDrop(td.HMGen("1:3"), consume=consume), monitor(tmp_path, loss=loss)).fit(Marking(), pairs())
+        ours = {"image_mask", "task"} & seen[-1]
+        assert ours == (set() if consume else {"image_mask", "task"})
+
+
+class Noise(L.LightningModule):
+    """Gradients that are noise alone, of the data and of dropout, around a mean of zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.drop = nn.Parameter(torch.ones(64)), nn.Dropout(0.5)
+
+    def loss(self, given):
+        return (self.drop(self.w) - self.w).sum() + (self.w * given["noise"]).sum() + 100
+
+    def training_step(self, given, index):
+        return self.loss(given)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("seed", [0, -3])
+def test_samples_share_no_dropout(seed, tmp_path):
+    def made(at):
+        return {"noise": torch.randn(64, generator=torch.Generator().manual_seed(at)), "task": "ug"[at % 2]}
+
+    watch = monitor(tmp_path, every_n_steps=4, loss=lambda module, given: module.loss(given), seed=seed)
+    trainer(watch).fit(Noise(), Batches(*map(made, range(84))))
+    parts = events(tmp_path)[-1]["products"]
+    # Each mask has entries of -1 and 1: with one mask for all, every product would be about 64.
+    assert all(abs(value) < 16 for value in parts.values()), parts
+
+
+def test_another_training_begins_anew(tmp_path):
+    watch = monitor(tmp_path, every_n_steps=3)
+    for _ in range(2):
+        trainer(watch).fit(Lit(), Batches(*(batch(n, "ug"[n % 2]) for n in range(12))))
+        assert (watch.events, len(watch.figures.products.grams)) == (3, 3)
+
+
+class Unfreezing(Lit):
+    """A layer that is trained from the sixth step on."""
+
+    def __init__(self):
+        super().__init__()
+        self.model.model.layers[0].requires_grad_(False)
+
+    def on_train_batch_start(self, given, index):
+        if index == 6:
+            self.model.model.layers[0].requires_grad_(True)
+
+
+def test_events_of_other_parameters_are_no_part_of_a_mean(tmp_path):
+    watch = monitor(tmp_path)
+    trainer(watch).fit(Unfreezing(), Batches(*(batch(n, "ug"[n % 2]) for n in range(10))))
+    assert len({gram.shape for gram in watch.figures.products.grams}) == 1
+    before, after = events(tmp_path)[2:4]
+    assert len(after["groups"]["names"]) == len(before["groups"]["names"]) + 3
+    assert after["alignment"]["u/g"]["low"] is None, "an interval of one event"
+
+
+@pytest.mark.parametrize("tasks", [("g", "u"), ("u", "x"), ("u", "g", "x")], ids="-".join)
+def test_events_of_other_tasks_are_not_taken_over(tasks, tmp_path):
+    watch = monitor(tmp_path, affinity=0.1)
+    trainer(watch).fit(Lit(), pairs())
+    other = td.SynergyMonitor(tasks)
+    other.load_state_dict(watch.state_dict())
+    assert other.figures.products.grams == []
+    assert other.figures.direct == {}
+    same = td.SynergyMonitor(TASKS)
+    same.load_state_dict(watch.state_dict())
+    assert len(same.figures.products.grams) == watch.events
+    assert same.figures.direct == watch.figures.direct
+
+
+def test_a_smaller_interval_holds_from_a_resume_on(tmp_path):
+    run = trainer(monitor(tmp_path, every_n_steps=50))
+    run.fit(Lit(), pairs())
+    run.save_checkpoint(tmp_path / "fit.ckpt")
+    watch = monitor(tmp_path, every_n_steps=2)
+    trainer(watch, max_epochs=2).fit(Lit(), pairs(), ckpt_path=tmp_path / "fit.ckpt")
+    assert watch.events == 2
 
 
 def test_a_batch_is_kept_as_it_was_given():

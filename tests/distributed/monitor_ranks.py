@@ -3,6 +3,7 @@
 import logging
 import tempfile
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,43 @@ def on_rank(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
     return [_one(rank, case) | {"same": _same(rank, case)} for case in cases]
 
 
+class Left(L.Callback):
+    """The gradients that are there when a batch ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grads: list[Tensor | None] = []
+        self.trained: list[torch.nn.Parameter] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.trained = list(pl_module.parameters())  # after a forward, FSDP2's root shows others
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        grads = [one.grad for one in self.trained]
+        self.grads += [None if one is None else whole(one).clone() for one in grads]
+
+
 def _same(rank: int, case: Case) -> bool:
-    """Whether training with the monitor is training without it, to the bit."""
-    runs = []
-    for every in (None, 1):
+    """Whether training with the monitor, of all parameters or of some, is training without it, to the bit."""
+    runs, left = [], []
+    for looked in (None, (), ("model.model.layers.0.",)):
         module, run = Step(case, applied=case.wrap == "fsdp" and case.separate != "none"), trainer(rank, case)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if every:
+            if looked is not None:
                 watch = watched(Path(folder) / "synergy.jsonl")
-                watch.every_n_steps = watch.next_step = every
+                watch.every_n_steps, watch.next_step, watch.params = 1, 1, looked or None
                 run.callbacks.append(watch)
+            run.callbacks.append(Left())
             run.fit(module, RankBatches(rank))
-        runs.append({name: whole(value.detach()).clone() for name, value in module.named_parameters()})
-    return all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+        runs.append([whole(value.detach()).clone() for value in module.parameters()])
+        left.append(run.callbacks[-1].grads)
+    return all(_equal(one, other) for found in (runs, left) for one, other in pairwise(found))
+
+
+def _equal(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
 def _one(rank: int, case: Case) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class Trials:
             for batch, layout in self.held:
                 with nullcontext() if drop is None else drop.layout(layout, step=(0, 0)):
                     value = self.loss(batch)
-                    gradient = gradients(value, parameters, self.task, self.model)  # refuses what is no finite number
+                    gradient = gradients(value, parameters, self.task)  # refuses what is no finite number
                     found.append((value.item(), gradient))
             return found
 
@@ -219,7 +219,7 @@ class Trials:
         return list(zip(ratios, (one / kept[0] for one in kept[1:]), strict=True))
 
     def _step(self, batch: Any) -> None:
-        gradients(self.loss(batch), shared_parameters(self.model), self.task, self.model)
+        gradients(self.loss(batch), shared_parameters(self.model), self.task)
 
     @torch.no_grad()
     def _redundancy(self) -> tuple[float, ...]:

@@ -133,7 +133,7 @@ def _measured(subject: Subject, batch: Any, parameters: Mapping[str, nn.Paramete
     # The loss, then the gradients; on the CPU, so that the device holds one set at a time.
     with torch.enable_grad():
         loss = subject.loss_of(batch)
-        return [one.detach().double().cpu() for one in (loss, *gradients(loss, parameters, name, subject.model))]
+        return [one.detach().double().cpu() for one in (loss, *gradients(loss, parameters, name))]
 
 
 def _by_task(drop: Handle, layout: TokenLayout) -> tuple[dict[str | None, Any], dict[str | None, str]]:

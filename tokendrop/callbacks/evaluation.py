@@ -1,11 +1,11 @@
 """A task's loss and gradient in a trainer, evaluated beside its training step.
 
-Shape letters: P parameters.
+Shape letters: N tasks, P parameters.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -99,6 +99,25 @@ def _keywords(model: Any, batch: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What an event found.
+
+    Args:
+        samples: gradients of two batches of each of the N tasks.
+        losses: of the second batch of each task.
+        ahead: losses of the second batches of all tasks after a step down the gradient of one.
+        fidelity: cosine of each task's gradient with dropping and without.
+        norm_ratio: of the same gradients.
+    """
+
+    samples: list[list[Compressed]] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
+    ahead: dict[str, list[float]] = field(default_factory=dict)
+    fidelity: dict[str, float] = field(default_factory=dict)
+    norm_ratio: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How tasks are evaluated at one step.
 
@@ -108,6 +127,7 @@ class Evaluation:
         loss: (pl_module, batch) -> scalar.
         handle: of the dropped model, if it is.
         parameters: P, by name.
+        others: all of the module, before a forward.
         sketch: see `compress`.
         seed: of dropout, and of sketches.
         step: optimiser steps done.
@@ -118,9 +138,30 @@ class Evaluation:
     loss: Callable[[L.LightningModule, Any], Tensor]
     handle: Handle | None
     parameters: dict[str, nn.Parameter]
+    others: list[nn.Parameter]
     sketch: int | None
     seed: int
     step: int
+
+    def measured(self, batches: Mapping[str, Sequence[TaskBatch]], affinity: float | None, fidelity: bool) -> Measured:
+        """All of an event.
+
+        Args:
+            batches: two of each task.
+            affinity: learning rate of the look-ahead; None leaves it out.
+            fidelity: compare dropped gradients with dense ones, where there are such.
+        """
+        found = Measured()
+        for task, (first, second) in batches.items():
+            _, gradient = self.gradients(first, task)
+            found.samples.append(self.compressed(gradient))
+            if affinity is not None:
+                found.ahead[task] = self.look_ahead(gradient, affinity, [pair[1] for pair in batches.values()])
+            found.losses[task], gradient = self.gradients(second, task)
+            found.samples.append(self.compressed(gradient))
+            if fidelity and self.handle is not None:
+                found.fidelity[task], found.norm_ratio[task] = self.compare(second, task, found.samples[-1])
+        return found
 
     def loss_of(self, batch: TaskBatch, dense: bool = False) -> Tensor:
         """The loss of a batch, dropped or dense; random numbers are the same in both, and others in other batches."""
@@ -142,7 +183,7 @@ class Evaluation:
         loss = self.loss_of(batch, dense)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        found = gradients(loss * scale, self.parameters, task, self.pl_module)
+        found = gradients(loss * scale, self.parameters, task, self.others)
         return loss.item(), found if scale == 1 else [one / scale for one in found]
 
     def compressed(self, found: Sequence[Tensor]) -> list[Compressed]:

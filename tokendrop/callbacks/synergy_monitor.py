@@ -26,7 +26,7 @@ from tokendrop.callbacks.token_drop import TokenDrop
 from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError, check_flag, check_integer
 from tokendrop.synergy.estimates import RANGES, UNKNOWN, affinities
 from tokendrop.synergy.evaluate import local, preserved, shared_parameters, summed
-from tokendrop.synergy.gradients import Compressed, products
+from tokendrop.synergy.gradients import products
 from tokendrop.synergy.groups import by_group, groups_of
 from tokendrop.synergy.history import append_history, heat_map, read_history
 from tokendrop.synergy.window import Window
@@ -178,42 +178,28 @@ class SynergyMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batches: dict[str, list[TaskBatch]]
     ) -> dict[str, Any]:
         handle = None if self._drop is None else self._drop.handle
-        parameters = shared_parameters(pl_module, self.params)
+        parameters, every = shared_parameters(pl_module, self.params), list(pl_module.parameters())
         step, sketch = self.progress.steps, self.sketch
-        one = Evaluation(trainer, pl_module, self.loss, handle, parameters, sketch, self.seed, step)
-        samples: list[list[Compressed]] = []
-        ahead: dict[str, list[float]] = {}
-        losses: dict[str, float] = {}
-        fidelity: dict[str, tuple[float, float]] = {}
+        one = Evaluation(trainer, pl_module, self.loss, handle, parameters, every, sketch, self.seed, step)
         with preserved(pl_module), evaluating(handle, None if self._drop is None else self._drop.schedule):
-            for task, (first, second) in batches.items():
-                _, gradient = one.gradients(first, task)
-                samples.append(one.compressed(gradient))
-                if self.affinity is not None:
-                    ahead[task] = one.look_ahead(gradient, self.affinity, [pair[1] for pair in batches.values()])
-                losses[task], gradient = one.gradients(second, task)
-                samples.append(one.compressed(gradient))
-                if self.fidelity and handle is not None:
-                    fidelity[task] = one.compare(second, task, samples[-1])
+            found = one.measured(batches, self.affinity, self.fidelity)
         tensors = list(parameters.values())
-        gram, opposed = products(samples)
+        gram, opposed = products(found.samples)
         sizes = torch.tensor([local(x).numel() for x in tensors], dtype=torch.float64)[:, None, None]
         gram, opposed = summed(gram, tensors), summed(opposed * sizes, tensors)
         names = list(parameters)
-        found, known = by_group(names, [x.numel() for x in tensors], gram, opposed, self.tasks), self.figures.products
+        known = self.figures.products
         self.figures.measuring(names)
-        known.update(*found)
-        entry: dict[str, Any] = {"losses": losses, **known.compute(), "noise_floor": known.floor()}
+        known.update(*by_group(names, [x.numel() for x in tensors], gram, opposed, self.tasks))
+        entry: dict[str, Any] = {"losses": found.losses, **known.compute(), "noise_floor": known.floor()}
         entry["products"] = known.parts()
         entry["groups"] = {"names": list(groups_of(names)), "alignment": known.by_group()}
-        if fidelity:
-            entry["fidelity"] = self.figures.over_events(
-                "fidelity", {task: cosine for task, (cosine, _) in fidelity.items()}
-            )
-            entry["norm_ratio"] = {task: ratio for task, (_, ratio) in fidelity.items()}
+        if found.fidelity:
+            entry["fidelity"] = self.figures.over_events("fidelity", found.fidelity)
+            entry["norm_ratio"] = found.norm_ratio
         if self.affinity is not None:
-            direct, entry["affinity_first_order"] = affinities(self.tasks, self.affinity, ahead, losses, gram.sum(0))
-            entry["affinity"] = self.figures.over_events("affinity", direct)
+            direct, first = affinities(self.tasks, self.affinity, found.ahead, found.losses, gram.sum(0))
+            entry["affinity"], entry["affinity_first_order"] = self.figures.over_events("affinity", direct), first
         return entry
 
     def _log(self, pl_module: L.LightningModule, entry: dict[str, Any]) -> None:

@@ -58,7 +58,9 @@ def shared_parameters(module: nn.Module, prefixes: Sequence[str] | None = None) 
     return chosen
 
 
-def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], task: str, module: nn.Module) -> list[Tensor]:
+def gradients(
+    loss: Tensor, parameters: Mapping[str, nn.Parameter], task: str, others: Sequence[nn.Parameter] = ()
+) -> list[Tensor]:
     """The P gradients of a loss; zeros where it does not depend on a parameter. `.grad` stays as it is, of all.
 
     With FSDP2 each rank gets its shards, averaged over ranks.
@@ -67,7 +69,7 @@ def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], task: str, m
         loss: () float.
         parameters: P, by name.
         task: whose loss it is.
-        module: that holds the parameters, and others that the loss may depend on.
+        others: that the loss depends on, too, as its module had them before the forward: FSDP2's root shows others.
 
     Raises:
         TaskLossError: a loss that is no finite scalar, or whose gradient there is none, or none outside a backward.
@@ -80,7 +82,7 @@ def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], task: str, m
         raise TaskLossError(f"the loss of task {task!r} has no gradient; expected one that depends on the parameters")
     tensors = list(parameters.values())
     if any(isinstance(one, DTensor) for one in tensors):
-        found = _by_backward(loss, tensors, list(module.parameters()))
+        found = _by_backward(loss, tensors, others)
     else:
         found = _by_grad(loss, tensors, task)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, found, strict=True)]
@@ -139,9 +141,10 @@ def _by_grad(loss: Tensor, parameters: Sequence[nn.Parameter], task: str) -> Seq
 
 
 def _by_backward(
-    loss: Tensor, parameters: Sequence[nn.Parameter], every: Sequence[nn.Parameter]
+    loss: Tensor, parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter]
 ) -> list[Tensor | None]:
     # FSDP2 hands gradients to its sharded parameters in a backward only, which gives them to all.
+    every = list(dict.fromkeys([*parameters, *others]))
     before = [one.grad for one in every]
     for one in every:
         one.grad = None
