@@ -80,6 +80,15 @@ def test_evaluation_logs_each_task_once(stage):
     assert ours(found) == pytest.approx(expected("u", "g"))
 
 
+def test_an_evaluation_weighs_the_tokens_of_the_task_itself():
+    """One sample of "u" beside seven of "g", then seven: of eight in all, one has no image."""
+    few, many = batch(0, ["u", *"ggggggg"], 8), batch(1, [*"uuuuuuu", "g"], 8)
+    few["image_mask"][0] = False
+    run = trainer(td.TokenDrop({"u": td.HiMix(), "g": None}))
+    (found,) = run.validate(Validated(), Batches(few, many), verbose=False)
+    assert ours(found)["tokendrop/kept_ratio/u"] == pytest.approx((1 + 7 * 0.5) / 8)
+
+
 @pytest.mark.parametrize(
     ("methods", "task", "name", "kept"),
     [

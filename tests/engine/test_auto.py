@@ -422,3 +422,10 @@ def test_what_a_class_says_of_its_state_holds():
     other = pickle.loads(pickle.dumps(module))  # noqa: S301
     assert other.trainer is None
     assert torch.equal(other(**arguments()), module(**arguments()))
+
+
+def test_a_replica_of_data_parallel_is_refused():
+    """Which the Hugging Face Trainer makes where a process sees several devices."""
+    own, _, _, _ = pair(METHODS["context"])
+    with pytest.raises(td.UnsupportedError, match=r"nn.DataParallel runs copies of .* torchrun .* CUDA_VISIBLE_"):
+        own._replicate_for_data_parallel()(**arguments(task=MADE.tasks))

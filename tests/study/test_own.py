@@ -1,5 +1,6 @@
 """What a user's own metrics say: which are a task's, which way is better, and figures by hand."""
 
+import lightning as L
 import pytest
 import torch
 from kernels_stand_in import kernels, with_attention
@@ -141,9 +142,45 @@ def test_flash_attention_is_counted_as_sdpa_is():
         counted, ids = Counted(), torch.randint(50, (2, 8))
         counted.on_train_batch_start(None, model, None, 0)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        counted.on_train_batch_end(None, model, None, None, 0)
+        counted.taken()
         assert model.config._attn_implementation == attention
         return counted.flops
 
     with kernels():
         assert spent("flash_attention_2") == spent("sdpa") != [0]
+
+
+class Spending(L.Callback):
+    """Runs the module when a batch begins and ends, as a monitor does."""
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        pl_module(torch.ones(3, 4))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        pl_module(torch.ones(3, 4)).sum().backward()
+
+
+class Line(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.linear(x)
+
+    def training_step(self, x, index):
+        return self(x).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:.*bottleneck")
+@pytest.mark.parametrize("others", [[], [Spending()]], ids=["alone", "beside another"])
+def test_what_other_callbacks_spend_does_not_count(others):
+    counted = Counted()
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    run = L.Trainer(callbacks=[counted.ends, *others, counted], max_epochs=1, enable_model_summary=False, **silent)
+    run.fit(Line(), torch.utils.data.DataLoader(torch.ones(4, 4), batch_size=2))
+    # 2 samples, 4 inputs, 5 outputs: once forward, and once backward, for the weight alone.
+    assert counted.flops == [2 * 2 * 4 * 5 * 2] * 2

@@ -13,7 +13,8 @@ from tokendrop.errors import UnsupportedError
 def renew_averages(trainer: L.Trainer, pl_module: L.LightningModule, handle: Handle) -> None:
     """Have averages that copied the module before it was dropped copy it again; order of callbacks does not matter.
 
-    Parameters are averaged pair by pair, so a copy without the added ones would leave them out, or end in a crash.
+    Parameters are averaged pair by pair, so a copy without the added ones would leave them out, or end in a crash; and
+    a copy that is run itself would run dense.
 
     Args:
         trainer: whose callbacks they are.
@@ -21,18 +22,19 @@ def renew_averages(trainer: L.Trainer, pl_module: L.LightningModule, handle: Han
         handle: of it.
 
     Raises:
-        UnsupportedError: another callback holds an `AveragedModel` without the added parameters.
+        UnsupportedError: another callback holds an `AveragedModel` that is not dropped.
     """
-    if not any(True for _ in handle.parameters()):
-        return
+    adds = any(True for _ in handle.parameters())
     for callback in getattr(trainer, "callbacks", ()):
         copies = [value for value in vars(callback).values() if isinstance(value, nn.Module) and not _dropped(value)]
-        if copies and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            if not copies or not adds:
+                continue  # their copies are never run; what they hold is put into the module
             callback.setup(trainer, pl_module, TrainerFn(trainer.state.fn).value)
         elif any(isinstance(one, AveragedModel) and type(one.module) is type(pl_module) for one in copies):
             raise UnsupportedError(
-                f"{type(callback).__name__} copied {type(pl_module).__name__} before TokenDrop added its parameters, "
-                "which would not be averaged; list TokenDrop before it"
+                f"{type(callback).__name__} copied {type(pl_module).__name__} before TokenDrop changed it, so the copy "
+                "would run dense, and average nothing that is added; list TokenDrop before it"
             )
 
 

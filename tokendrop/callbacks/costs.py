@@ -16,17 +16,14 @@ NAME = "flops_per_batch"
 _NONE = object()
 
 
-def log_costs(
-    pl_module: L.LightningModule, handle: Handle, costs: dict[str | None, TaskCost], samples: int, training: bool
-) -> None:
+def log_costs(pl_module: L.LightningModule, handle: Handle, costs: dict[str | None, TaskCost], training: bool) -> None:
     """Log the kept ratio and, where it is known, the FLOPs ratio of each task of a batch.
 
     Args:
         pl_module: that logs.
         handle: of the dropped model.
         costs: of each task.
-        samples: B.
-        training: log each step; otherwise the mean of an epoch.
+        training: log each step; otherwise the mean of an epoch over the task's own tokens.
     """
     for task, cost in costs.items():
         name = task or next((key for key in handle.methods if key is not None), "all")
@@ -34,9 +31,8 @@ def log_costs(
         if unknown_flops(handle) is None:
             kinds["flops_ratio"] = cost.flops_ratio
         for kind, value in kinds.items():
-            pl_module.log(
-                f"tokendrop/{kind}/{name}", value, on_step=training, on_epoch=not training, batch_size=samples
-            )
+            weight = cost.dense_token_layers
+            pl_module.log(f"tokendrop/{kind}/{name}", value, on_step=training, on_epoch=not training, batch_size=weight)
 
 
 class FlopsPerBatch:

@@ -223,7 +223,7 @@ class TokenDrop(BeforeLaunch):
         training = bool(trainer.training)
         costs = self._flops.enter(pl_module, self.handle, plan, layout.tasks, training)
         if trainer.state.fn != "predict":
-            log_costs(pl_module, self.handle, costs, plan.shape[0], training)
+            log_costs(pl_module, self.handle, costs, training)
 
     @property
     @override

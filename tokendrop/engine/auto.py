@@ -134,6 +134,12 @@ def _entered(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[st
             "anew; enter the layout around forward and backward, `with drop.layout(layout):`, or use the model's own "
             "activation checkpointing"
         )
+    if getattr(model, "_is_replica", False):
+        raise UnsupportedError(
+            f"nn.DataParallel runs copies of {type(model).__name__}, which methods do not follow; start one process "
+            "for each device, as by torchrun or accelerate launch, or let the process see one device only, by "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     handle: Any = model._modules["tokendrop"]
     generates, named = name == "generate", _named(getattr(type(model), name), args, kwargs)
     if generates and "inputs" in named:

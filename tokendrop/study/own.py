@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
@@ -76,7 +77,11 @@ class OwnStudy:
 
 
 class Counted(L.Callback):
-    """Counts FLOPs of the first training batches, forward and backward, as they are spent."""
+    """Counts FLOPs of the first training batches, forward and backward, as they are spent; to be listed last.
+
+    What other callbacks spend when a batch begins or ends, as a monitor does, is none of the training's: `ends`, to be
+    listed first, stops the count.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,10 +97,13 @@ class Counted(L.Callback):
             self._counting.enter_context(seen_kernels(pl_module))  # flash kernels have no formula
             self._counter = self._counting.enter_context(counter())
 
-    @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    @property
+    def ends(self) -> L.Callback:
+        """The callback that stops the count when a batch ends."""
+        return LambdaCallback(on_train_batch_end=lambda *_: self.taken())
+
+    def taken(self) -> None:
+        """Take what the batch has spent."""
         if self._counter is not None:
             self.flops.append(self._counter.get_total_flops())
             self._stop()
@@ -132,7 +140,7 @@ def one_run(study: OwnStudy, name: str, seed: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"lightning\.")
-        all_arguments: dict[str, Any] = {**QUIET, **arguments, "callbacks": [*callbacks, counted]}
+        all_arguments: dict[str, Any] = {**QUIET, **arguments, "callbacks": [counted.ends, *callbacks, counted]}
         trainer = L.Trainer(**all_arguments)
         trainer.fit(module, datamodule=data)
         seconds = time.perf_counter() - start

@@ -63,6 +63,75 @@ def test_a_distributed_checkpoint_has_the_same_keys_and_comes_back(methods, tmp_
     assert same(engine_step(other, again, MADE), engine_step(model, drop, MADE))
 
 
+def trained(folder, **options):
+    """A dropped model whose image-only projections are unlike the text's, saved."""
+    model = llama()
+    drop = td.apply(model, SHARED)
+    with torch.no_grad():
+        for p in drop.layers.parameters():
+            p.add_(1.0)
+    model.save_pretrained(folder, **options)
+    return drop.layers.state_dict()
+
+
+SHARED = td.HiMix(separate="shared")
+
+
+def holds(state, expected):
+    return state.keys() == expected.keys() and all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
+def cache(tmp_path, monkeypatch):
+    """The hub's cache as it lies on a disk after a download."""
+    (tmp_path / "models--me--dropped" / "refs").mkdir(parents=True)
+    (tmp_path / "models--me--dropped" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path / "models--me--dropped" / "snapshots"
+
+
+def of_the_hub(folder, **options):
+    return LlamaForCausalLM.from_pretrained("me/dropped", cache_dir=folder, local_files_only=True, **options)
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"], ids=["one file", "shards"])
+def test_a_model_of_the_hubs_cache_has_what_was_saved(tmp_path, monkeypatch, size):
+    expected = trained(cache(tmp_path, monkeypatch) / ("a" * 40), max_shard_size=size)
+    assert holds(td.apply(of_the_hub(tmp_path), SHARED).layers.state_dict(), expected)
+
+
+def test_what_was_saved_beside_other_weights_is_not_taken(tmp_path, monkeypatch):
+    """Nothing says which revision a model was loaded from."""
+    snapshots = cache(tmp_path, monkeypatch)
+    trained(snapshots / ("a" * 40))
+    other = llama()
+    for p in other.model.layers[0].parameters():
+        p.data += 1.0
+    other.save_pretrained(snapshots / ("b" * 40))
+    with pytest.warns(
+        td.NoEffectWarning, match=r"me/dropped holds .* beside another model\.layers\.0\..* these are new"
+    ):
+        td.apply(of_the_hub(tmp_path, revision="b" * 40), SHARED)
+
+
+def test_a_subfolder_that_has_them_is_said(tmp_path):
+    expected = trained(tmp_path / "final")
+    llama().save_pretrained(tmp_path / "dense")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, subfolder="final")
+    with pytest.warns(td.NoEffectWarning, match=r"holds no model file, and .*final one with .* without subfolder="):
+        td.apply(loaded, SHARED)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "final")
+    assert holds(td.apply(again, SHARED).layers.state_dict(), expected)
+
+
+def test_the_file_of_a_variant_is_not_taken_for_the_models(tmp_path):
+    expected = trained(tmp_path)
+    other = llama()
+    td.apply(other, SHARED)
+    other.save_pretrained(tmp_path, variant="fp16")
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert holds(td.apply(again, SHARED).layers.state_dict(), expected)
+
+
 def test_from_pretrained_and_apply_give_back_what_was_saved(tmp_path):
     model, drop = dropped(llama(), SEPARATE)
     model.save_pretrained(tmp_path)
