@@ -27,7 +27,7 @@ from tokendrop.roles import Select
 _cpu = torch.ops.aten
 # Of experts, and of packed weights: torch has no formula of theirs; older ones have fewer of the operators.
 _PRODUCTS = ("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "_scaled_mm_v2", "_int_mm")
-_LIKE_A_PRODUCT = re.compile(r"(^|_)([a-z0-9]*mm|matmul|linear|conv(olution)?(\dd)?|attention|attn)(_|$)")
+_LIKE_A_PRODUCT = re.compile(r"(^|_)([a-z0-9]*mm|gemv|matmul|linear|conv(olution)?(\dd)?|attention|attn)(_|$)")
 
 
 def _attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
@@ -45,6 +45,13 @@ def _product(a: list[int], b: list[int], *_: Any, **__: Any) -> int:
     # Groups are of rows, (S, K) (G, K, N), or of what is summed over, (M, S) (S, N): S is that of all of them together;
     # or of columns, (G, M, K) (K, S), each of which meets the rows of its own group only.
     return 2 * prod(a[1:] if len(a) > len(b) else a) * b[-1]
+
+
+def _product_backward(a: list[int], b: list[int], *_: Any, **__: Any) -> int:
+    return 2 * _product(a, b)
+
+
+_FALLBACKS = {"grouped_mm_fallback": _product, "grouped_mm_fallback_backward": _product_backward}
 
 
 class _Counter(FlopCounterMode):
@@ -86,10 +93,8 @@ def counter() -> FlopCounterMode:
         _cpu._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
     formulas |= {getattr(_cpu, name): _product for name in _PRODUCTS if hasattr(_cpu, name)}
-    theirs = torch.ops.transformers
-    if hasattr(theirs, "grouped_mm_fallback"):  # where torch has no kernel; a counter does not see inside
-        formulas[theirs.grouped_mm_fallback] = _product
-        formulas[theirs.grouped_mm_fallback_backward] = lambda a, b, *_, **__: 2 * _product(a, b)
+    theirs = torch.ops.transformers  # where torch has no kernel; a counter does not see inside
+    formulas |= {getattr(theirs, name): formula for name, formula in _FALLBACKS.items() if hasattr(theirs, name)}
     return _Counter(formulas)
 
 
@@ -180,7 +185,21 @@ def refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec]) -> str | None:
     """Why the FLOPs of such layers do not follow from their linears, or None."""
     if any(p.dim() > 2 for p in layers.parameters()):
         return f"{specs[0].layer_class.__name__} holds weights of more than two dimensions, such as experts"
+    for layer, spec in zip(layers, specs, strict=True):
+        if name := _list_of_linears(layer):
+            return (
+                f"{spec.layer_class.__name__} holds linears in a list, {name}, such as experts: nobody knows which run"
+            )
     return next(filter(None, (spec.separate_refusal() for spec in specs)), None)
+
+
+def _list_of_linears(layer: nn.Module) -> str | None:
+    """The name of a ModuleList or ModuleDict with linears in it, or None; adapters keep what runs in such, too."""
+    known = {id(child) for one in layer.modules() if base_linear(one) is not one for child in one.children()}
+    for name, one in layer.named_modules():
+        if isinstance(one, nn.ModuleList | nn.ModuleDict) and id(one) not in known and linears(one):
+            return name
+    return None
 
 
 def scoring_flops(select: Select, plan: Plan, layer: LayerCost) -> int:
