@@ -216,6 +216,22 @@ def test_a_model_that_is_dropped_or_frozen_is_refused():
         advise(model.requires_grad_(False), BATCHES, layout, 0.6, loss_of(model))
 
 
+@pytest.mark.parametrize("kind", ["stacked", "listed", "no linears"])
+def test_layers_of_unknown_cost_are_refused_before_anything_runs(kind):
+    model = copy.deepcopy(BASE)
+    layer = model.model.layers[2]
+    if kind == "stacked":
+        layer.mlp.register_parameter("experts", torch.nn.Parameter(torch.ones(2, 2, 2)))
+    elif kind == "listed":
+        layer.mlp.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+    else:
+        del layer.self_attn.k_proj
+    before, message = snapshot(model), "k and v" if kind == "no linears" else "experts"
+    with pytest.raises(td.UnsupportedError, match=rf"a budget is of FLOPs.* but .*{message}.* td\.benchmark"):
+        advise(model, BATCHES, lambda _: pytest.fail("asked for a layout"), 0.6, lambda _: pytest.fail("ran"))
+    assert snapshot(model) == before
+
+
 TEXT = (batch(["tttttttt"], "u"), "u", None)
 MIXED = (batch(["ttiitttt"] * 2, "uu"), ("u", "g"), None)
 

@@ -1,8 +1,13 @@
 """Counted FLOPs equal the formula exactly."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import MIXED, batch, dropped, llama, loss_of
+from torch.nn.functional import interpolate
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.integrations import moe
 
 import tokendrop as td
 from tokendrop.analysis.flops import LayerCost, counter, head_flops
@@ -141,3 +146,57 @@ def test_counter_sees_attention_on_the_cpu():
     with counter() as count:
         out.sum().backward()
     assert count.get_total_flops() == 2 * 2 * 3 * 5 * 5 * 4
+
+
+@pytest.mark.parametrize("kind", ["eager", "batched_mm", "grouped_mm", "fallback"])
+def test_experts_are_counted_however_they_run(kind, monkeypatch):
+    """A gate, three products of each row with two of four experts, and twice that in the backward."""
+    sizes = {"hidden_size": 32, "head_dim": 8, "num_hidden_layers": 1, "vocab_size": 50}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_attention_heads=4, num_key_value_heads=4, **sizes, **experts))
+    model.set_experts_implementation("grouped_mm" if kind == "fallback" else kind)
+    if kind == "fallback":  # of older torch
+        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+    mixture, states = model.model.layers[0].mlp, torch.randn(2, 16, 32, requires_grad=True)
+    with counter() as forward:
+        out = mixture(states)
+    with counter() as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 2 * 16 * 2 * (32 * 4 + 2 * 3 * 32 * 24)
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "products"),
+    [
+        ((16, 8), (3, 8, 24), 16 * 8 * 24),  # rows of experts
+        ((8, 16), (16, 24), 8 * 16 * 24),  # the gradient of their weights
+        ((3, 16, 8), (3, 8, 24), 3 * 16 * 8 * 24),
+        ((3, 16, 8), (8, 24), 16 * 8 * 24),  # each column with one group
+    ],
+)
+def test_grouped_products_by_hand(a, b, products):
+    ends = None if len(a) == len(b) == 3 else torch.zeros(3, dtype=torch.int32, device="meta")
+    a, b = (torch.empty(one, dtype=torch.bfloat16, device="meta") for one in (a, b))
+    with counter() as count:
+        torch._grouped_mm(a, b, ends)
+    assert count.get_total_flops() == 2 * products
+
+
+@torch.library.custom_op("tokendrop_tests::my_matmul", mutates_args=())
+def my_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a @ b
+
+
+def test_a_product_without_a_formula_is_said_once():
+    a = torch.ones(3, 3)
+    with counter() as count, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        my_matmul(a @ a, my_matmul(a, a))
+        # Of their names, parts look alike.
+        interpolate(torch.lgamma(a).cummax(0).values[None], size=5, mode="linear")
+    (one,) = map(str, (one.message for one in said))
+    assert "found tokendrop_tests.my_matmul, which looks like a product of matrices" in one
+    assert "they are counted as 0" in one
+    assert "register_flop_formula" in one
+    assert count.get_total_flops() == 2 * 27

@@ -5,7 +5,9 @@ Shape letters: none.
 
 import pytest
 import torch
-from helpers import batch, dropped, llama, loss_of
+from helpers import batch, config, dropped, llama, loss_of
+from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import tokendrop as td
 from tokendrop.analysis.flops import counter
@@ -59,6 +61,7 @@ FROZEN = {
     "two layers and all before": ("model.embed_tokens", "model.layers.0", "model.layers.1"),
     "all but the head": ("model",),
     "all but norm and head": ("model.embed_tokens", "model.layers"),
+    "all but the norm": ("model.embed_tokens", "model.layers", "lm_head"),
     "the head": ("lm_head",),
     "a linear": ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.v_proj"),
 }
@@ -70,9 +73,68 @@ def test_what_is_frozen_has_no_gradient_of_its_own(kind, task):
     model, drop = dropped(llama(), {"u": td.HiMix("1:"), "g": td.HMGen("1:3")})
     frozen(model, *FROZEN[kind])
     found, formula = counted(model, drop, batch(SAMPLES, task * 2))
-    if kind == "all but norm and head":  # whose gradient stops at the norm, behind the layers
-        formula = formula[0], formula[1] + model.lm_head.weight.numel() * 2 * 2 * 11
     assert found == formula
+
+
+def square(width):
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 16))
+
+
+@pytest.mark.parametrize("head", [lambda: nn.Linear(32, 16), lambda: square(32)], ids=["linear", "MLP"])
+@pytest.mark.parametrize("where", ["", "model"])
+def test_a_head_of_another_kind_needs_no_backward_of_frozen_layers(head, where):
+    """Such as a generation head, which is registered anywhere and did not run on this batch."""
+    model, drop = dropped(llama(), {"u": td.HiMix("1:")})
+    model.get_submodule(where).gen_head = head()
+    frozen(model, "model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+    found, formula = counted(model, drop, batch(SAMPLES, "uu"))
+    assert found == formula
+
+
+def test_a_trained_classifier_on_frozen_layers():
+    model = LlamaForSequenceClassification(config(num_labels=3)).eval()
+    model.requires_grad_(False).score.requires_grad_(True)
+    made, drop = batch(SAMPLES, "uu"), td.apply(model, {"u": td.HiMix("1:")})
+    with drop.layout(made.layout()) as plan:
+        with counter() as count:
+            model(input_ids=made.ids, labels=torch.tensor([0, 2])).loss.backward()
+        (cost,) = task_costs(drop, plan, made.tasks).values()
+    score = 2 * 2 * 11 * 32 * 3  # on all 11 tokens of two samples, and for its weights once more
+    assert count.get_total_flops() == cost.flops + 2 * score
+    assert cost.flops == cost.forward
+
+
+class Seeing(nn.Module):
+    """A decoder that is fed by a projector, registered behind it."""
+
+    def __init__(self, width, inside):
+        super().__init__()
+        self.decoder = llama()
+        holder = self.decoder.model if inside else self
+        holder.tower = nn.Sequential(nn.Conv1d(4, width, 1), nn.Flatten(1), nn.Linear(width, width))
+        holder.projector = nn.Linear(width, 32)
+        self.__dict__["held"] = holder  # no child of its own
+
+    def forward(self, ids, pixels):
+        states = self.decoder.model.embed_tokens(ids)
+        seen = self.held.projector(self.held.tower(pixels[..., None]))
+        return self.decoder(inputs_embeds=states + seen[:, None], use_cache=False).logits
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("trained", ["projector", "tower"])
+def test_what_feeds_the_layers_has_its_gradient_through_all_of_them(trained, inside):
+    model, made = Seeing(16, inside), batch(SAMPLES, "uu")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    drop = td.apply(model, {"u": td.HiMix("1:")})
+    with drop.layout(made.layout()) as plan, counter() as count:
+        loss_of(model(made.ids, torch.ones(2, 4)), made.labels).backward()
+        (cost,) = task_costs(drop, plan, made.tasks).values()
+    tower, projector = 2 * 2 * (4 * 16 + 16 * 16), 2 * 2 * 16 * 32
+    # Weights of what is trained, and input gradients behind the first of them.
+    beside = projector if trained == "projector" else tower + projector + 2 * 2 * 16 * 16
+    assert count.get_total_flops() == cost.flops + tower + projector + beside
 
 
 @pytest.mark.parametrize("trained", ["tokendrop", "tokendrop.layers.1"])

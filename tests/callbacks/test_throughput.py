@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lit_llama import LIGHTNING_WARNS, Batches, Lit, Validated, batch, llama, trainer
+from torch import nn
 
 import tokendrop as td
 from tokendrop.analysis.flops import counter
@@ -138,11 +139,41 @@ def test_an_exception_takes_them_away():
     assert not hasattr(module, "flops_per_batch")
 
 
-def test_experts_have_no_flops_ratio_rather_than_a_wrong_one():
+def stacked(mlp):
+    mlp.register_parameter("experts", nn.Parameter(torch.ones(2, 2, 2)))
+
+
+def listed(mlp):
+    """As models of remote code keep them; only some run on a row."""
+    mlp.experts = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.SiLU()) for _ in range(2))
+
+
+def named(mlp):
+    mlp.experts = nn.ModuleDict({"text": nn.Linear(2, 2), "image": nn.Linear(2, 2)})
+
+
+@pytest.mark.parametrize("experts", [stacked, listed, named])
+def test_experts_have_no_flops_ratio_rather_than_a_wrong_one(experts):
     module = Lit()
-    module.model.model.layers[0].mlp.register_parameter("experts", torch.nn.Parameter(torch.ones(2, 2, 2)))
+    experts(module.model.model.layers[0].mlp)
     drop, seen = td.TokenDrop(METHODS), Seen()
     run = trainer(drop, seen)
     run.fit(module, Batches(batch(0)))
     assert seen.training == [None]
     assert {name for name in run.logged_metrics if name.startswith("tokendrop/")} == {"tokendrop/kept_ratio/u"}
+
+
+@pytest.mark.parametrize("experts", [stacked, listed, named])
+def test_what_experts_spend_is_refused_by_formula(experts):
+    model = llama()
+    experts(model.model.layers[1].mlp)
+    with pytest.raises(td.UnsupportedError, match=r"LlamaDecoderLayer holds .*experts.*; count a run of your model"):
+        td.flops(model, METHODS["u"], text=8, image=8)
+    with pytest.raises(td.UnsupportedError, match=r"no recipe for understanding in LlamaForCausalLM: .*experts"):
+        td.recipe(model, "understanding", 0.7)
+
+
+def test_lists_without_linears_are_no_experts():
+    model = llama()
+    model.model.layers[1].mlp.norms = nn.ModuleList(nn.LayerNorm(2) for _ in range(2))
+    assert td.flops(model, METHODS["u"], text=8, image=8) == td.flops(llama(), METHODS["u"], text=8, image=8)

@@ -97,6 +97,10 @@ def dropped():
     found = made()
     td.apply(found[0], td.HiMix())
     return found
+def experts():
+    found = made()
+    found[0].model.layers[1].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    return found
 def no_decoder(): return torch.nn.Linear(2, 2), *made()[1:]
 def wrong_order(): return made()[::-1]
 def raises(): raise ValueError("[red]boom\\nnext")
@@ -130,6 +134,7 @@ REFUSED = {
     "frozen": ("TaskLossError", "no trained parameter"),
     "meta": ("UnsupportedError", "on the meta device"),
     "dropped": ("AppliedError", "call remove()"),
+    "experts": ("UnsupportedError", "a budget is of FLOPs"),
     "no_decoder": ("DecoderError", "Linear"),
     "wrong_order": ("SourceError", "returned (function, list, LlamaForCausalLM); expected (model, batches, layout)"),
     "raises": ("SourceError", "raised ValueError: [red]boom next (users_model.py, line"),

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from tokendrop.analysis.advice import Advice, Plan
+from tokendrop.analysis.flops import refusal
 from tokendrop.analysis.memory import saved_bytes
 from tokendrop.analysis.spent import task_costs
 from tokendrop.analysis.subject import Subject
 from tokendrop.engine.forward.groups import split_output
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.inject import apply, handle
-from tokendrop.engine.model.decoder import find_layers, layer_spec
+from tokendrop.engine.model.decoder import find_layers, layer_spec, layer_specs
 from tokendrop.engine.plan.plan import needed_rows
 from tokendrop.errors import AppliedError, LayerRangeError, LayoutError, MethodError, TaskLossError, UnsupportedError
 from tokendrop.layout import TokenLayout
@@ -59,6 +60,7 @@ def advise(
         MethodError: a budget outside (0, 1), or one that no plan meets.
         LayoutError: no batches, or one without images or with several tasks.
         TaskLossError: a dense loss or gradient of which nothing can be said.
+        UnsupportedError: layers whose FLOPs do not follow from their linears, such as experts.
 
     Source: ours.
     """
@@ -69,6 +71,12 @@ def advise(
     if not any(one.requires_grad for one in model.parameters()):
         raise TaskLossError(
             f"{type(model).__name__} has no trained parameter, and gradients are compared; unfreeze some"
+        )
+    layers = find_layers(model, None)[1]
+    if unknown := refusal(layers, layer_specs(layers)):
+        raise UnsupportedError(
+            f"a budget is of FLOPs, which follow from the linears of a layer, but {unknown}; choose a method "
+            "yourself and measure it with td.benchmark, which counts a run"
         )
     by_task: dict[str, Held] = {}
     for batch, made in subject.held():

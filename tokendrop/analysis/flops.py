@@ -5,6 +5,8 @@ is more than what a kernel computes that skips the pairs no query sees.
 Shape letters: B batch, T tokens, K computed rows, M context rows, R scoring rows, D hidden, H heads, L layers.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
 
 from tokendrop.analysis.pairs import window_of
 from tokendrop.engine.model.decoder import LayerSpec
@@ -22,6 +25,9 @@ from tokendrop.engine.plan.plan import Plan
 from tokendrop.roles import Select
 
 _cpu = torch.ops.aten
+# Of experts, and of packed weights: torch has no formula of theirs; older ones have fewer of the operators.
+_PRODUCTS = ("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "_scaled_mm_v2", "_int_mm")
+_LIKE_A_PRODUCT = re.compile(r"(^|_)([a-z0-9]*mm|gemv|matmul|linear|conv(olution)?(\dd)?|attention|attn)(_|$)")
 
 
 def _attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
@@ -35,8 +41,44 @@ def _attention_backward(grad: list[int], query: list[int], key: list[int], value
     return 2 * batch * heads * rows * key[2] * (3 * width + 2 * value[3])
 
 
+def _product(a: list[int], b: list[int], *_: Any, **__: Any) -> int:
+    # Groups are of rows, (S, K) (G, K, N), or of what is summed over, (M, S) (S, N): S is that of all of them together;
+    # or of columns, (G, M, K) (K, S), each of which meets the rows of its own group only.
+    return 2 * prod(a[1:] if len(a) > len(b) else a) * b[-1]
+
+
+def _product_backward(a: list[int], b: list[int], *_: Any, **__: Any) -> int:
+    return 2 * _product(a, b)
+
+
+_FALLBACKS = {"grouped_mm_fallback": _product, "grouped_mm_fallback_backward": _product_backward}
+
+
+class _Counter(FlopCounterMode):
+    """Names each operator that looks like a product and has no formula, once."""
+
+    def __init__(self, formulas: dict[Any, Callable[..., int]]) -> None:
+        super().__init__(display=False, custom_mapping=formulas)
+        self._looked_at = set(self.flop_registry)
+
+    @override
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        if func_packet not in self._looked_at:
+            self._looked_at.add(func_packet)
+            if _LIKE_A_PRODUCT.search(getattr(func_packet, "__name__", "")):
+                warnings.warn(
+                    f"found {func_packet}, which looks like a product of matrices, and expected a formula of its "
+                    "FLOPs; they are counted as 0, so the count and its ratios are wrong by them: give a formula with "
+                    "torch.utils.flop_counter.register_flop_formula",
+                    stacklevel=2,
+                )
+        return super()._count_flops(func_packet, out, args, kwargs)
+
+
 def counter() -> FlopCounterMode:
-    """A FLOP counter that also sees attention on the CPU, which torch's own counts as zero.
+    """A FLOP counter that also sees attention on the CPU and grouped products, which torch's own counts as zero.
+
+    An operator that looks like a product of matrices and has no formula is counted as zero, too, but with a warning.
 
     Example:
         >>> with counter() as counted:
@@ -50,7 +92,10 @@ def counter() -> FlopCounterMode:
         _cpu._scaled_dot_product_flash_attention_for_cpu: _attention,
         _cpu._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
+    formulas |= {getattr(_cpu, name): _product for name in _PRODUCTS if hasattr(_cpu, name)}
+    theirs = torch.ops.transformers  # where torch has no kernel; a counter does not see inside
+    formulas |= {getattr(theirs, name): formula for name, formula in _FALLBACKS.items() if hasattr(theirs, name)}
+    return _Counter(formulas)
 
 
 @dataclass(frozen=True)
@@ -140,7 +185,21 @@ def refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec]) -> str | None:
     """Why the FLOPs of such layers do not follow from their linears, or None."""
     if any(p.dim() > 2 for p in layers.parameters()):
         return f"{specs[0].layer_class.__name__} holds weights of more than two dimensions, such as experts"
+    for layer, spec in zip(layers, specs, strict=True):
+        if name := _list_of_linears(layer):
+            return (
+                f"{spec.layer_class.__name__} holds linears in a list, {name}, such as experts: nobody knows which run"
+            )
     return next(filter(None, (spec.separate_refusal() for spec in specs)), None)
+
+
+def _list_of_linears(layer: nn.Module) -> str | None:
+    """The name of a ModuleList or ModuleDict with linears in it, or None; adapters keep what runs in such, too."""
+    known = {id(child) for one in layer.modules() if base_linear(one) is not one for child in one.children()}
+    for name, one in layer.named_modules():
+        if isinstance(one, nn.ModuleList | nn.ModuleDict) and id(one) not in known and linears(one):
+            return name
+    return None
 
 
 def scoring_flops(select: Select, plan: Plan, layer: LayerCost) -> int:

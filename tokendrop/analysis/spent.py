@@ -21,7 +21,7 @@ from tokendrop.analysis.flops import (
 )
 from tokendrop.analysis.pairs import Pairs, counted_pairs
 from tokendrop.engine.handle import Handle
-from tokendrop.engine.model.linears import base_linear, linear_shape
+from tokendrop.engine.model.linears import base_linear, is_linear, linear_shape, linears
 from tokendrop.engine.model.sets import FUSION, ROUTER, Fusion
 from tokendrop.engine.plan.labelled import labelled_rows
 from tokendrop.engine.plan.plan import Plan, Span
@@ -105,7 +105,7 @@ def task_costs(handle: Handle, plan: Plan, tasks: tuple[str | None, ...]) -> dic
     """What a planned step costs, by formula, for each task.
 
     The backward is that of the weights that are trained now. What activation checkpointing runs again, the vision
-    encoder and the optimizer are no part of it.
+    encoder and the optimizer are no part of it. Its FLOPs say nothing where `unknown_flops` gives a reason.
 
     Args:
         handle: of the dropped model.
@@ -220,6 +220,7 @@ def _found(handle: Handle) -> _Costs:
         flows = flows or any(p.requires_grad for part in inside for p in part.parameters())
         reached.append(flows)
         flows = flows or any(p.requires_grad for p in added.parameters())
+    flows = flows or any(p.requires_grad for module, tail in _readers(handle) if tail for p in module.parameters())
     head, once = output_head(owner), head_flops(owner)
     own = head is not None and is_trained(base_linear(head))
     costs = [LayerCost.of(layer, spec) for layer, spec in zip(layers, handle.specs, strict=True)]
@@ -228,11 +229,41 @@ def _found(handle: Handle) -> _Costs:
 
 def _trained_before(handle: Handle) -> bool:
     """Whether something before the decoder's layers is trained, so that a gradient passes through all of them."""
-    owner, layers = handle.owner, handle.decoder_layers
-    stack = list(owner.get_submodule(handle.path.rpartition(".")[0]).children())
-    behind: list[nn.Module] = [handle, *stack[stack.index(layers) :]]
-    head = output_head(owner)
-    tied = {id(p) for module in owner.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    rest = {id(p) for module in behind for p in module.parameters()}
-    rest |= set() if head is None else {id(p) for p in head.parameters()} - tied
+    owner, head = handle.owner, output_head(handle.owner)
+    behind = [handle, handle.decoder_layers, *(module for module, _ in _readers(handle))]
+    rest = {id(p) for module in [*behind, *([] if head is None else [head])] for p in module.parameters()}
+    # A weight tied to a head's is an embedding's, too.
+    rest -= {id(p) for module in owner.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     return any(p.requires_grad and id(p) not in rest for p in owner.parameters())
+
+
+def _readers(handle: Handle) -> list[tuple[nn.Module, bool]]:
+    """Modules that read what the layers make; and whether each stands behind them in their stack, before a head.
+
+    Others may feed the layers. Whether they do nobody knows before a forward, which may be one without images; shapes
+    tell more of it than order does, as vision towers and projectors are registered on either side of a decoder.
+    """
+    at, stack = handle.owner, handle.owner.get_submodule(handle.path.rpartition(".")[0])
+    first = next(iter(linears(handle.decoder_layers[0])), None)
+    width = 0 if first is None else linear_shape(first)[1]
+    found: list[tuple[nn.Module, bool]] = []
+    for name in handle.path.split("."):
+        tail = False
+        for key, child in at.named_children():
+            if key == name:
+                tail = at is stack
+            elif _reads(child, width, tail):
+                found.append((child, tail))
+        at = at.get_submodule(name)
+    return found
+
+
+def _reads(module: nn.Module, width: int, tail: bool) -> bool:
+    """Whether a module takes states of a width and gives none; behind the layers of a stack it may, as a norm does."""
+    shapes = []
+    for one in module.modules():
+        if base_linear(one) is one and is_linear(one):
+            shapes.append(linear_shape(one))
+        elif any(p.dim() > 1 for p in one.parameters(recurse=False)):
+            shapes.append((0, 0))  # an embedding or a convolution
+    return shapes[0][1] == width and (tail or shapes[-1][0] != width) if shapes else tail

@@ -13,6 +13,8 @@ from helpers import MIXED, batch, close, dropped, llama, loss_of, perturbed
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 import tokendrop as td
+from tokendrop.analysis.flops import counter
+from tokendrop.analysis.spent import unknown_flops
 from tokendrop.engine.reference import reference
 
 # PEFT 0.21 still asks transformers by the old name.
@@ -342,3 +344,23 @@ def test_modules_to_save_trains_and_keeps_them(tmp_path):
     assert torch.equal(logits(again, back), expected)
     agree(logits(again.merge_and_unload(), back), expected)
     assert list(back.layers.state_dict()) == list(td.apply(llama(), METHODS["separate"]).layers.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "beneath experts"])
+def test_adapters_are_no_experts(kind):
+    """Whose linears lie in dicts, too; those of a list that are adapted are."""
+    model = llama()
+    if kind == "beneath experts":
+        for layer in model.model.layers:
+            layer.mlp.experts = torch.nn.ModuleList([torch.nn.Linear(32, 48)])
+    made = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", use_dora=kind == "dora")).eval()
+    drop = td.apply(made, METHODS["shared weights"])
+    if kind == "beneath experts":
+        assert "mlp.experts" in unknown_flops(drop)
+        return
+    assert unknown_flops(drop) is None
+    if kind == "lora":
+        with counter() as count, drop.disabled(), torch.no_grad():
+            made(input_ids=MADE.ids[:1], use_cache=False)
+        tokens = MADE.ids.shape[1]
+        assert td.flops(made, td.HiMix(), text=tokens, image=0).dense == count.get_total_flops()
