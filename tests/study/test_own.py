@@ -51,10 +51,20 @@ def rows(seeds=(0, 1, 2)):
         ("vqa/ExactMatch", "vqa", 1),
         ("vqa/MeanAbsoluteError", "vqa", -1),
         ("vqa/TokenCrossEntropy", "vqa", -1),
-        *((f"test/vqa/{word}", "vqa", 0) for word in (
-            "inaccuracy", "Inaccuracy", "disagreement", "mismatch", "exact_mismatch", "inexact", "imprecision",
-            "insensitivity", "MulticlassInaccuracy",
-        )),
+        *(
+            (f"test/vqa/{word}", "vqa", 0)
+            for word in (
+                "inaccuracy",
+                "Inaccuracy",
+                "disagreement",
+                "mismatch",
+                "exact_mismatch",
+                "inexact",
+                "imprecision",
+                "insensitivity",
+                "MulticlassInaccuracy",
+            )
+        ),
         ("test_loss", None, -1),
         ("vqaacc", None, 0),
         ("vqa_to_vqa_long/acc", None, 1),
