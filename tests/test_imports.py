@@ -140,6 +140,6 @@ def code_lines(file):
 
 def test_the_package_is_small():
     # What the demo and the study train is no part of what a user's training runs.
-    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 12018
+    assert sum(code_lines(file) for file in FILES if part_of(where(file)) not in ("unified", "study")) < 12300
     engine = [file for file in FILES if part_of(where(file)) == "engine"]
-    assert sum(map(code_lines, engine)) < 5450
+    assert sum(map(code_lines, engine)) < 5550

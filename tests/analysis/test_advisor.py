@@ -114,6 +114,38 @@ def test_where_image_tokens_are_trained_no_plan_ends_them(found):
     assert {td.HiMix, td.FastV, td.Drop} <= {type(plan.method) for plan in found.plans["u"]}
 
 
+class Two(torch.nn.Module):
+    """A model with two decoders, of which one runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = llama(spread=0.15), llama(seed=1)
+
+    def forward(self, input_ids, labels):
+        return self.a(input_ids=input_ids, labels=labels, use_cache=False)
+
+
+def test_the_decoder_that_was_named_is_the_one_that_is_advised_on(monkeypatch):
+    monkeypatch.setattr(advisor, "ROUNDS", 1)
+    monkeypatch.setattr(advisor.Trials, "_candidates", lambda self, fits: iter([td.HiMix("2:")]))
+    made, path = BATCHES[0][0], "a.model.layers"
+    given = [{"input_ids": made.ids, "labels": made.labels}], lambda _: made.layout(task="u")
+    model = Two()
+    found = td.attention_allocation(model, *given, layers=path).advise(0.9)
+    alone = td.attention_allocation(model.a, *given).advise(0.9)
+    (plan,), (own,) = found.plans["u"], alone.plans["u"]
+    assert (plan.method, plan.flops_ratio) == (own.method, own.flops_ratio)
+    assert plan.loss_gap == pytest.approx(own.loss_gap, abs=1e-6)
+    assert found.redundancy == alone.redundancy
+    assert found.code() == alone.code().replace("})", "}, layers='a.model.layers')")
+    (callback,) = yaml.safe_load(found.yaml())["trainer"]["callbacks"]
+    names = {}
+    exec(found.code(), names)  # noqa: S102
+    assert names["callback"].layers == callback["init_args"]["layers"] == path
+    with pytest.raises(td.DecoderError, match="choose one with layers="):
+        advise(model, *given)
+
+
 def test_the_code_and_the_yaml_say_the_same(found, monkeypatch):
     # jsonargparse 4.53 renamed instantiate_classes to instantiate; Lightning 2.6.6 still calls the former.
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

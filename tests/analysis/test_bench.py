@@ -5,16 +5,18 @@ Shape letters: B batch, T tokens.
 
 import gc
 import json
+from collections import UserDict
+from dataclasses import dataclass
 
 import lightning as L
 import pytest
 import torch
-from helpers import batch, llama, snapshot
+from helpers import batch, checkpointed, llama, snapshot
 from kernels_stand_in import kernels, with_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokendrop as td
-from tokendrop.analysis import bench, bench_work, equality, timing
+from tokendrop.analysis import bench, bench_setup, bench_work, equality, timing
 from tokendrop.analysis.memory import saved_bytes
 from tokendrop.analysis.spent import task_costs
 from tokendrop.analysis.timing import now, spread
@@ -296,6 +298,92 @@ def test_rows_of_another_setup_are_not_taken(tmp_path, change, monkeypatch):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     run(model, td.HiMix(), batches, **out | given)
     assert len(said) == 2
+
+
+MOVED = batch(["tttttiiiit", "iittiitit"], "uu")  # as long, and with as many image tokens of the same ids, as U
+
+
+def other_batch(tmp_path, one, made_layout, **more):
+    said = []
+    out = {"rounds": 1, "out": tmp_path, "progress": lambda *given: said.append(given), "unchecked": True}
+    td.benchmark(llama(), [one], lambda _: made_layout, td.HiMix(), **out | more)
+    return len(said)
+
+
+CHANGES = {
+    "place of images": (made(MOVED), MOVED.layout()),
+    "layout only": (made(), U.layout(images=U.image.long())),
+    "segments": (made(), U.layout(segments=U.image.long())),
+    "frames": (made(), U.layout(frames=U.image.long())),
+    "packs": (made(), U.layout(packs=torch.zeros_like(U.ids))),
+    "tasks": (made(), U.layout(task=("u", "g"))),
+    "ids": (made() | {"input_ids": U.ids.flip(1)}, U.layout()),
+    "labels": (made() | {"labels": U.labels.roll(1, 1)}, U.layout()),
+    "an argument": (made(logits_to_keep=0), U.layout()),
+    "labels of the layout": (made(), U.layout(labels=U.labels.index_fill(1, torch.tensor([9]), -100))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_of_a_batch_of_the_same_shape_are_not_taken(tmp_path, change):
+    assert MOVED.image.sum() == U.image.sum()
+    assert other_batch(tmp_path, made(), U.layout()) == 1
+    assert other_batch(tmp_path, made(), U.layout()) == 0
+    assert other_batch(tmp_path, *CHANGES[change]) == 1
+
+
+def test_batches_are_known_by_what_they_hold_and_pixels_by_their_shape():
+    @dataclass
+    class Held:
+        one: object
+
+    def known(value):
+        return bench_setup._described(value, U.layout())
+
+    for wrap in (lambda one: [one], lambda one: {"x": (one,)}, Held, lambda one: UserDict(x=one)):
+        ids, flags = torch.arange(6), torch.ones(6, dtype=torch.bool)
+        assert known(wrap(ids)) == known(wrap(ids.clone())) != known(wrap(ids + 1))
+        assert known(wrap(flags)) != known(wrap(~flags))
+        assert known(wrap(torch.zeros(2, 3))) == known(wrap(torch.ones(2, 3))) != known(wrap(torch.zeros(3, 2)))
+        assert known(wrap("a")) != known(wrap("b"))
+        assert known(wrap(object())) == known(wrap(object()))
+    json.dumps(known([1]))
+
+
+def partly_eval(model):
+    model.train().model.layers[1].eval()
+
+
+@pytest.mark.parametrize("change", [checkpointed, partly_eval])
+def test_rows_of_a_model_that_runs_otherwise_are_not_taken(tmp_path, change):
+    model, said = llama(), []
+    out = {"out": tmp_path, "progress": lambda *given: said.append(given)}
+    plain = run(model, td.HiMix(), [U], **out).rows
+    change(model)
+    other = run(model, td.HiMix(), [U], **out).rows
+    assert len(said) == 2
+    if change is checkpointed:
+        assert other[2]["memory"] < plain[2]["memory"]
+    run(model, td.HiMix(), [U], **out)
+    assert len(said) == 2
+
+
+def test_rows_of_another_optimizer_or_precision_are_not_taken(tmp_path):
+    model, said = llama(), []
+    out = {"out": tmp_path, "progress": lambda *given: said.append(given), "unchecked": True}
+    for rate in (0.1, 0.2, 0.1):
+        run(model, td.HiMix(), [U], optimizer=lambda trained, rate=rate: torch.optim.SGD(trained, lr=rate), **out)
+    assert len(said) == 2
+    groups = run(model, td.HiMix(), [U], optimizer=lambda trained: torch.optim.SGD([
+        {"params": trained[:1]}, {"params": trained[1:]}], lr=0.1), **out)  # fmt: skip
+    assert len(said) == 3
+    assert groups.rows[0]["setup"]["optimizer"] == "SGD"
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run(model, td.HiMix(), [U], **out)
+    assert len(said) == 4
+    run(model, td.HiMix(), [U], **out)
+    assert len(said) == 5
 
 
 @pytest.mark.parametrize("compiled", [torch.compile, lambda model, **how: model.compile(**how) or model])

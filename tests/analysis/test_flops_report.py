@@ -7,7 +7,7 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, fields
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ import tokendrop as td
 from tokendrop.analysis.flop_ledger import PARTS
 from tokendrop.cli import app
 from tokendrop.engine.model.from_config import model_from_config
-from tokendrop.methods.text import method_from_text, methods_from_text
+from tokendrop.methods.text import KNOWN, LAYERS, each_from_text, method_from_text, methods_from_text
 
 CONFIGS = Path(__file__).parents[2] / "tokendrop" / "configs"
 LLAVA = str(CONFIGS / "llava-1.5-7b.json")
@@ -316,10 +316,39 @@ def test_a_decoder_that_cannot_be_run():
         ("FastV(keep=0.25)", "3", td.FastV(3, 0.25)),
         ("PyramidDrop", "[4, 8, 12]", td.PyramidDrop((4, 8, 12))),
         ('Drop(":", keep=5)', None, td.Drop(":", 5)),
+        ("HiMix(layers='16:')", "2:", td.HiMix("16:")),
+        ("HiMix('16:')", "2:", td.HiMix("16:")),
+        ("HiMix(':')", "2:", td.HiMix()),
+        ("FastV(3)", "1", td.FastV(3)),
+        ("DuetVLM", "[4, 8]", td.DuetVLM((4, 8))),
+        ("VScan", "[4]", td.VScan(text_layers=(4,))),
     ],
 )
 def test_methods_as_text(text, layers, expected):
     assert method_from_text(text, layers) == expected
+
+
+@pytest.mark.parametrize("text", ["SVDPrune", "divprune(0.5)", "CDPruner", "PMoD", "VisionZip"])
+def test_a_method_without_layers_takes_none(text):
+    name = type(method_from_text(text)).__name__
+    with pytest.raises(td.MethodError, match=rf"^{name} has no layers .* found --layers 2:; leave it out"):
+        method_from_text(text, "2:")
+    with pytest.raises(td.MethodError, match=rf"^{name} has no layers"):
+        each_from_text(["HiMix", text], "2:")
+
+
+def test_layers_that_a_method_names_are_its_own():
+    """What is compared are two methods, each with its layers."""
+    assert each_from_text(["HiMix(layers='16:')", "HiMix"], "2:") == [td.HiMix("16:"), td.HiMix("2:")]
+
+
+def test_every_method_says_which_of_its_fields_are_layers():
+    """A new one whose layers have another name would be taken for one without."""
+    for made in KNOWN.values():
+        own = [one.name for one in fields(made) if one.name in LAYERS]
+        others = [one.name for one in fields(made) if "layer" in one.name and one.name not in LAYERS]
+        assert len(own) <= 1
+        assert set(others) <= {"local_layer", "global_layer", "vision_layer"}  # of the vision encoder
 
 
 HOSTILE = [
@@ -372,6 +401,7 @@ def test_the_command(tmp_path):
         (["nowhere.json", "--method", "HiMix", "--text", 8, "--image", 8], "DecoderError"),
         ([LLAVA, "--method", "HiMix(", "--text", 8, "--image", 8], "MethodError"),
         ([LLAVA, "--method", "HiMix", "--layers", "40:", "--text", 8, "--image", 8], "LayerRangeError"),
+        ([LLAVA, "--method", "PMoD", "--layers", "2:", "--text", 8, "--image", 8], "MethodError: PMoD has no layers"),
         ([LLAVA, "--method", "HiMix", "--text", -8, "--image", 8], "LayoutError"),
         ([LLAVA, "--method", "HiMix", "--text", 8, "--image", 8, "--multiple", 0], "MethodError"),
     ],

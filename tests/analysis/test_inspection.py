@@ -3,40 +3,80 @@
 import json
 
 import pytest
+import torch
 from families import FAMILIES, model
-from helpers import llama
+from helpers import llama, snapshot
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import tokendrop as td
+from tokendrop import methods
+from tokendrop.analysis.inspection import CASES
 from tokendrop.cli import app
 from tokendrop.engine.model.from_config import model_from_config
 
-CASES = ["HiMix", "HMGen", "Drop, rejoin", "Drop, gone", "Drop, attend", "Drop by attention", "image-only projections"]
+ENCODER = ("DuetVLM, vision stage", "VisionZip", "VScan")
+
+
+def said_by_apply(built, method):
+    try:
+        td.apply(built, method).remove()
+    except td.TokenDropError as error:
+        return str(error)
+    return "yes"
+
+
+def test_every_method_is_asked_for():
+    assert {type(one).__name__ for one in CASES.values()} == set(methods.__all__)
+    routes = [layer for one in CASES.values() for layer in one.route(3)]
+    assert {layer.image for layer in routes} == set(td.Role)
+    assert any(layer.renumber for layer in routes)
+    assert {bool(layer.select and layer.select.merge) for layer in routes} == {True, False}
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_what_it_says_is_what_apply_does(name):
     built = model(name)
     found = td.inspect(built)
-    assert list(found.support) == CASES
-    by_attention = td.Drop(":", 0.5, "attention")
-    methods = {"HiMix": td.HiMix(), "HMGen": td.HMGen("0:1"), "Drop by attention": by_attention}
-    for case, method in methods.items():
-        try:
-            td.apply(built, method).remove()
-            refusal = "yes"
-        except td.TokenDropError as error:
-            refusal = str(error)
-        assert found.support[case] == refusal
+    assert found.support == {case: said_by_apply(built, method) for case, method in CASES.items()}
 
 
 def test_a_llama():
     found = td.inspect(llama())
     assert (found.path, found.layer_class, found.attention) == ("model.layers", "LlamaDecoderLayer", "sdpa")
     assert found.num_layers == len(llama().model.layers)
-    assert set(found.support.values()) == {"yes"}
+    assert all(found.support[case].startswith("inspection finds 0 vision encoders") for case in ENCODER)
+    assert {answer for case, answer in found.support.items() if case not in ENCODER} == {"yes"}
+    lines = [line.split("  ", 1) for line in str(found).splitlines()]
+    assert [(name, value.strip()) for name, value in lines[:4]] == [
+        ("layers", "model.layers"), ("class", "LlamaDecoderLayer"), ("depth", str(found.num_layers)),
+        ("attention", "sdpa"),
+    ]  # fmt: skip
+    assert {name: value.strip() for name, value in lines[4:]} == found.support
+
+
+def test_layers_that_a_method_cannot_have_are_named_for_it_alone():
+    found = td.inspect(model("gemma3"))
+    assert found.support["PMoD"].startswith("PMoD(shift=0.5, most=0.85, least=0.15, gate=0.2) weighs what an FFN gives")
+    assert [case for case, said in found.support.items() if said != "yes"] == ["PMoD", *ENCODER]
+
+
+def test_nothing_is_changed():
+    built = llama()
+    before, random = snapshot(built), torch.get_rng_state()
+    td.inspect(built)
+    assert snapshot(built) == before
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_dropped_model_is_refused():
+    built = llama()
+    drop = td.apply(built, td.HiMix())
+    with pytest.raises(td.AppliedError, match="LlamaForCausalLM is dropped already; inspect it before"):
+        td.inspect(built)
+    drop.remove()
+    assert td.inspect(built).support["HiMix"] == "yes"
 
 
 def test_no_decoder():
@@ -65,7 +105,7 @@ def test_the_command(config):
         "layer_class": "LlamaDecoderLayer",
         "num_layers": 32,
         "attention": "sdpa",
-        "support": dict.fromkeys(CASES, "yes"),
+        "support": td.inspect(model_from_config(str(config))).support,
     }
     table = CliRunner().invoke(app, ["inspect", str(config / "config.json")])
     assert table.exit_code == 0, table.output

@@ -73,11 +73,19 @@ def test_every_setting_fits_its_depth(depth):
 
 
 def test_the_published_settings_come_out_at_their_depth():
-    assert module._stages(32, (10, 14, 16, 18), 215) == td.HiDrop(keep=(0.3733, 0.0174, 0.0087, 0.0017))
+    assert module._stages(32, (10, 14, 16, 18), 215) == td.HiDrop(keep=(0.3733, 0.0174, 0.0087, 0.0018))
     assert module._shallow(32)[2] == td.HMGen("13:18:2")
     assert module._shallow(32)[9] == td.HMGen("6:25:2")
     assert module._shallow(32)[-1] == td.HMGen("1:31")
-    assert module._stages(6, (10, 14, 16, 18), 215) == td.HiDrop(2, (2, 3), (0.3733, 0.0017), 4)
+    assert module._stages(6, (10, 14, 16, 18), 215) == td.HiDrop(2, (2, 3), (0.3733, 0.0018), 4)
+
+
+@pytest.mark.parametrize("published", [(453, (10, 13, 16, 19)), (215, (10, 14, 16, 18)), (87, (10, 14, 16, 18))])
+def test_hidrop_keeps_the_published_counts(published):
+    """Shares of 576 tokens, of which HiDrop rounds the counts down."""
+    first, layers = published
+    route = module._stages(32, layers, first).route(32)
+    assert [route[layer].select.count(576) for layer in layers] == [first, 10, 5, 1]
 
 
 def test_an_impossible_budget_is_told_the_least():

@@ -122,6 +122,16 @@ def test_a_wrong_method(tmp_path, method):
     assert not (tmp_path / "bench").exists()
 
 
+def test_layers_are_for_methods_that_name_none():
+    found = run("made", "--layers", "2:", "--json", methods=["HiMix('3:')", "HiMix"])
+    named = [row["method"] for row in json.loads(found.stdout)["rows"]]
+    assert list(dict.fromkeys(named)) == ["HiMix(layers='3:')", "HiMix(layers='2:')"]
+    refused = run("made", "--layers", "2:", methods=["HiMix", "SVDPrune"])
+    assert refused.exit_code == 1
+    (line,) = refused.stderr.strip().splitlines()
+    assert line.startswith("MethodError: SVDPrune has no layers of its own to choose, and found --layers 2:")
+
+
 def test_a_model_that_is_not_equal_to_the_reference_is_reported_only_where_asked(tmp_path, monkeypatch):
     update = context.ContextKeys.update
 

@@ -86,6 +86,22 @@ def test_vscan_for_qwen(name):
     assert found[0].topk(count).indices.sort().values.tolist() == case["kept"][0]
 
 
+@pytest.mark.parametrize("images", [256, 576, 600, 1024, 1196])
+def test_the_decoders_stage_of_vscan_for_qwen_rounds_down_too(images):
+    """Its code has int(share m) of the m tokens that are left, as recorded for m = 600."""
+    case = CASES["vscan-qwen-text"]
+    (share,) = case["settings"]["image_token_ratio_list"]
+
+    def counts(keep):
+        method = td.VScan(keep, (14,), (share,), local_layer=7, global_layer=-1, window=4, scan="capped")
+        return [layer.select.count(images) for layer in method.route(28)[13:15]]
+
+    left = int(0.167 * images)
+    assert counts(0.167) == [left, int(share * left)]
+    if images == 600:
+        assert counts(images) == [images, *case["counts"]]
+
+
 def test_vscan_for_qwen_by_sample_and_image():
     """Samples and their images do not see one another, except that a sample's count is one for all its images."""
     made = [peer_inputs.grid(16, 16), peer_inputs.grid(15, 22)]

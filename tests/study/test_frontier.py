@@ -164,6 +164,23 @@ def test_the_tables():
     assert frontier_png(ROWS, "a picture").startswith(b"\x89PNG")
 
 
+def test_a_cell_on_fewer_seeds_than_its_line_says_how_many():
+    def line(rows, name="plan"):
+        return {one[0]: one for one in differences_table(rows, rows).rows}[name]
+
+    more = [*ROWS, *(row("dense", seed, 0.5 + seed / 8, 1.75) for seed in (3, 4)),
+            *(row("plan", seed, 0.5 + seed / 8, 1.875, spent=60.0) for seed in (3, 4))]  # fmt: skip
+    found = line(more)
+    assert found[1] == "5"
+    assert found[5] == "-0.125 worse"
+    assert found[8] == "+0.075 (3)"  # dense training of half of the updates has the first three
+    less = [one for one in more if (one["plan"], one["updates"], one["seed"]) != ("dense", 1.0, 4)]
+    assert line(less)[5] == "-0.125 worse (4)"
+    gains = line([one for one in ROWS if (one["plan"], one["seed"]) != ("G alone", 0)], "synergy of dense")
+    assert (gains[1], gains[4], gains[5]) == ("3", "+0.125 to U alone x2", "+0.250 to G alone (2)")
+    assert all("(" not in cell for one in differences_table(ROWS, ROWS).rows for cell in one)
+
+
 def test_a_task_without_synergy_has_none_to_lose_a_share_of():
     rows = [one if one["plan"] != "G alone" else row("G alone", one["seed"], g=1.5) for one in ROWS]
     by_name = {line[0]: line for line in differences_table(rows, rows).rows}

@@ -47,6 +47,25 @@ def rows(seeds=(0, 1, 2)):
         ("vqa/margin", "vqa", 0),
         ("vqa/accuracy_loss", "vqa", 0),
         ("vqa/tokens", "vqa", 0),
+        ("vqa/mIoU", "vqa", 1),
+        ("vqa/PSNR", "vqa", 1),
+        ("vqa/ExactMatch", "vqa", 1),
+        ("vqa/MeanAbsoluteError", "vqa", -1),
+        ("vqa/TokenCrossEntropy", "vqa", -1),
+        *(
+            (f"test/vqa/{word}", "vqa", 0)
+            for word in (
+                "inaccuracy",
+                "Inaccuracy",
+                "disagreement",
+                "mismatch",
+                "exact_mismatch",
+                "inexact",
+                "imprecision",
+                "insensitivity",
+                "MulticlassInaccuracy",
+            )
+        ),
         ("test_loss", None, -1),
         ("vqaacc", None, 0),
         ("vqa_to_vqa_long/acc", None, 1),

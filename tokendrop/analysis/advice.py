@@ -44,11 +44,13 @@ class Advice:
         budget: FLOPs ratio asked for.
         plans: task -> plans that meet it, the one that moves the loss least first; that one is proposed.
         redundancy: task -> for each of L layers, the mean cosine of an image token's state before and behind it.
+        layers: dotted path of the decoder's layer list, where it was given.
     """
 
     budget: float
     plans: Mapping[str, tuple[Plan, ...]]
     redundancy: Mapping[str, tuple[float, ...]]
+    layers: str | None = None
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -58,7 +60,8 @@ class Advice:
     def code(self) -> str:
         """Python to paste."""
         lines = [f"    {task!r}: td.{method!r}," for task, method in self.methods.items()]
-        return "\n".join(["import tokendrop as td", "", "callback = td.TokenDrop({", *lines, "})", ""])
+        end = "})" if self.layers is None else f"}}, layers={self.layers!r})"
+        return "\n".join(["import tokendrop as td", "", "callback = td.TokenDrop({", *lines, end, ""])
 
     def yaml(self) -> str:
         """The same for a LightningCLI configuration."""
@@ -66,7 +69,8 @@ class Advice:
             task: {"class_path": f"tokendrop.{type(method).__name__}", "init_args": _plain(asdict(method))}  # ty: ignore
             for task, method in self.methods.items()
         }
-        callback = {"class_path": "tokendrop.TokenDrop", "init_args": {"methods": methods}}
+        where = {} if self.layers is None else {"layers": self.layers}
+        callback = {"class_path": "tokendrop.TokenDrop", "init_args": {"methods": methods, **where}}
         return yaml.safe_dump({"trainer": {"callbacks": [callback]}}, sort_keys=False)
 
     def table(self) -> Table:

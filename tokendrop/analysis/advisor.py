@@ -42,6 +42,7 @@ def advise(
     layout: Callable[[Any], TokenLayout],
     budget: float = 0.5,
     loss: Callable[[Any], Tensor] | None = None,
+    layers: str | None = None,
 ) -> Advice:
     """Plans for each task that meet a FLOPs budget, those that move the task's loss least, up or down, first.
 
@@ -54,6 +55,7 @@ def advise(
         layout: batch -> TokenLayout.
         budget: FLOPs of decoder and head, forward and backward, over dense ones.
         loss: batch -> scalar; by default as `attention_allocation` runs a model.
+        layers: dotted path of the decoder's layer list, where inspection finds several.
 
     Raises:
         AppliedError: a dropped model.
@@ -65,7 +67,7 @@ def advise(
     Source: ours.
     """
     check_budget(budget)
-    subject = Subject(model, batches, layout, loss)
+    subject = Subject(model, batches, layout, loss, layers)
     if any(isinstance(one, Handle) for one in model.modules()):
         raise AppliedError(f"{type(model).__name__} is dropped already; call remove() on its handle before advising")
     if not any(one.requires_grad for one in model.parameters()):
@@ -88,7 +90,7 @@ def advise(
         by_task.setdefault(made.tasks[0] or "all", []).append((batch, made))
     tries = {task: Trials(subject, task, held) for task, held in by_task.items()}
     plans = {task: one.ranked(budget) for task, one in tries.items()}
-    return Advice(budget, plans, {task: one.redundancy for task, one in tries.items()})
+    return Advice(budget, plans, {task: one.redundancy for task, one in tries.items()}, layers)
 
 
 def check_budget(budget: object) -> None:
@@ -112,14 +114,14 @@ class Trials:
 
     def __init__(self, subject: Subject, task: str, held: Held) -> None:
         self.model, self.task, self.held, self.loss = subject.model, task, held, subject.loss_of
-        self.layers = find_layers(self.model, None)[1]
+        self.path, self.layers = subject.layers, find_layers(self.model, subject.layers)[1]
         self.redundancy = self._redundancy()
         self.generates = any(bool((x.image & needed_rows(x)).any()) for _, x in held)
 
     @contextmanager
     def under(self, method: Method | None) -> Generator[Handle | None]:
         """The model under a method inside, and as it was again."""
-        drop = None if method is None else apply(self.model, {self.task: method})
+        drop = None if method is None else apply(self.model, {self.task: method}, layers=self.path)
         if drop is not None:
             drop.in_training = True  # plans are for training, whatever mode the model is in
         try:

@@ -61,7 +61,7 @@ class Allocation:
         from tokendrop.analysis.advisor import advise
 
         held: Subject = self._subject
-        return advise(held.model, held.batches, held.layout, budget, held.loss)
+        return advise(held.model, held.batches, held.layout, budget, held.loss, held.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -108,7 +108,7 @@ def attention_allocation(
     check_rows(rows)
     check_flag("heads", heads)
     check_integer("blocks", blocks, 0)
-    subject = Subject(model, batches, layout, loss)
+    subject = Subject(model, batches, layout, loss, layers)
     found = find_layers(model, layers)[1]
     drop = next((one for one in model.modules() if isinstance(one, Handle)), None)
     sums: dict[str, Tensor] = {}

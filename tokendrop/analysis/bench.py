@@ -7,8 +7,6 @@ the pairs of attention that no query sees.
 Shape letters: B batch, T tokens.
 """
 
-import hashlib
-import platform
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -20,12 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tokendrop.analysis import bench_report
+from tokendrop.analysis.bench_setup import ROWS, environment_of, known_rows, setup_of
 from tokendrop.analysis.bench_work import PARTS, Measured, computed_row, untouched, work
 from tokendrop.analysis.equality import check_equal
 from tokendrop.analysis.report import Section, Table
 from tokendrop.analysis.subject import Subject
-from tokendrop.analysis.timing import clock, spread
-from tokendrop.analysis.where import made_where
+from tokendrop.analysis.timing import spread
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.support import Methods, check_methods
 from tokendrop.errors import (
@@ -38,11 +36,9 @@ from tokendrop.errors import (
 )
 from tokendrop.layout import TokenLayout
 from tokendrop.synergy.evaluate import shared_parameters
-from tokendrop.synergy.history import append_history, read_history
+from tokendrop.synergy.history import append_history
 
 Row = dict[str, Any]
-ROWS = "rows.jsonl"
-PACKAGES = ("tokendrop", "torch", "transformers", "lightning")
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def benchmark(
         multiple: as in `apply`.
         labelled_logits: as in `apply`.
         out: a folder; rows are appended to its rows.jsonl as they come, and a method that has its rows there, of the
-            same setup and versions, is not run again.
+            same setup and versions, is not run again. Weights, pixels and code are not looked at.
         progress: called with methods done, methods due, and the one that is done.
 
     Raises:
@@ -133,8 +129,9 @@ def benchmark(
     _check_model(model)
     with untouched(model):
         held = list(subject.held())
-        shared = {"setup": _setup(subject, held, options, optimizer, rounds, unchecked)} | _environment(subject)
-        known = _known(out, shared)
+        setup = setup_of(subject, held, optimizer, {"rounds": rounds, "checked": not unchecked, **options})
+        shared = {"setup": setup} | environment_of(subject)
+        known = known_rows(out, shared)
         missing = {name: one for name, one in chosen.items() if name not in known}
         gaps: dict[str, float | None] = dict.fromkeys(missing)
         for name, one in missing.items() if not unchecked else ():  # all of them before the first is timed
@@ -236,48 +233,3 @@ def _rows(found: Mapping[bool, Measured], name: str, gap: float | None, held: Se
         row["memory_ratio"] = own.memory / dense.memory if step else None
         rows.append(row | {"gradient_gap": gap})
     return rows
-
-
-def _setup(
-    subject: Subject, held: Sequence[Any], options: Mapping[str, Any], optimizer: Any, rounds: int, unchecked: bool
-) -> Row:
-    """What rows must share to be of one benchmark."""
-    model = subject.model
-    return {
-        "model": f"{type(model).__qualname__} {_fingerprint(model)}",
-        "parameters": sum(one.numel() for one in model.parameters()),
-        "batches": [[*layout.image.shape, int(layout.image.sum()), *sorted(map(str, set(layout.tasks)))]
-                    for _, layout in held],
-        "optimizer": None if optimizer is None else getattr(optimizer, "__qualname__", str(optimizer)),
-        "rounds": rounds,
-        "checked": not unchecked,
-        "threads": torch.get_num_threads(),
-        **options,
-    }  # fmt: skip
-
-
-def _fingerprint(model: nn.Module) -> str:
-    # Shapes, precision, what is trained, and what a Hugging Face config says: not the weights.
-    parts = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
-    configs = [one.config for one in model.modules() if hasattr(one, "config")]
-    said = {(str(one), str(getattr(one, "_attn_implementation", ""))) for one in configs}
-    return hashlib.sha256(repr((parts, sorted(said))).encode()).hexdigest()[:12]
-
-
-def _environment(subject: Subject) -> Row:
-    device = next(subject.model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    return {"device": name, "clock": clock(), **made_where(PACKAGES)}
-
-
-def _known(out: str | Path | None, shared: Row) -> dict[str, list[Row]]:
-    """The rows that a folder holds of the same setup, device and versions, of methods that have them all."""
-    path = None if out is None else Path(out) / ROWS
-    if path is None or not path.exists():
-        return {}
-    found: dict[str, dict[str, Row]] = {}
-    for row in read_history(path):
-        same = all(row.get(key) == shared[key] for key in ("setup", "device", "clock", "versions"))
-        if same and "computed_flops" in row:  # an older tokendrop's rows have none
-            found.setdefault(row["method"], {})[row["part"]] = row
-    return {name: [by[part] for part in PARTS] for name, by in found.items() if set(by) == set(PARTS)}

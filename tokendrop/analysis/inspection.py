@@ -3,26 +3,54 @@
 Shape letters: L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from tokendrop import methods as of
+from tokendrop.engine.handle import Handle
+from tokendrop.engine.inject import prepared
 from tokendrop.engine.model.decoder import LayerSpec, find_layers, layer_specs
 from tokendrop.engine.support import check_shared, check_support
-from tokendrop.errors import TokenDropError
-from tokendrop.methods import Drop, HiMix, HMGen
+from tokendrop.errors import AppliedError, TokenDropError
 from tokendrop.roles import Method
+from tokendrop.synergy.evaluate import preserved
 
-_CASES: dict[str, Method] = {
-    "HiMix": HiMix(),
-    "HMGen": HMGen("0:1"),
-    "Drop, rejoin": Drop(":", keep=0.5),
-    "Drop, gone": Drop(":", keep=0.5, then="gone"),
-    "Drop, attend": Drop(":", keep=0.5, then="attend"),
-    "Drop by attention": Drop(":", keep=0.5, score="attention"),
-    "image-only projections": HMGen("0:1", separate="shared"),
+# Every method, with settings that fit a decoder and an encoder of few layers.
+_IN_THE_DECODER: dict[str, Method] = {
+    "HiMix": of.HiMix(),
+    "HMGen": of.HMGen("0:1"),
+    "SkipVision": of.SkipVision(),
+    "FastV": of.FastV(1),
+    "PyramidDrop": of.PyramidDrop((1,), (0.5,)),
+    "PyramidDrop, renumbered": of.PyramidDrop((1,), (0.5,), positions="renumber"),
+    "HiDrop": of.HiDrop(0, (0,), (0.5,), 1),
+    "DuetVLM": of.DuetVLM((1,), (0.5,)),
+    "SVDPrune": of.SVDPrune(),
+    "DivPrune": of.DivPrune(),
+    "CDPruner": of.CDPruner(),
+    "DART": of.DART(1),
+    "RandomLTD": of.RandomLTD(":"),
+    "MixtureOfDepths": of.MixtureOfDepths(":"),
+    "PMoD": of.PMoD(),
+    "Sprint": of.Sprint("0:1"),
+    "Drop, rejoin": of.Drop(":", keep=0.5),
+    "Drop, gone": of.Drop(":", keep=0.5, then="gone"),
+    "Drop, attend": of.Drop(":", keep=0.5, then="attend"),
+    "Drop, context": of.Drop(":", keep=0.5, then="context"),
+    "Drop, merge": of.Drop(":", keep=0.5, then="merge"),
+    "Drop by attention": of.Drop(":", keep=0.5, score="attention"),
 }
+# What looks at the vision encoder, or gives image tokens parts of their own.
+_BESIDE_IT: dict[str, Method] = {
+    "DuetVLM, vision stage": of.DuetVLM((1,), (0.5,), dominant=4, vision_layer=-1),
+    "VisionZip": of.VisionZip(vision_layer=-1),
+    "VScan": of.VScan(text_layers=(1,), local_layer=-1, global_layer=-1),
+    "MixtureOfTransformers": of.MixtureOfTransformers("0:1"),
+    "image-only projections": of.HMGen("0:1", separate="shared"),
+}
+CASES = _IN_THE_DECODER | _BESIDE_IT
 
 
 @dataclass(frozen=True)
@@ -34,7 +62,7 @@ class Inspection:
         layer_class: name of its layers' class.
         num_layers: L.
         attention: the attention implementation, such as "sdpa".
-        support: what -> "yes", or the reason why not.
+        support: for each method, and what some can do besides, "yes", or the reason why not.
     """
 
     path: str
@@ -43,15 +71,25 @@ class Inspection:
     attention: str
     support: dict[str, str]
 
+    def __str__(self) -> str:
+        """Lines of two columns."""
+        facts = {"layers": self.path, "class": self.layer_class, "depth": str(self.num_layers)}
+        shown = facts | {"attention": self.attention} | self.support
+        width = max(map(len, shown))
+        return "\n".join(f"{name:{width}}  {value}" for name, value in shown.items())
+
 
 def inspect(model: nn.Module, layers: str | None = None) -> Inspection:
-    """Find a model's decoder, and try each method on it; nothing is changed.
+    """Find a model's decoder, and ask of each method what `apply` would say; nothing is changed.
+
+    Methods have settings for a decoder of few layers here: what they say of depth, others of theirs may not.
 
     Args:
         model: any module with one decoder; its parameters may be on the meta device.
         layers: dotted path of the layer list, where inspection finds several.
 
     Raises:
+        AppliedError: a dropped model.
         DecoderError: no decoder, or several.
 
     Example:
@@ -65,26 +103,41 @@ def inspect(model: nn.Module, layers: str | None = None) -> Inspection:
     Source: ours.
     """
     path, found = find_layers(model, layers)
+    if any(isinstance(one, Handle) for one in model.modules()):
+        raise AppliedError(
+            f"{type(model).__name__} is dropped already; inspect it before, or call remove() on its handle"
+        )
     specs = layer_specs(found)
-    support = dict.fromkeys(_CASES, "yes") | refusals(model, found, path, specs)
+
+    def check(method: Method) -> None:
+        prepared(model, path, found, specs, {None: method})
+
+    with preserved(model):  # routers are drawn, and thrown away
+        support = dict.fromkeys(CASES, "yes") | _refused(CASES, found, path, check)
     backend = next((spec.backend(one) for spec, one in zip(specs, found, strict=True) if spec.attention), "sdpa")
     return Inspection(path, type(found[0]).__name__, len(found), backend, support)
 
 
 def refusals(model: nn.Module, layers: nn.ModuleList, path: str, specs: Sequence[LayerSpec]) -> dict[str, str]:
-    """What of `Inspection.support` a model cannot have -> why.
+    """What a decoder cannot have of the methods that need it alone, without parts of its own -> why.
 
     Args:
-        model: any module with one decoder.
+        model: any module with one decoder, dropped or not.
         layers: of it.
         path: dotted path of these.
         specs: how each is made.
     """
+    return _refused(_IN_THE_DECODER, layers, path, lambda method: check_support(model, layers, specs, {None: method}))
+
+
+def _refused(
+    cases: Mapping[str, Method], layers: nn.ModuleList, path: str, check: Callable[[Method], None]
+) -> dict[str, str]:
     refused = {}
-    for name, method in _CASES.items():
+    for name, method in cases.items():
         try:
             check_shared(layers, path)
-            check_support(model, layers, specs, {None: method})
+            check(method)
         except TokenDropError as error:
             refused[name] = str(error)
     return refused

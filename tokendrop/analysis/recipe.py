@@ -177,8 +177,9 @@ def _stages(depth: int, published: Sequence[int], first: int) -> HiDrop | None:
     def scaled(layer: int) -> int:
         return round(layer * depth / 32)
 
-    # Where two stages fall into one layer, the later one holds.
-    kept = {scaled(layer): round(count / 576, 4) for layer, count in zip(published, (first, 10, 5, 1), strict=True)}
+    # Where two stages fall into one layer, the later one holds. HiDrop rounds counts down, so shares are rounded up.
+    counts = zip(published, (first, 10, 5, 1), strict=True)
+    kept = {scaled(layer): ceil(count * 10_000 / 576) / 10_000 for layer, count in counts}
     layers = tuple(kept)
     end = max(scaled(24), layers[-1] + 1)
     if layers[0] < 1 or end >= depth:

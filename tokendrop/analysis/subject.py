@@ -26,6 +26,7 @@ class Subject:
         layout: batch -> TokenLayout.
         loss: batch -> scalar; by default a LightningModule's `training_step`, and of another model the loss that its
             forward returns. Of a batch that is a mapping neither gets `image_mask`, `segments` and `task`.
+        layers: dotted path of the decoder's layer list, where inspection finds several.
 
     Raises:
         DecoderError: no module.
@@ -41,6 +42,7 @@ class Subject:
         batches: Iterable[Any],
         layout: Callable[[Any], TokenLayout],
         loss: Callable[[Any], Any] | None = None,
+        layers: str | None = None,
     ) -> None:
         check_module(model)
         check_callable("layout", layout, "batch")
@@ -49,7 +51,7 @@ class Subject:
         if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str | Tensor):
             one = "; for one batch give [batch]" if isinstance(batches, Mapping | Tensor) else ""
             raise LayoutTypeError(f"batches: expected a list of them, or a loader; found {_short(batches)}{one}")
-        self.model, self.layout, self.loss = model, layout, loss
+        self.model, self.layout, self.loss, self.layers = model, layout, loss, layers
         self.batches: Sequence[Any] = list(batches)
         if not self.batches:
             kind = type(batches).__name__

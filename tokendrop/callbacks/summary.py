@@ -84,9 +84,10 @@ def summary_notes(handle: Handle, schedule: Schedule | None) -> list[str]:
     if None not in handle.methods:
         notes.append("Samples of any other task run dense, and so do samples without images.")
     refused = refusals(handle.owner, handle.decoder_layers, handle.path, handle.specs)
-    refused.pop("image-only projections", None)  # it is too late for these, whatever the model
     if refused:
-        notes.append(f"Refused in this model, with the reason in tokendrop.inspect(model): {', '.join(refused)}.")
+        notes.append(
+            f"Refused in this model, with the reason in tokendrop.inspect of it undropped: {', '.join(refused)}."
+        )
     return notes
 
 

@@ -3,6 +3,7 @@
 Shape letters: T tokens, L layers.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokendrop.engine.handle import Handle
 from tokendrop.engine.model import ffn, own, projections, sets
 from tokendrop.engine.model.attention import follows, settle, unseen
 from tokendrop.engine.model.decoder import (
+    LayerSpec,
     attention_of,
     check_module,
     find_layers,
@@ -31,7 +33,7 @@ from tokendrop.engine.model.vision import Encoder, Seen
 from tokendrop.engine.model.weights import check_one_device
 from tokendrop.engine.support import Methods, attending, check_methods, check_shared, check_support, weighing
 from tokendrop.errors import AppliedError, UnsupportedError, check_flag, check_integer
-from tokendrop.roles import selections
+from tokendrop.roles import Method, selections
 from tokendrop.routes import route_of
 
 
@@ -121,19 +123,8 @@ def apply(
     path, found = _undropped_layers(model, layers)
     specs = layer_specs(found)
     given = {task: method for task, method in checked.items() if method is not None}
-    check_support(model, found, specs, given)
-    check_one_device(found, path)
-    projections.check(found, specs, own.splits(given.values(), len(found)))
-    kinds = attending, weighing
-    attends = {index for method in given.values() for kind in kinds for index in kind(method, len(found))}
-    for index in attends:
-        ffn.check(found[index], f"decoder layer {index}")
     headed = head.find_head(model) if labelled_logits else None
-    selects = selections(route_of(method, len(found)) for method in given.values())
-    looked = {index for select in selects for index in select.encoder}
-    encoder = Encoder(model, looked) if looked else None
-    added = sets.make_sets(found, specs, given, sets.set_names(given))
-    own.check(found, specs, added)
+    attends, encoder, added = prepared(model, path, found, specs, given)
     take_saved(model, added)
     handle = Handle(model, path, specs, checked, multiple, added, labelled_logits, encoder)
     try:
@@ -144,6 +135,44 @@ def apply(
         handle.undo()  # somebody else's class may refuse to be derived from, or its instances to change
         raise
     return handle
+
+
+def prepared(
+    model: nn.Module,
+    path: str,
+    layers: nn.ModuleList,
+    specs: Sequence[LayerSpec],
+    methods: Mapping[str | None, Method],
+) -> tuple[set[int], Encoder | None, nn.ModuleList]:
+    """What methods need of a model, which stays as it is: all checks of `apply` that ask what a method does.
+
+    Args:
+        model: any module with one decoder.
+        path: dotted path of its layers.
+        layers: the decoder's L layers.
+        specs: how they are made.
+        methods: by task.
+
+    Returns:
+        The layers whose FFN is swapped, the vision encoder where it is looked at, and copies of what is added.
+
+    Raises:
+        LayerRangeError: a range that does not fit the decoder, or the vision encoder that is looked at.
+        UnsupportedError: a role or parts that such layers cannot have; no vision encoder, and a method needs one.
+    """
+    check_support(model, layers, specs, methods)
+    check_one_device(layers, path)
+    projections.check(layers, specs, own.splits(methods.values(), len(layers)))
+    kinds = attending, weighing
+    attends = {index for method in methods.values() for kind in kinds for index in kind(method, len(layers))}
+    for index in attends:
+        ffn.check(layers[index], f"decoder layer {index}")
+    selects = selections(route_of(method, len(layers)) for method in methods.values())
+    looked = {index for select in selects for index in select.encoder}
+    encoder = Encoder(model, looked) if looked else None
+    added = sets.make_sets(layers, specs, methods, sets.set_names(methods))
+    own.check(layers, specs, added)
+    return attends, encoder, added
 
 
 def _undropped_layers(model: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]:

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,6 +12,8 @@ from tokendrop.errors import MethodError, TokenDropError
 from tokendrop.roles import Method
 
 KNOWN = {name.lower(): getattr(methods, name) for name in methods.__all__}
+# Fields that hold the layers of the decoder in which a method does something.
+LAYERS = ("layers", "layer", "shallow", "text_layers")
 # A range such as 8:24:2, or a word, that is a whole argument without quotes.
 BARE = re.compile(r"(?<=[(,=])\s*(-?\d*:-?\d*(?::-?\d*)?|[A-Za-z][A-Za-z-]*)\s*(?=[,)])")
 
@@ -72,11 +75,12 @@ def method_from_text(text: str, layers: str | None = None) -> Method:
 
     Args:
         text: such as 'HiMix' or 'HMGen("8:24:2")'.
-        layers: the layers of the method where `text` gives none, as a range ("2:") or a Python literal.
+        layers: the layers of the method in the decoder where `text` gives none, as a range ("2:") or a Python literal.
 
     Raises:
         LayerRangeError: layers that are no range.
-        MethodError: an unknown name, or arguments that are no literals or that the method does not take.
+        MethodError: an unknown name, arguments that are no literals or that the method does not take, or `layers` for
+            one that has none.
 
     Example:
         >>> method_from_text("hmgen", layers="8:24:2")
@@ -100,10 +104,16 @@ def _method(text: str, layers: str | None) -> Method:
     made = KNOWN[ast.unparse(call.func).lower()]
     given = [ast.literal_eval(one) for one in call.args]
     named = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+    bound = inspect.signature(made).bind_partial(*given, **named)
     if layers is not None:
-        name = next(field.name for field in fields(made) if "layer" in field.name or field.name == "shallow")
-        named |= {name: layers if ":" in layers else ast.literal_eval(layers)}
-    return made(*given, **named)
+        name = next((field.name for field in fields(made) if field.name in LAYERS), None)
+        if name is None:
+            raise MethodError(
+                f"{made.__name__} has no layers of its own to choose, and found --layers {layers}; leave it out, and "
+                "give other methods theirs as in \"HiMix(layers='2:')\""
+            )
+        bound.arguments.setdefault(name, layers if ":" in layers else ast.literal_eval(layers))
+    return made(**bound.arguments)
 
 
 def _advice(text: str, layers: str | None) -> str:

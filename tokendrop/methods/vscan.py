@@ -30,8 +30,8 @@ class VScan(Method):
         window: rows and columns of a window, in image tokens.
         merge: whether the others are merged.
         scan: how the local ones are found: "rounds", from each window its best, then its second best, and so on, as its
-            code for LLaVA; "capped", the best anywhere, but no window with more than its share, and a share of image
-            tokens is rounded down, as its code for Qwen2.5-VL.
+            code for LLaVA; "capped", the best anywhere, but no window with more than its share, and every share, also
+            those of `text_keep`, is rounded down, as its code for Qwen2.5-VL.
         positions: "keep"; or "renumber", after each stage the K tokens left, text and image, have positions 0 to K - 1,
             and a generated one that of its index less the tokens dropped before the layer, as in its code for LLaVA.
 
@@ -76,7 +76,7 @@ class VScan(Method):
         first = Select(self.keep, score, 0, 0, strength, floor=floor, encoder=layers, merge=merge)
         stages = [Stage(*one) for one in zip(self.text_layers, self.text_keep, strict=True)]
         renumber = self.positions == "renumber"
-        return staged(stages, num_layers, strength, "answer", first=first, renumber=renumber)
+        return staged(stages, num_layers, strength, "answer", floor=floor, first=first, renumber=renumber)
 
 
 _SCANS = {"rounds": scores.scan, "capped": scores.capped_scan}

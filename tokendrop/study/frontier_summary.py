@@ -136,12 +136,13 @@ def _margin(gains: Sequence[float]) -> float:
 
 
 def quality_table(rows: Sequence[Row]) -> Table:
-    """Every run with its figures as they are, and 95 % intervals over seeds."""
+    """Every run with its figures as they are, and 95 % intervals over seeds; the agreement of some says of how many."""
     lines = []
     for name in names(rows):
         own = [row for row in rows if name_of(row) == name]
         cells = [interval([row[task][key] for row in own if row[task]]) for task, key, _ in METRICS.values()]
-        cells.append(interval([row[G]["agreement"] for row in own if "agreement" in (row[G] or {})]))
+        agreement = [row[G]["agreement"] for row in own if "agreement" in (row[G] or {})]
+        cells.append(_cell(agreement, len(own), signed=False))
         lines.append((name, str(len(own)), f"{flops(rows, name):.2f}", *cells))
     return Table(QUALITY, lines)
 
@@ -149,7 +150,7 @@ def quality_table(rows: Sequence[Row]) -> Table:
 def differences_table(rows: Sequence[Row], chosen: Sequence[Row]) -> Table:
     """Every joint run minus dense joint training, with its verdict, and minus dense training of equal FLOPs.
 
-    Positive is better in each column.
+    Positive is better in each column. A cell that stands on fewer seeds than the line says has their number behind it.
 
     Args:
         rows: of one scale and split.
@@ -157,23 +158,27 @@ def differences_table(rows: Sequence[Row], chosen: Sequence[Row]) -> Table:
     """
     gains = {metric: synergy(rows, chosen, metric) for metric in METRICS}
     margins = {metric: _margin(one) for metric, one in gains.items()}
-    against = [
-        f"{interval(one, signed=True)} to {_alone(rows, chosen, metric)}" if one else MISSING
-        for metric, one in gains.items()
-    ]
-    lines = [("synergy of dense", str(len(gains["U NLL"])), "1.00", *against, *("",) * 3)]
+    seeds = len(gains["U NLL"])
+    against = [_cell(one, seeds, f" to {_alone(rows, chosen, metric)}") for metric, one in gains.items()]
+    lines = [("synergy of dense", str(seeds), "1.00", *against, *("",) * 3)]
     for name in names(rows):
         if name.split(" x")[0] in ALONE or name == JOINT:
             continue
         share, cells, equal = flops(rows, name), [], []
+        seeds = len(quality(rows, name, "U NLL"))
         for metric in METRICS:
             own = quality(rows, name, metric)
             lost = paired(own, quality(rows, JOINT, metric))
-            cells.append(f"{interval(lost, signed=True)} {verdict(lost, margins[metric])}" if lost else MISSING)
-            equal.append(interval(paired(own, dense_at(rows, share, metric)), signed=True))
-        seeds = str(len(quality(rows, name, "U NLL")))
-        lines.append((name, seeds, f"{share:.2f}", *cells, *(equal if not name.startswith(JOINT) else ("",) * 3)))
+            cells.append(_cell(lost, seeds, f" {verdict(lost, margins[metric])}"))
+            equal.append(_cell(paired(own, dense_at(rows, share, metric)), seeds))
+        shown = equal if not name.startswith(JOINT) else ("",) * 3
+        lines.append((name, str(seeds), f"{share:.2f}", *cells, *shown))
     return Table(DIFFERENCES, lines)
+
+
+def _cell(values: Sequence[float], seeds: int, behind: str = "", signed: bool = True) -> str:
+    fewer = f" ({len(values)})" if len(values) < seeds else ""
+    return f"{interval(values, signed)}{behind}{fewer}" if values else MISSING
 
 
 def frontier_png(rows: Sequence[Row], title: str) -> bytes:

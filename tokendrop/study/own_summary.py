@@ -25,6 +25,8 @@ LOWER = (
 )  # fmt: skip
 # Figures about a quality, not a quality.
 NOISE = ("se", "std", "stderr", "stdev", "var", "variance", "ci", "low", "high", "count", "num", "n", "total")
+# Where a word of a metric's name may begin in CamelCase.
+BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 HEADER = ("run", "task", "metric", "quality", "synergy", "FLOPs", "GFLOPs a batch")
 
 
@@ -44,7 +46,7 @@ class Quality:
 
 
 def task_of(metric: str, tasks: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The one task that a metric's name holds as a word of its own, or None; and its other words.
+    """The one task that a metric's name holds as a word of its own, or None; and its other words, as they are spelt.
 
     Example:
         >>> task_of("test/vqa/exact_match", ["vqa", "draw"])
@@ -56,26 +58,37 @@ def task_of(metric: str, tasks: Sequence[str]) -> tuple[str | None, list[str]]:
         if re.search(pattern, rest):
             owners.append(task)
             rest = re.sub(pattern, " ", rest)
-    words = [word.lower() for word in re.findall(r"[A-Za-z0-9]+", rest)]
-    return (owners[0] if len(owners) == 1 else None), words
+    return (owners[0] if len(owners) == 1 else None), re.findall(r"[A-Za-z0-9]+", rest)
 
 
 def direction(words: Sequence[str]) -> int:
     """1 where the words of a metric's name say that more is better, -1 where less is, 0 where they do not say.
 
+    Args:
+        words: as they are spelt; one in CamelCase is what it ends with.
+
     Example:
-        >>> direction(["test", "accuracy"]), direction(["val", "loss"]), direction(["margin"])
+        >>> direction(["test", "MulticlassAccuracy"]), direction(["val", "loss"]), direction(["margin"])
         (1, -1, 0)
+        >>> direction(["inaccuracy"]), direction(["exact", "mismatch"])
+        (0, 0)
     """
-    if any(word in NOISE for word in words):
+    if any(word.lower() in NOISE or _runs_into(word) for word in words):
         return 0
-    more, less = (any(_is(word, known) for word in words) for known in (HIGHER, LOWER))
+    more, less = (any(_ends(word) & set(known) for word in words) for known in (HIGHER, LOWER))
     return int(more) - int(less)
 
 
-def _is(word: str, known: Sequence[str]) -> bool:
-    # "MulticlassAccuracy" ends with what it is; short names would end half of all words.
-    return word in known or any(word.endswith(one) for one in known if len(one) > 4)
+def _ends(word: str) -> set[str]:
+    """A word, and what it ends with from each of its borders on, in lower case."""
+    return {word[at:].lower() for at in (0, *(border.start() for border in BORDER.finditer(word)))}
+
+
+def _runs_into(word: str) -> bool:
+    # "inaccuracy" and "mismatch" say the opposite of what they end with, "topaccuracy" the same: nobody knows.
+    ends = _ends(word)
+    known = (*HIGHER, *LOWER)
+    return not ends & set(known) and any(word.lower().endswith(one) for one in known if len(one) > 4)
 
 
 def qualities(
