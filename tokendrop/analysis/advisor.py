@@ -74,8 +74,8 @@ def advise(
         raise TaskLossError(
             f"{type(model).__name__} has no trained parameter, and gradients are compared; unfreeze some"
         )
-    layers = find_layers(model, None)[1]
-    if unknown := refusal(layers, layer_specs(layers)):
+    stack = find_layers(model, layers)[1]
+    if unknown := refusal(stack, layer_specs(stack)):
         raise UnsupportedError(
             f"a budget is of FLOPs, which follow from the linears of a layer, but {unknown}; choose a method "
             "yourself and measure it with td.benchmark, which counts a run"
