@@ -28,6 +28,11 @@ def unnamed(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(OURS) - inspect.signature(function).parameters.keys()
 
 
+def without(batch: Any, keys: frozenset[str]) -> Any:
+    """A batch without some of its keys, where it has keys."""
+    return {key: value for key, value in batch.items() if key not in keys} if isinstance(batch, Mapping) else batch
+
+
 class Segment(IntEnum):
     """The part of a sample that a token belongs to."""
 

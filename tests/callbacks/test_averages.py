@@ -123,11 +123,16 @@ class OfItsOwn(L.Callback):
         self.average = AveragedModel(pl_module)
 
 
-@pytest.mark.parametrize("method", [SHARED, td.HMGen("1:3")], ids=["adds", "adds none"])
-def test_an_average_of_another_callback_is_refused_by_name(method):
-    """Without added parameters its copy would still run dense."""
+def test_an_average_of_another_callback_is_refused_by_name():
     module = Lit()
     with pytest.raises(td.UnsupportedError, match=r"OfItsOwn copied Lit before TokenDrop .* list TokenDrop before it"):
-        trainer(OfItsOwn(), td.TokenDrop(method)).fit(module, loader())
+        trainer(OfItsOwn(), td.TokenDrop(SHARED)).fit(module, loader())
     assert not hasattr(module, "tokendrop")
-    trainer(td.TokenDrop(method), OfItsOwn()).fit(module, loader())
+    trainer(td.TokenDrop(SHARED), OfItsOwn()).fit(module, loader())
+
+
+def test_without_added_parameters_it_is_told_that_it_would_run_dense():
+    """Nobody knows whether its copy is run, or only gives its weights back."""
+    with pytest.warns(td.NoEffectWarning, match="OfItsOwn copied Lit before .*: should the copy be run, it runs dense"):
+        trainer(OfItsOwn(), td.TokenDrop(td.HMGen("1:3"))).fit(Lit(), loader())
+    trainer(td.TokenDrop(td.HMGen("1:3")), OfItsOwn()).fit(Lit(), loader())

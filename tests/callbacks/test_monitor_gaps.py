@@ -203,6 +203,19 @@ def test_another_training_begins_anew(tmp_path):
         assert (watch.events, len(watch.figures.products.grams)) == (3, 3)
 
 
+def test_random_selections_of_a_model_with_layouts_of_its_own_go_on_as_without_it(tmp_path):
+    """They follow the layouts that were entered."""
+    runs = []
+    for callbacks in ([], [monitor(tmp_path)]):
+        module = Marking()
+        drop = td.apply(module.model, td.RandomLTD("1:3", 2), layout="auto")
+        trainer(*callbacks).fit(module, Batches(*(batch(n, "ug"[n % 2]) for n in range(8))))
+        runs.append((drop.entered, module.losses))
+    assert runs[0] == runs[1]
+    assert len(runs[0][1]) == 8
+    assert len(events(tmp_path)) > 1
+
+
 class Unfreezing(Lit):
     """A layer that is trained from the sixth step on."""
 

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from kernels_stand_in import kernels, with_attention
+from lightning.pytorch.callbacks import LambdaCallback
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokendrop as td
@@ -180,9 +181,12 @@ class Spending(L.Callback):
 
 
 class Line(L.LightningModule):
-    def __init__(self):
+    def __init__(self, brings=()):
         super().__init__()
-        self.linear = torch.nn.Linear(4, 5)
+        self.linear, self.brings = torch.nn.Linear(4, 5), list(brings)
+
+    def configure_callbacks(self):
+        return self.brings
 
     def forward(self, x):
         return self.linear(x)
@@ -195,11 +199,12 @@ class Line(L.LightningModule):
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:.*bottleneck")
-@pytest.mark.parametrize("others", [[], [Spending()]], ids=["alone", "beside another"])
-def test_what_other_callbacks_spend_does_not_count(others):
+@pytest.mark.parametrize("whose", ["alone", "the trainer's", "the module's"])
+def test_what_other_callbacks_spend_does_not_count(whose):
+    others, brought = ([Spending()] if whose == name else [] for name in ("the trainer's", "the module's"))
     counted = Counted()
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     run = L.Trainer(callbacks=[counted.ends, *others, counted], max_epochs=1, enable_model_summary=False, **silent)
-    run.fit(Line(), torch.utils.data.DataLoader(torch.ones(4, 4), batch_size=2))
+    run.fit(Line([*brought, LambdaCallback()]), torch.utils.data.DataLoader(torch.ones(4, 4), batch_size=2))
     # 2 samples, 4 inputs, 5 outputs: once forward, and once backward, for the weight alone.
     assert counted.flops == [2 * 2 * 4 * 5 * 2] * 2

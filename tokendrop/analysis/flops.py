@@ -188,7 +188,8 @@ def refusal(layers: nn.ModuleList, specs: Sequence[LayerSpec]) -> str | None:
     for layer, spec in zip(layers, specs, strict=True):
         if name := _list_of_linears(layer):
             return (
-                f"{spec.layer_class.__name__} holds linears in a list, {name}, such as experts: nobody knows which run"
+                f"{spec.layer_class.__name__} holds linears in a list, {name}, as experts or PEFT's modules_to_save "
+                "are: nobody knows which run"
             )
     return next(filter(None, (spec.separate_refusal() for spec in specs)), None)
 

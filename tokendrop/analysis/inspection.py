@@ -48,7 +48,7 @@ _BESIDE_IT: dict[str, Method] = {
     "VisionZip": of.VisionZip(vision_layer=-1),
     "VScan": of.VScan(text_layers=(1,), local_layer=-1, global_layer=-1),
     "MixtureOfTransformers": of.MixtureOfTransformers("0:1"),
-    "image-only projections": of.HMGen("0:1", separate="shared"),
+    "image-only projections": of.HMGen("1:", separate="shared"),  # copies those of one layer
 }
 CASES = _IN_THE_DECODER | _BESIDE_IT
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from tokendrop.engine.model.decoder import check_module, uncompiled
 from tokendrop.errors import LayoutError, LayoutTypeError, TaskLossError, UnsupportedError, check_callable
-from tokendrop.layout import OURS, TokenLayout, unnamed
+from tokendrop.layout import OURS, TokenLayout, unnamed, without
 
 
 class Subject:
@@ -93,13 +93,13 @@ class Subject:
         if self.loss is not None:
             return self.loss(batch)
         if isinstance(self.model, L.LightningModule):
-            return _training_step(self.model, _without(batch, frozenset(OURS)))
+            return _training_step(self.model, without(batch, frozenset(OURS)))
         if not isinstance(batch, Mapping):
             raise LayoutTypeError(
                 f"batches: found a batch of {type(batch).__name__}, and the model is called with a mapping's keywords; "
                 "give loss=fn(batch)"
             )
-        return self.model(**_without(batch, unnamed(uncompiled(self.model).forward)))
+        return self.model(**without(batch, unnamed(uncompiled(self.model).forward)))
 
     def loss_of(self, batch: Any) -> Tensor:
         """The loss of a batch.
@@ -117,10 +117,6 @@ class Subject:
             shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else _short(value)
             raise TaskLossError(f"the loss of a batch is {shown}; expected a tensor of one number")
         return value
-
-
-def _without(batch: Any, keys: frozenset[str]) -> Any:
-    return {key: value for key, value in batch.items() if key not in keys} if isinstance(batch, Mapping) else batch
 
 
 def _training_step(module: L.LightningModule, batch: Any) -> Any:

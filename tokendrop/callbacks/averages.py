@@ -1,5 +1,7 @@
 """Averages of weights, whose copy of the module must have what a method adds."""
 
+import warnings
+
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
@@ -7,14 +9,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tokendrop.engine.handle import Handle
-from tokendrop.errors import UnsupportedError
+from tokendrop.errors import NoEffectWarning, UnsupportedError
 
 
 def renew_averages(trainer: L.Trainer, pl_module: L.LightningModule, handle: Handle) -> None:
     """Have averages that copied the module before it was dropped copy it again; order of callbacks does not matter.
 
-    Parameters are averaged pair by pair, so a copy without the added ones would leave them out, or end in a crash; and
-    a copy that is run itself would run dense.
+    Parameters are averaged pair by pair, so a copy without the added ones would leave them out, or end in a crash.
 
     Args:
         trainer: whose callbacks they are.
@@ -22,7 +23,8 @@ def renew_averages(trainer: L.Trainer, pl_module: L.LightningModule, handle: Han
         handle: of it.
 
     Raises:
-        UnsupportedError: another callback holds an `AveragedModel` that is not dropped.
+        UnsupportedError: another callback holds an `AveragedModel` without the added parameters. A warning where none
+            are added: nobody knows whether that copy is run, or only gives its weights back.
     """
     adds = any(True for _ in handle.parameters())
     for callback in getattr(trainer, "callbacks", ()):
@@ -32,9 +34,13 @@ def renew_averages(trainer: L.Trainer, pl_module: L.LightningModule, handle: Han
                 continue  # their copies are never run; what they hold is put into the module
             callback.setup(trainer, pl_module, TrainerFn(trainer.state.fn).value)
         elif any(isinstance(one, AveragedModel) and type(one.module) is type(pl_module) for one in copies):
-            raise UnsupportedError(
-                f"{type(callback).__name__} copied {type(pl_module).__name__} before TokenDrop changed it, so the copy "
-                "would run dense, and average nothing that is added; list TokenDrop before it"
+            found = f"{type(callback).__name__} copied {type(pl_module).__name__} before TokenDrop changed it"
+            if adds:
+                raise UnsupportedError(f"{found}, so what it adds would not be averaged; list TokenDrop before it")
+            warnings.warn(
+                f"{found}: should the copy be run, it runs dense. To have it dropped, list TokenDrop before it",
+                NoEffectWarning,
+                stacklevel=2,
             )
 
 

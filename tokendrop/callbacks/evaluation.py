@@ -16,7 +16,7 @@ from tokendrop.callbacks.tasks import TaskBatch
 from tokendrop.engine.handle import Handle
 from tokendrop.engine.model.decoder import find_layers, uncompiled
 from tokendrop.errors import BatchError, DecoderError, TaskLossError
-from tokendrop.layout import unnamed
+from tokendrop.layout import unnamed, without
 from tokendrop.synergy.evaluate import gradients, local, moved, summed
 from tokendrop.synergy.gradients import Compressed, compress, products
 
@@ -95,7 +95,7 @@ def _keywords(model: Any, batch: Any) -> dict[str, Any]:
             f"{type(batch).__name__}. Give the callback a loss=fn(pl_module, batch)"
         )
     ours = unnamed(uncompiled(model).forward if isinstance(model, nn.Module) else model)
-    return {key: value for key, value in batch.items() if key not in ours}
+    return without(batch, ours)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,17 @@ def evaluating(handle: Handle | None, schedule: Schedule | None) -> Generator[No
         handle.strength = before
 
 
+@contextmanager
+def uncounted(module: nn.Module) -> Generator[None]:
+    """Leave out of `handle.entered`, which random selections follow, the layouts that are entered inside."""
+    before = [(one, one.entered) for one in module.modules() if isinstance(one, Handle)]
+    try:
+        yield
+    finally:
+        for handle, entered in before:
+            handle.entered = entered
+
+
 def progress_state(handle: Handle, trainer: L.Trainer) -> dict[str, Any]:
     """How far the training is, as plain data for a checkpoint; nothing where nobody knows."""
     progress = progress_of(handle)

@@ -20,10 +20,11 @@ from typing_extensions import override
 from tokendrop.callbacks.evaluation import Evaluation, as_given, model_loss
 from tokendrop.callbacks.loggers import check_loggers, log_figure, warn_of_unknown
 from tokendrop.callbacks.progress import Progress
-from tokendrop.callbacks.standing import evaluating
-from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks, check_names, without_ours
+from tokendrop.callbacks.standing import evaluating, uncounted
+from tokendrop.callbacks.tasks import Recent, TaskBatch, batch_tasks, check_names
 from tokendrop.callbacks.token_drop import TokenDrop
 from tokendrop.errors import MethodError, SynergyWarning, TaskLossError, UnsupportedError, check_flag, check_integer
+from tokendrop.layout import OURS, without
 from tokendrop.synergy.estimates import RANGES, UNKNOWN, affinities
 from tokendrop.synergy.evaluate import local, preserved, shared_parameters, summed
 from tokendrop.synergy.gradients import products
@@ -147,7 +148,7 @@ class SynergyMonitor(L.Callback):
         tasks = batch_tasks(batch) if layout is None else layout.tasks
         self._seen.update(tasks)
         consumed = self._drop is not None and self._drop.consume
-        self.recent.add(without_ours(batch) if consumed else batch, layout, tasks)
+        self.recent.add(without(batch, frozenset(OURS)) if consumed else batch, layout, tasks)
         self.progress = self.progress.now(trainer)
         if self.progress.steps >= self.next_step:
             self._event(trainer, pl_module)
@@ -181,7 +182,11 @@ class SynergyMonitor(L.Callback):
         parameters, every = shared_parameters(pl_module, self.params), list(pl_module.parameters())
         step, sketch = self.progress.steps, self.sketch
         one = Evaluation(trainer, pl_module, self.loss, handle, parameters, every, sketch, self.seed, step)
-        with preserved(pl_module), evaluating(handle, None if self._drop is None else self._drop.schedule):
+        with (
+            preserved(pl_module),
+            uncounted(pl_module),
+            evaluating(handle, None if self._drop is None else self._drop.schedule),
+        ):
             found = one.measured(batches, self.affinity, self.fidelity)
         tensors = list(parameters.values())
         gram, opposed = products(found.samples)

@@ -15,7 +15,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from tokendrop.errors import BatchError, MethodError
-from tokendrop.layout import IGNORED, OURS, TokenLayout
+from tokendrop.layout import IGNORED, TokenLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,6 @@ class TaskBatch:
         """The same on another device."""
         layout = None if self.layout is None else self.layout.to(device)
         return TaskBatch(move_data_to_device(self.inputs, device), layout, self.draw)
-
-
-def without_ours(batch: Any) -> Any:
-    """A batch as a step gets it whose keys for us are consumed."""
-    return {key: value for key, value in batch.items() if key not in OURS} if isinstance(batch, Mapping) else batch
 
 
 def isolated(batch: Any, layout: TokenLayout | None, tasks: tuple[str | None, ...], task: str) -> TaskBatch:

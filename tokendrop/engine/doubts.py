@@ -46,9 +46,10 @@ def _unknown_without_labels(routes: Sequence[Route]) -> str:
 
 def _frozen(layers: nn.ModuleList, added: nn.ModuleList) -> str:
     # Freezing all by hand is a choice; `get_peft_model` does it to whatever is no adapter, and says nothing.
-    names = [name for name, p in added.named_parameters() if not p.requires_grad]
-    adapted = any(base_linear(module) is not module for module in layers.modules())
-    if not names or not adapted or any(p.requires_grad for p in added.parameters()):
+    names = [name for name, _ in added.named_parameters()]
+    if not names or any(p.requires_grad for p in added.parameters()):
+        return ""
+    if all(base_linear(module) is module for module in layers.modules()):
         return ""
     return (
         f"all {len(names)} parameters that apply added, such as tokendrop.layers.{names[0]}, are frozen, as "

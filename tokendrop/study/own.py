@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
@@ -77,10 +76,10 @@ class OwnStudy:
 
 
 class Counted(L.Callback):
-    """Counts FLOPs of the first training batches, forward and backward, as they are spent; to be listed last.
+    """Counts FLOPs of the first training batches, forward and backward, as they are spent.
 
-    What other callbacks spend when a batch begins or ends, as a monitor does, is none of the training's: `ends`, to be
-    listed first, stops the count.
+    What other callbacks spend when a batch begins or ends, as a monitor does, is none of the training's: this one goes
+    behind all others, and `ends`, to be listed first, stops the count.
     """
 
     def __init__(self) -> None:
@@ -100,7 +99,13 @@ class Counted(L.Callback):
     @property
     def ends(self) -> L.Callback:
         """The callback that stops the count when a batch ends."""
-        return LambdaCallback(on_train_batch_end=lambda *_: self.taken())
+        return _Ends(self)
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Behind those of the module's configure_callbacks, too; a new list, as the old one is gone through now.
+        callbacks: list[Any] = trainer.callbacks  # ty: ignore
+        trainer.callbacks = [*(one for one in callbacks if one is not self), self]  # ty: ignore
 
     def taken(self) -> None:
         """Take what the batch has spent."""
@@ -115,6 +120,18 @@ class Counted(L.Callback):
     def _stop(self) -> None:
         self._counting.close()
         self._counter = None
+
+
+class _Ends(L.Callback):
+    def __init__(self, counted: Counted) -> None:
+        super().__init__()
+        self.counted = counted
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.counted.taken()
 
 
 def one_run(study: OwnStudy, name: str, seed: int) -> dict[str, Any]:

@@ -84,13 +84,14 @@ def holds(state, expected):
 def cache(tmp_path, monkeypatch):
     """The hub's cache as it lies on a disk after a download."""
     (tmp_path / "models--me--dropped" / "refs").mkdir(parents=True)
-    (tmp_path / "models--me--dropped" / "refs" / "main").write_text("a" * 40)
+    (tmp_path / "models--me--dropped" / "refs" / "v1").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     return tmp_path / "models--me--dropped" / "snapshots"
 
 
-def of_the_hub(folder, **options):
-    return LlamaForCausalLM.from_pretrained("me/dropped", cache_dir=folder, local_files_only=True, **options)
+def of_the_hub(folder, revision="v1", **options):
+    options |= {"cache_dir": folder, "local_files_only": True, "revision": revision}
+    return LlamaForCausalLM.from_pretrained("me/dropped", **options)
 
 
 @pytest.mark.parametrize("size", ["5GB", "20KB"], ids=["one file", "shards"])
@@ -99,27 +100,29 @@ def test_a_model_of_the_hubs_cache_has_what_was_saved(tmp_path, monkeypatch, siz
     assert holds(td.apply(of_the_hub(tmp_path), SHARED).layers.state_dict(), expected)
 
 
-def test_what_was_saved_beside_other_weights_is_not_taken(tmp_path, monkeypatch):
-    """Nothing says which revision a model was loaded from."""
+def test_of_several_revisions_none_is_taken(tmp_path, monkeypatch):
+    """Nothing says which one a model was loaded from, and a frozen decoder is the same in all."""
     snapshots = cache(tmp_path, monkeypatch)
-    trained(snapshots / ("a" * 40))
-    other = llama()
-    for p in other.model.layers[0].parameters():
-        p.data += 1.0
-    other.save_pretrained(snapshots / ("b" * 40))
-    with pytest.warns(
-        td.NoEffectWarning, match=r"me/dropped holds .* beside another model\.layers\.0\..* these are new"
-    ):
-        td.apply(of_the_hub(tmp_path, revision="b" * 40), SHARED)
+    for one in "ab":
+        trained(snapshots / (one * 40))
+    with pytest.warns(td.NoEffectWarning, match=r"has 2 revisions of me/dropped, 2 with such .* revision=\.\.\."):
+        drop = td.apply(of_the_hub(tmp_path, "b" * 40), SHARED)
+    assert holds(drop.layers.state_dict(), td.apply(llama(), SHARED).layers.state_dict())
 
 
-def test_a_subfolder_that_has_them_is_said(tmp_path):
-    expected = trained(tmp_path / "final")
-    llama().save_pretrained(tmp_path / "dense")
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path, subfolder="final")
-    with pytest.warns(td.NoEffectWarning, match=r"holds no model file, and .*final one with .* without subfolder="):
-        td.apply(loaded, SHARED)
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "final")
+@pytest.mark.parametrize("where", ["no model beside it", "a dense model beside it", "the hub"])
+def test_a_subfolder_that_has_them_is_said(tmp_path, monkeypatch, where):
+    folder = cache(tmp_path, monkeypatch) / ("a" * 40) if where == "the hub" else tmp_path
+    expected = trained(folder / "final")
+    if where == "a dense model beside it":
+        llama().save_pretrained(folder)
+    hub = where == "the hub"
+    made = (
+        of_the_hub(tmp_path, subfolder="final") if hub else LlamaForCausalLM.from_pretrained(folder, subfolder="final")
+    )
+    with pytest.warns(td.NoEffectWarning, match=r"has no such parameters as .*final has; .* without subfolder="):
+        td.apply(made, SHARED)
+    again = LlamaForCausalLM.from_pretrained(folder / "final")
     assert holds(td.apply(again, SHARED).layers.state_dict(), expected)
 
 

@@ -3,15 +3,14 @@
 Shape letters: L layers.
 """
 
-import json
 import os
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokendrop.errors import NoEffectWarning
@@ -86,98 +85,62 @@ def take_saved(model: nn.Module, added: nn.ModuleList) -> None:
         return
     names = (getattr(module, "name_or_path", None) for module in model.modules())
     for name in dict.fromkeys(one for one in names if isinstance(one, str) and one):
-        files = _in_folder(Path(name)) if os.path.isdir(name) else _in_cache(name)
-        if files:
-            _take(model, added, _read(files), name)
-            return
-        below = [one for one in Path(name).glob("*/model*.safetensors") if _keys(one)] if os.path.isdir(name) else []
-        if below:
-            _say(
-                f"{name} holds no model file, and {below[0].parent} one with such parameters as apply adds; these are "
-                "new. Load the model from that folder itself, without subfolder="
-            )
-
-
-def _take(model: nn.Module, added: nn.ModuleList, found: dict[str, Tensor], name: str) -> None:
-    present = added.state_dict()
-    saved = {key.removeprefix(PREFIX): value for key, value in found.items() if key.startswith(PREFIX)}
-    if not saved:
-        return
-    if {key: value.shape for key, value in saved.items()} != {key: value.shape for key, value in present.items()}:
-        _say(
-            f"{name} holds {len(saved)} parameters of another apply, such as {PREFIX}{min(saved)}, which do not fit "
-            f"the {len(present)} of these methods, such as {PREFIX}{min(present)}; these are new"
-        )
-    elif other := _other(model, found):
-        _say(
-            f"{name} holds parameters as apply adds, beside another {other} than the model has, which was loaded from "
-            "another revision or folder, or changed since; these are new. Load the model from a folder of its own, and "
-            "call apply at once"
-        )
-    else:
-        added.load_state_dict(saved)
-
-
-def _other(model: nn.Module, found: dict[str, Tensor]) -> str:
-    # A weight that was saved beside what was added and is not the model's: neither says which file it was made of.
-    # Names behind the last "layers." are those of whatever prefix, so of a vision encoder's layers, too.
-    for name, value in found.items():
-        if name.startswith(PREFIX):
+        folders = [Path(name)] if os.path.isdir(name) else _revisions(name)
+        if not folders:
             continue
-        ours = [one for key, one in model.state_dict().items() if _behind(key) == _behind(name)]
-        ours = [one for one in ours if one.shape == value.shape and one.is_floating_point() and not one.is_meta]
-        if ours and not any(torch.equal(one.cpu(), value.to(one.dtype)) for one in ours):
-            return name
-    return ""
+        saved = [found for folder in folders if (found := _read(_files(folder)))]
+        if saved and len(folders) == 1:
+            _take(added, present, saved[0], name)
+        elif saved:
+            _say(
+                f"the hub's cache has {len(folders)} revisions of {name}, {len(saved)} with such parameters as apply "
+                "adds, and nothing says which was loaded; these are new. Load the model from a folder: "
+                "huggingface_hub.snapshot_download(..., revision=..., local_dir=...)"
+            )
+        elif below := [one.parent for folder in folders for one in folder.glob("*/*.safetensors") if _read([one])]:
+            _say(
+                f"{name} has no such parameters as apply adds, and {below[0]} has; these are new. If the model was "
+                "loaded from there, load it from that folder itself, without subfolder="
+            )
+        return
 
 
-def _behind(name: str) -> str:
-    return name.rpartition("layers.")[2]
+def _take(added: nn.ModuleList, present: dict[str, Tensor], saved: dict[str, Tensor], name: str) -> None:
+    if {key: value.shape for key, value in saved.items()} == {key: value.shape for key, value in present.items()}:
+        added.load_state_dict(saved)
+        return
+    _say(
+        f"{name} holds {len(saved)} parameters of another apply, such as {PREFIX}{min(saved)}, which do not fit the "
+        f"{len(present)} of these methods, such as {PREFIX}{min(present)}; these are new"
+    )
 
 
 def _say(message: str) -> None:
-    warnings.warn(message, NoEffectWarning, stacklevel=5)
+    warnings.warn(message, NoEffectWarning, stacklevel=4)
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _revisions(name: str) -> list[Path]:
+    # The snapshots of a model in the hub's cache that hold weights.
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE  # whoever has loaded a model by its name has it
+    except ImportError:
+        return []
+    folders = Path(HF_HUB_CACHE, "--".join(["models", *name.split("/")]), "snapshots").glob("*")
+    return [one for one in sorted(folders) if next(one.glob("**/*.safetensors"), None)]
+
+
+def _files(folder: Path) -> list[Path]:
     # As `from_pretrained` looks: one file, else its parts; a variant, such as model.fp16, only where it is alone.
     whole, every = folder / "model.safetensors", sorted(folder.glob("model*.safetensors"))
     parts = [one for one in every if re.fullmatch(r"model-\d+-of-\d+\.safetensors", one.name)]
     return [whole] if whole in every else parts or every
 
 
-def _in_cache(name: str) -> list[Path]:
-    try:
-        from huggingface_hub import try_to_load_from_cache  # whoever has loaded a model by its name has it
-
-        def cached(file: str) -> Path | None:
-            found = try_to_load_from_cache(name, file)
-            return Path(found) if isinstance(found, str) else None
-
-        whole, index = cached("model.safetensors"), cached("model.safetensors.index.json")
-    except (ImportError, ValueError):  # a name that the hub could not have
-        return []
-    if whole is not None or index is None:
-        return [] if whole is None else [whole]
-    parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return [path for part in parts if (path := cached(part)) is not None]
-
-
-def _keys(path: Path) -> list[str]:
+def _read(paths: Sequence[Path]) -> dict[str, Tensor]:
     from safetensors import safe_open  # whoever has loaded such a file has it
-
-    with safe_open(path, framework="pt") as file:
-        return [key for key in file.keys() if key.startswith(PREFIX)]  # noqa: SIM118
-
-
-def _read(paths: list[Path]) -> dict[str, Tensor]:
-    # What was added, and the first matrix of a layer that is there besides.
-    from safetensors import safe_open
 
     found = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if "layers." in name and not name.startswith(PREFIX)]  # noqa: SIM118
-            matrix = next((name for name in names if len(file.get_slice(name).get_shape()) == 2), None)
-            found |= {name: file.get_tensor(name) for name in [*_keys(path), *filter(None, [matrix])]}
+            found |= {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys() if key.startswith(PREFIX)}  # noqa: SIM118
     return found
