@@ -23,6 +23,7 @@ from tokendrop.study import frontier_summary, synergy_summary
 from tokendrop.study import summary as demo_summary
 from tokendrop.study.frontier import SCALES
 from tokendrop.study.frontier_early import early_table
+from tokendrop.study.frontier_ranks import ranks_table
 from tokendrop.study.intervals import interval
 from tokendrop.study.plans import ALONE, JOINT
 from tokendrop.study.synergy import SynergyStudy
@@ -204,6 +205,11 @@ def frontier_differences(scale: str, split: str) -> str:
 def frontier_early(scale: str) -> str:
     """What the first fifth of training foretells, on validation."""
     return markdown(early_table(frontier_rows(scale, "val")))
+
+
+def frontier_ranks() -> str:
+    """Whether digits rank plans as MNIST pairs do, on validation."""
+    return markdown(ranks_table(frontier_rows("digits", "val"), frontier_rows("mnist", "val")))
 
 
 def frontier_sizes() -> str:
@@ -403,6 +409,7 @@ TABLES |= {
     f"{frontier_name(*at)}-differences": partial(frontier_differences, *at) for at in product(SCALES, ("val", "test"))
 }
 TABLES["frontier-sizes"] = frontier_sizes
+TABLES["frontier-ranks"] = frontier_ranks
 TABLES |= {f"{frontier_name(scale, 'val')}-early": partial(frontier_early, scale) for scale in SCALES}
 
 

@@ -11,6 +11,7 @@ from tokendrop.study import frontier, runner
 from tokendrop.study.costs import Steps
 from tokendrop.study.frontier import SCALES, missing, one_run, run_missing
 from tokendrop.study.frontier_early import PREDICTORS, early_table
+from tokendrop.study.frontier_ranks import ranks_table
 from tokendrop.study.frontier_summary import (
     best_alone,
     dense_at,
@@ -188,6 +189,21 @@ def test_a_task_without_synergy_has_none_to_lose_a_share_of():
     assert by_name["plan"][5] == "-0.125 worse"
     kept = [*rows, *(row("kept", seed, 0.5 + seed / 8, 1.7501) for seed in range(3))]
     assert {line[0]: line for line in differences_table(kept, kept).rows}["kept"][5].endswith("worse")
+
+
+def test_whether_two_scales_rank_plans_alike():
+    """Plans of the large scale come in the order of the small one in U, and the other way round in G."""
+
+    def runs(sign):
+        return [row(f"plan {at}", seed, 0.5 + at / 16, 2 - sign * at / 8) for at in range(5) for seed in range(2)]
+
+    dense = [one for one in ROWS if one["plan"] == "dense"]
+    # Of a plan's updates, those nearest to .6 of the FLOPs; and what only one scale has is left out.
+    other = [row("plan 0", seed, 0.0, 9.0, updates=2.0, spent=200.0) for seed in range(2)]
+    (line,) = ranks_table([*dense, *runs(1), row("only here", 0, 0.9, 1.0)], [*dense, *runs(-1), *other]).rows
+    assert line[0] == "5"
+    assert line[1].startswith("+1.00")
+    assert line[3].startswith("-1.00")
 
 
 def test_what_the_first_fifth_foretells():
