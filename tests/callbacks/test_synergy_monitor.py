@@ -60,8 +60,17 @@ def everything(module, run):
     return dict(module.state_dict()) | state
 
 
-@pytest.mark.parametrize("options", [{}, {"affinity": 0.1}, {"sketch": 8}, {"every_n_steps": None}], ids=str)
-@pytest.mark.parametrize("training", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str)
+@pytest.mark.parametrize(
+    ("training", "options"),
+    [
+        ({}, {}),
+        ({}, {"sketch": 8}),
+        ({}, {"every_n_steps": None}),
+        ({"accumulate_grad_batches": 2}, {"affinity": 0.1}),
+        ({"precision": "bf16-mixed"}, {"affinity": 0.1, "sketch": 8}),
+    ],
+    ids=str,
+)
 def test_training_is_the_same_to_the_bit(training, options, tmp_path):
     runs = []
     for watched in (False, True):

@@ -120,15 +120,16 @@ def spearman(x: np.ndarray, y: np.ndarray, draws: int) -> str:
     """Spearman's rank correlation with its 95 % interval over resampled pairs; a dash where there is none."""
     from scipy.stats import rankdata
 
-    def rho(index: np.ndarray) -> float:
-        a, b = rankdata(x[index]), rankdata(y[index])
-        return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else math.nan
+    def rho(index: np.ndarray) -> np.ndarray:
+        a, b = (rankdata(one[index], axis=1) for one in (x, y))
+        a, b = (one - one.mean(1, keepdims=True) for one in (a, b))
+        norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+        return np.divide((a * b).sum(1), norms, out=np.full(len(index), math.nan), where=norms > 0)
 
-    found = math.nan if np.isnan(x).any() or len(x) < 4 else rho(np.arange(len(x)))
+    found = math.nan if np.isnan(x).any() or len(x) < 4 else float(rho(np.arange(len(x))[None])[0])
     if math.isnan(found):
         return MISSING
-    generator = np.random.default_rng(0)
-    resampled = [rho(generator.integers(len(x), size=len(x))) for _ in range(draws)]
+    resampled = rho(np.random.default_rng(0).integers(len(x), size=(draws, len(x))))
     low, high = np.nanquantile(resampled, [0.025, 0.975])
     return f"{found:+.2f} ({low:+.2f} to {high:+.2f})"
 
