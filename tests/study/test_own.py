@@ -204,7 +204,7 @@ def test_what_other_callbacks_spend_does_not_count(whose):
     others, brought = ([Spending()] if whose == name else [] for name in ("the trainer's", "the module's"))
     counted = Counted()
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    run = L.Trainer(callbacks=[counted.ends, *others, counted], max_epochs=1, enable_model_summary=False, **silent)
+    run = L.Trainer(callbacks=[counted, *others], max_epochs=1, enable_model_summary=False, **silent)
     run.fit(Line([*brought, LambdaCallback()]), torch.utils.data.DataLoader(torch.ones(4, 4), batch_size=2))
     # 2 samples, 4 inputs, 5 outputs: once forward, and once backward, for the weight alone.
     assert counted.flops == [2 * 2 * 4 * 5 * 2] * 2

@@ -100,7 +100,7 @@ class SynergyMonitor(L.Callback):
         check_flag("fidelity", fidelity)
         self.tasks, self.every_n_steps, self.loss, self.params = names, every_n_steps, loss or model_loss, params
         self.fidelity, self.affinity, self.sketch, self.history, self.seed = fidelity, affinity, sketch, history, seed
-        self.figures, self.recent, self.window = Window(names, window), Recent(names), window
+        self.figures, self.recent = Window(names, window), Recent(names)
         self._drop: TokenDrop | None = None
         self._seen: set[str | None] = set()
         self._warned, self._logged = set[str](), set[str]()
@@ -171,7 +171,7 @@ class SynergyMonitor(L.Callback):
         path = self._path(trainer)
         if trainer.is_global_zero:
             append_history(path, entry)
-        if self.events % self.window == 0:
+        if self.events % self.figures.products.window == 0:
             self._draw(trainer, path)
         self._schedule(trainer, step, start)
 

@@ -3,7 +3,7 @@
 Shape letters: B batch, T tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -14,17 +14,17 @@ from tokendrop.roles import Role, Route, selections
 
 
 def doubts(
-    layout: TokenLayout, routes: Sequence[Route], layers: nn.ModuleList, added: nn.ModuleList
+    layout: TokenLayout, routes: Callable[[], Sequence[Route]], layers: nn.ModuleList, added: nn.ModuleList
 ) -> Iterator[tuple[str, str, type[Warning]]]:
     """Kind, message and category of each doubt about a step that trains.
 
     Args:
         layout: of the batch.
-        routes: of its samples.
+        routes: gives those of its samples; they take a while, and most steps raise no doubt that needs them.
         layers: the decoder's.
         added: what `apply` added to each of them.
     """
-    if layout.labels is None and (unknown := _unknown_without_labels(routes)):
+    if layout.labels is None and (unknown := _unknown_without_labels(routes())):
         yield "labels", unknown, LayoutWarning
     if frozen := _frozen(layers, added):
         yield "frozen", frozen, NoEffectWarning
@@ -46,10 +46,10 @@ def _unknown_without_labels(routes: Sequence[Route]) -> str:
 
 def _frozen(layers: nn.ModuleList, added: nn.ModuleList) -> str:
     # Freezing all by hand is a choice; `get_peft_model` does it to whatever is no adapter, and says nothing.
-    names = [name for name, _ in added.named_parameters()]
-    if not names or any(p.requires_grad for p in added.parameters()):
+    if any(p.requires_grad for p in added.parameters()):
         return ""
-    if all(base_linear(module) is module for module in layers.modules()):
+    names = [name for name, _ in added.named_parameters()]
+    if not names or all(base_linear(module) is module for module in layers.modules()):
         return ""
     return (
         f"all {len(names)} parameters that apply added, such as tokendrop.layers.{names[0]}, are frozen, as "

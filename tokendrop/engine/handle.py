@@ -121,7 +121,7 @@ class Handle(Described, nn.Module):
             check_integer("step", part, 0, LayoutTypeError)
         plan = self.plan(layout)
         if torch.is_grad_enabled() and self.owner.training and not plan.dense:
-            for doubt in doubts(layout, self.served(layout)[0], self.decoder_layers, self.layers):
+            for doubt in doubts(layout, lambda: self.served(layout)[0], self.decoder_layers, self.layers):
                 self.say_once(*doubt, 2)
         at = torch.tensor((self.entered, 0) if step is None else step, device=layout.image.device)
         seen = Seen()

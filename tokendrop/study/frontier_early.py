@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tokendrop.analysis.report import Table
-from tokendrop.study.frontier_summary import METRICS, G, Row, U, name_of, names, paired, quality
+from tokendrop.study.frontier_summary import METRICS, G, Row, U, came_to, name_of, names
 from tokendrop.study.plans import JOINT, PLACEBO
 from tokendrop.study.synergy_summary import PAIR, spearman
 
@@ -49,10 +49,6 @@ def early_table(rows: Sequence[Row], draws: int = 2000) -> Table:
     lines = []
     for predictor in PREDICTORS:
         said = [statistics.fmean(early(row, predictor) for row in joint if name_of(row) == name) for name in found]
-        cells = [predictor]
-        for metric in METRICS:
-            dense = quality(rows, JOINT, metric)
-            came = [statistics.fmean(paired(quality(rows, name, metric), dense)) for name in found]
-            cells.append(spearman(np.array(said), np.array(came), draws))
-        lines.append(tuple(cells))
+        cells = (spearman(np.array(said), np.array(came_to(rows, found, metric)), draws) for metric in METRICS)
+        lines.append((predictor, *cells))
     return Table((f"first fifth, {len(found)} configurations", *METRICS), lines)

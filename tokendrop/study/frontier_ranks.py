@@ -3,13 +3,12 @@
 Shape letters: none.
 """
 
-import statistics
 from collections.abc import Sequence
 
 import numpy as np
 
 from tokendrop.analysis.report import Table
-from tokendrop.study.frontier_summary import METRICS, Row, flops, names, paired, quality
+from tokendrop.study.frontier_summary import METRICS, Row, came_to, flops, names, plan_of
 from tokendrop.study.plans import JOINT, PLACEBO
 from tokendrop.study.synergy_summary import spearman
 
@@ -29,10 +28,9 @@ def ranks_table(small: Sequence[Row], large: Sequence[Row], draws: int = 2000) -
     shared = [plan for plan in both[0] if plan in both[1]]
     cells = []
     for metric in METRICS:
-        came = [
-            _came(rows, [of[plan] for plan in shared], metric) for rows, of in zip((small, large), both, strict=True)
-        ]
-        cells.append(spearman(*came, draws))
+        scales = zip((small, large), both, strict=True)
+        came = (came_to(rows, [of[plan] for plan in shared], metric) for rows, of in scales)
+        cells.append(spearman(*map(np.array, came), draws))
     return Table(("plans", *METRICS), [(str(len(shared)), *cells)])
 
 
@@ -41,14 +39,9 @@ def _nearest(rows: Sequence[Row]) -> dict[str, str]:
     joint = [row for row in rows if all(row[task] for task, *_ in METRICS.values())]
     found: dict[str, str] = {}
     for name in names(joint):
-        plan = name.split(" x")[0]
+        plan = plan_of(name)
         if plan in (JOINT, PLACEBO):
             continue
         if plan not in found or abs(flops(rows, name) - 0.6) < abs(flops(rows, found[plan]) - 0.6):
             found[plan] = name
     return found
-
-
-def _came(rows: Sequence[Row], runs: Sequence[str], metric: str) -> np.ndarray:
-    dense = quality(rows, JOINT, metric)
-    return np.array([statistics.fmean(paired(quality(rows, name, metric), dense)) for name in runs])

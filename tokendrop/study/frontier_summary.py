@@ -38,6 +38,11 @@ def name_of(row: Row) -> str:
     return row["plan"] if row["updates"] == 1 else f"{row['plan']} x{row['updates']:g}"
 
 
+def plan_of(name: str) -> str:
+    """The plan of a run's name."""
+    return name.split(" x")[0]
+
+
 def quality(rows: Sequence[Row], name: str, metric: str) -> dict[int, float]:
     """Seed -> the figure of a run, more being better; no entry where the run does not have the task."""
     task, key, sign = METRICS[metric]
@@ -56,7 +61,7 @@ def flops(rows: Sequence[Row], name: str) -> float:
 def best_alone(rows: Sequence[Row], metric: str) -> str | None:
     """The single-task run of the metric's task that is best by these rows, whatever its updates, on common seeds."""
     plan = ALONE[0] if METRICS[metric][0] == U else ALONE[1]
-    found = {name: quality(rows, name, metric) for name in names(rows) if name.split(" x")[0] == plan}
+    found = {name: quality(rows, name, metric) for name in names(rows) if plan_of(name) == plan}
     seeds = set.intersection(*(set(one) for one in found.values())) if found else set()
     return max(found, key=lambda name: statistics.fmean(found[name][seed] for seed in seeds)) if seeds else None
 
@@ -76,6 +81,12 @@ def names(rows: Sequence[Row]) -> list[str]:
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
     """The differences of two runs by seed, over the seeds that both have."""
     return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+
+def came_to(rows: Sequence[Row], runs: Sequence[str], metric: str) -> list[float]:
+    """What each run comes to minus dense joint training of the same seed, the mean over seeds; more is better."""
+    dense = quality(rows, JOINT, metric)
+    return [statistics.fmean(paired(quality(rows, name, metric), dense)) for name in runs]
 
 
 def synergy(rows: Sequence[Row], chosen: Sequence[Row], metric: str) -> list[float]:
@@ -102,7 +113,7 @@ def dense_at(rows: Sequence[Row], share: float, metric: str) -> dict[int, float]
     A run stands for up to .01 less, to the plan's disadvantage, with all of its seeds; else only seeds that both have
     count, and nothing outside the range of what was run.
     """
-    at = sorted((flops(rows, name), name) for name in names(rows) if name.split(" x")[0] == JOINT)
+    at = sorted((flops(rows, name), name) for name in names(rows) if plan_of(name) == JOINT)
     for above, name in at:
         if 0 <= above - share <= 0.01:
             return quality(rows, name, metric)
@@ -162,7 +173,7 @@ def differences_table(rows: Sequence[Row], chosen: Sequence[Row]) -> Table:
     against = [_cell(one, seeds, f" to {_alone(rows, chosen, metric)}") for metric, one in gains.items()]
     lines = [("synergy of dense", str(seeds), "1.00", *against, *("",) * 3)]
     for name in names(rows):
-        if name.split(" x")[0] in ALONE or name == JOINT:
+        if plan_of(name) in ALONE or name == JOINT:
             continue
         share, cells, equal = flops(rows, name), [], []
         seeds = len(quality(rows, name, "U NLL"))
@@ -186,8 +197,8 @@ def frontier_png(rows: Sequence[Row], title: str) -> bytes:
     figure = Figure(figsize=(11.0, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(METRICS))
-    shown = [name for name in names(rows) if name.split(" x")[0] not in (*ALONE, PLACEBO)]
-    dense = [name for name in shown if name.split(" x")[0] == JOINT]
+    shown = [name for name in names(rows) if plan_of(name) not in (*ALONE, PLACEBO)]
+    dense = [name for name in shown if plan_of(name) == JOINT]
     others = [name for name in shown if name not in dense]
     for axes, metric in zip(panels, METRICS, strict=True):
         axes.errorbar(*_points(rows, dense, metric), label="dense", color="black", marker="o", markersize=4, capsize=2)

@@ -79,7 +79,7 @@ class Counted(L.Callback):
     """Counts FLOPs of the first training batches, forward and backward, as they are spent.
 
     What other callbacks spend when a batch begins or ends, as a monitor does, is none of the training's: this one goes
-    behind all others, and `ends`, to be listed first, stops the count.
+    behind all others, to begin last, and has one before them, to end first.
     """
 
     def __init__(self) -> None:
@@ -87,6 +87,7 @@ class Counted(L.Callback):
         self.flops: list[int] = []
         self._counter: FlopCounterMode | None = None
         self._counting = ExitStack()
+        self._ends = _Ends(self)
 
     @override
     def on_train_batch_start(
@@ -96,16 +97,12 @@ class Counted(L.Callback):
             self._counting.enter_context(seen_kernels(pl_module))  # flash kernels have no formula
             self._counter = self._counting.enter_context(counter())
 
-    @property
-    def ends(self) -> L.Callback:
-        """The callback that stops the count when a batch ends."""
-        return _Ends(self)
-
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # Behind those of the module's configure_callbacks, too; a new list, as the old one is gone through now.
+        # Around those of the module's configure_callbacks, too; a new list, as the old one is gone through now.
         callbacks: list[Any] = trainer.callbacks  # ty: ignore
-        trainer.callbacks = [*(one for one in callbacks if one is not self), self]  # ty: ignore
+        others = [one for one in callbacks if one not in (self, self._ends)]
+        trainer.callbacks = [self._ends, *others, self]  # ty: ignore
 
     def taken(self) -> None:
         """Take what the batch has spent."""
@@ -157,7 +154,7 @@ def one_run(study: OwnStudy, name: str, seed: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"lightning\.")
-        all_arguments: dict[str, Any] = {**QUIET, **arguments, "callbacks": [counted.ends, *callbacks, counted]}
+        all_arguments: dict[str, Any] = {**QUIET, **arguments, "callbacks": [*callbacks, counted]}
         trainer = L.Trainer(**all_arguments)
         trainer.fit(module, datamodule=data)
         seconds = time.perf_counter() - start

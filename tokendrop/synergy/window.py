@@ -24,7 +24,7 @@ class Window:
     """
 
     def __init__(self, tasks: tuple[str, ...], size: int) -> None:
-        self.products, self.size = TaskProducts(tasks, size), size
+        self.products = TaskProducts(tasks, size)
         self.direct: dict[str, list[float]] = {}
         self._of = ""
 
@@ -45,7 +45,7 @@ class Window:
         for name, value in values.items():
             held = self.direct.setdefault(f"{kind}/{name}", [])
             held.append(value)
-            del held[: -self.size]
+            del held[: -self.products.window]
         return {name: over_events(self.direct[f"{kind}/{name}"]) for name in values}
 
     def state_dict(self) -> dict[str, Any]:
